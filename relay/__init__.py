@@ -1,0 +1,3 @@
+"""SMTP relay proxy that records sends."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The record of what was sent: model, recorder, store, spool, expiry, migrations."""

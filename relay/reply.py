@@ -1,0 +1,166 @@
+"""One SMTP reply as a value, and the parser that takes replies off the wire.
+
+Rules: nothing here does I/O. A reply that came from an upstream is parsed strictly (RFC 5321 4.2):
+three digits, the first 2 to 5, one code on all lines, CRLF, bounded. What goes on to a client is printable
+ASCII. The class digit of an enhanced status code (RFC 3463) is derived from the code, so the two
+cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["MAX_LINE", "MAX_REPLY", "MalformedReplyError", "Reply", "ReplyParser"]
+
+MAX_LINE = 4096
+"""Octets in one reply line. RFC 5321 4.5.3.1.5 asks for 512; real servers write more."""
+MAX_REPLY = 64 * 1024
+"""Octets in one reply, all its lines together."""
+
+_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
+_UNFINISHED = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
+_ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?=[ \r])")
+_PRINTABLE = bytes(
+    octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256)
+)
+
+
+class MalformedReplyError(ValueError):
+    """The upstream sent octets that are not a reply (RFC 5321 4.2)."""
+
+
+class Reply:
+    """One SMTP reply.
+
+    `code` is the three-digit code; `wire` the octets as they go to a client: every line, CRLF included.
+    """
+
+    __slots__ = ("code", "wire")
+
+    def __init__(self, code: int, wire: bytes) -> None:
+        self.code = code
+        self.wire = wire
+
+    @classmethod
+    def own(cls, code: int, detail: str, text: str) -> Reply:
+        """Make a reply of the relay's own, one line.
+
+        `detail` is the enhanced code without its class, "4.1" for 4.4.1; the class comes from `code`.
+        """
+        line = f"{code} {code // 100}.{detail} {text}\r\n".encode("ascii", "replace")
+        return cls(code, line.translate(_PRINTABLE))
+
+    @classmethod
+    def plain(cls, code: int, *lines: str) -> Reply:
+        """Make a reply that carries no enhanced code (greeting, EHLO, 354: RFC 2034 section 4)."""
+        last = len(lines) - 1
+        wire = "".join(
+            f"{code}{' ' if index == last else '-'}{line}\r\n" for index, line in enumerate(lines)
+        )
+        return cls(code, wire.encode("ascii", "replace").translate(_PRINTABLE))
+
+    @property
+    def positive(self) -> bool:
+        """Positive completion (2yz)."""
+        return self.code < 300
+
+    @property
+    def transient(self) -> bool:
+        """Transient negative completion (4yz)."""
+        return 400 <= self.code < 500
+
+    @property
+    def permanent(self) -> bool:
+        """Permanent negative completion (5yz)."""
+        return self.code >= 500
+
+    @property
+    def lines(self) -> list[str]:
+        """The text lines without code, separator and CRLF; an enhanced code stays part of its line."""
+        return [line[4:].decode("ascii") for line in self.wire.split(b"\r\n")[:-1]]
+
+    @property
+    def enhanced(self) -> str | None:
+        """The enhanced status code of the first line, "4.4.1", or None (RFC 2034)."""
+        match = _ENHANCED.match(self.wire, 4)
+        return match[0].decode("ascii") if match else None
+
+    def __str__(self) -> str:
+        """The reply as one text for log and record: the code, then its lines joined by a newline."""
+        return f"{self.code} " + "\n".join(self.lines)
+
+    def __repr__(self) -> str:
+        return f"<Reply {self.wire!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reply) and self.wire == other.wire
+
+    def __hash__(self) -> int:
+        return hash(self.wire)
+
+
+class ReplyParser:
+    """Takes the octets that an upstream sends and gives back whole replies, in order."""
+
+    __slots__ = ("_code", "_lines", "_rest", "_size")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._lines: list[bytes] = []
+        self._code = b""
+        self._size = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether part of a reply has arrived and its end has not."""
+        return bool(self._rest or self._lines)
+
+    def feed(self, octets: bytes) -> list[Reply]:
+        """Return the replies that `octets` complete; raise MalformedReplyError at the first bad octet.
+
+        Replies that were complete before the bad octet in the same call are lost with it: an upstream
+        that is out of step is not believed about the step before either.
+        """
+        data = self._rest + octets if self._rest else octets
+        replies: list[Reply] = []
+        position = 0
+        while True:
+            match = _LINE.match(data, position)
+            if match is None:
+                break
+            reply = self._line(match)
+            if reply is not None:
+                replies.append(reply)
+            position = match.end()
+        self._rest = data[position:]
+        if self._rest:
+            self._check_unfinished()
+        return replies
+
+    def _line(self, match: re.Match[bytes]) -> Reply | None:
+        code, separator, _ = match.groups()
+        line = match[0]
+        self._size += len(line)
+        if len(line) > MAX_LINE or self._size > MAX_REPLY:
+            raise MalformedReplyError("reply too long")
+        if self._lines and code != self._code:
+            raise MalformedReplyError("one reply with two codes")
+        if (
+            separator is None
+        ):  # "250<CRLF>" is allowed (RFC 5321 4.2); the client gets the usual form
+            line = code + b" \r\n"
+        if separator == b"-":
+            self._lines.append(line)
+            self._code = code
+            return None
+        wire = line if not self._lines else b"".join((*self._lines, line))
+        self._lines.clear()
+        self._size = 0
+        return Reply(int(code), wire.translate(_PRINTABLE))
+
+    def _check_unfinished(self) -> None:
+        rest = self._rest
+        if len(rest) > MAX_LINE or self._size + len(rest) > MAX_REPLY:
+            raise MalformedReplyError("reply too long")
+        if not _UNFINISHED.match(rest):
+            raise MalformedReplyError(f"not a reply: {rest[:80]!r}")
