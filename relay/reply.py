@@ -20,9 +20,7 @@ MAX_REPLY = 64 * 1024
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
 _UNFINISHED = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
 _ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?=[ \r])")
-_PRINTABLE = bytes(
-    octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256)
-)
+_PRINTABLE = bytes(octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256))
 
 
 class MalformedReplyError(ValueError):
@@ -54,9 +52,7 @@ class Reply:
     def plain(cls, code: int, *lines: str) -> Reply:
         """Make a reply that carries no enhanced code (greeting, EHLO, 354: RFC 2034 section 4)."""
         last = len(lines) - 1
-        wire = "".join(
-            f"{code}{' ' if index == last else '-'}{line}\r\n" for index, line in enumerate(lines)
-        )
+        wire = "".join(f"{code}{' ' if index == last else '-'}{line}\r\n" for index, line in enumerate(lines))
         return cls(code, wire.encode("ascii", "replace").translate(_PRINTABLE))
 
     @property
@@ -145,9 +141,7 @@ class ReplyParser:
             raise MalformedReplyError("reply too long")
         if self._lines and code != self._code:
             raise MalformedReplyError("one reply with two codes")
-        if (
-            separator is None
-        ):  # "250<CRLF>" is allowed (RFC 5321 4.2); the client gets the usual form
+        if separator is None:  # "250<CRLF>" is allowed (RFC 5321 4.2); the client gets the usual form
             line = code + b" \r\n"
         if separator == b"-":
             self._lines.append(line)
