@@ -1,0 +1,177 @@
+"""The message as it streams: end of data, stray newlines, the header section. No I/O.
+
+Rules, in force for every way in which TCP may cut the octets:
+
+- The end of data is CRLF "." CRLF and nothing else (RFC 5321 4.1.1.4), also after a fault.
+- A message without stray CR, LF or NUL passes without one octet changed, its transparency
+  (dot-stuffing, RFC 5321 4.5.2) included.
+- A bare LF becomes CRLF and the line after it is stuffed if it begins with a dot; a bare CR becomes a
+  space; or, with `normalize` off, either is a fault. NUL is always a fault.
+- Octets that could be the beginning of the end of data are held back until that is known, so what is
+  returned never contains the terminator, nor ever completes one.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+__all__ = ["MAX_HEADER", "MAX_RECEIVED_OVERSHOOT", "Body", "Fault"]
+
+MAX_HEADER = 64 * 1024
+"""Octets of the header section that are kept for classification; the rest streams past."""
+MAX_RECEIVED_OVERSHOOT = 1024 * 1024
+"""Octets that are still read after the size limit was passed, beyond half of that limit."""
+
+_END_OF_DATA = b"\r\n.\r\n"
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
+_BARE_LF = re.compile(rb"(?<!\r)\n(\.?)")
+
+
+class Fault(Enum):
+    """Why a message cannot go out, found while it streams."""
+
+    TOO_LARGE = "too_large"
+    STRAY_NEWLINE = "stray_newline"
+    NUL = "nul"
+
+
+class Body:
+    """One message on its way from the client to the upstream.
+
+    `feed` takes what the client sent and returns what may go upstream now. `ended` is set once the end of
+    data has been seen; `rest` then holds the octets behind it. After a `fault` nothing more is returned,
+    but the true end is still looked for, so that the session stays in step.
+    """
+
+    __slots__ = (
+        "_after_stray_lf",
+        "_head",
+        "_head_done",
+        "_held",
+        "_max_size",
+        "_normalize",
+        "_unsent",
+        "ended",
+        "fault",
+        "received",
+        "rest",
+        "size",
+    )
+
+    def __init__(self, *, max_size: int, normalize: bool) -> None:
+        """Begin a message; `max_size` in octets (0: no limit), `normalize`: mend stray newlines."""
+        self._max_size = max_size
+        self._normalize = normalize
+        # The CRLF of the DATA command stands before the first line (RFC 5321 4.1.1.4): the content is
+        # looked at as if it began with one, which is not sent.
+        self._held = b"\r\n"
+        self._unsent = 2
+        self._after_stray_lf = False
+        self._head = bytearray()
+        self._head_done = False
+        self.ended = False
+        self.rest = b""
+        self.fault: Fault | None = None
+        self.received = 0
+        """Octets from the client so far."""
+        self.size = 0
+        """Octets of the content as RFC 1870 counts them: CRLF included, stuffing dots and terminator not."""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so much came after the size limit that waiting for the end is no longer worth it."""
+        return (
+            self.fault is Fault.TOO_LARGE
+            and self.received > self._max_size + self._max_size // 2 + MAX_RECEIVED_OVERSHOOT
+        )
+
+    @property
+    def header_complete(self) -> bool:
+        """Whether the header section has passed, or as much of it as is kept."""
+        return self._head_done
+
+    @property
+    def header(self) -> bytes:
+        """The header section as it went upstream, at most MAX_HEADER octets, without the empty line."""
+        return bytes(self._head[2:])
+
+    def feed(self, block: bytes) -> bytes:
+        """Return the octets that may go upstream after `block` has arrived; may be empty."""
+        self.received += len(block)
+        data = self._held + block
+        end = data.find(_END_OF_DATA)
+        if end >= 0:
+            content = data[: end + 2]
+            self.rest = data[end + 5 :]
+            self._held = b""
+            self.ended = True
+        else:
+            held = _begun(data)
+            content = data[: len(data) - held]
+            self._held = data[len(data) - held :]
+        if self.fault is not None or not content:
+            return b""
+        return self._pass(content)
+
+    def _pass(self, content: bytes) -> bytes:
+        if b"\0" in content:
+            return self._fail(Fault.NUL)
+        pairs = content.count(b"\r\n")
+        if pairs != content.count(b"\n") or pairs != content.count(b"\r") or self._after_stray_lf:
+            if not self._normalize:
+                return self._fail(Fault.STRAY_NEWLINE)
+            content = self._mended(content)
+        if not self._head_done:
+            self._keep_header(content)
+        self.size += len(content) - content.count(b"\r\n.") - self._unsent
+        if self._unsent:
+            content = content[self._unsent :]
+            self._unsent = 0
+        if self._max_size and self.size > self._max_size:
+            return self._fail(Fault.TOO_LARGE)
+        return content
+
+    def _mended(self, content: bytes) -> bytes:
+        """Return `content` with CRLF line ends only, each line stuffed as transparency asks.
+
+        The lines that the client ended with CRLF carry its own stuffing; the parts that a bare LF cuts out
+        of them do not, and get theirs here. A lone stuffing dot before a bare LF stands for an empty part.
+        """
+        starts_line = self._after_stray_lf and content.startswith(b".")
+        self._after_stray_lf = content.endswith(b"\n") and not content.endswith(b"\r\n")
+        content = _BARE_CR.sub(b" ", content)
+        content = _LONE_DOT.sub(b"\r\n", content)
+        content = _BARE_LF.sub(_stuffed, content)
+        if starts_line:
+            self.size -= 1  # counted with the content below, but a stuffing dot is not content
+            content = b"." + content
+        return content
+
+    def _keep_header(self, content: bytes) -> None:
+        head = self._head
+        start = max(0, len(head) - 3)
+        head += content[: MAX_HEADER + 2 - len(head)]
+        end = head.find(b"\r\n\r\n", start)
+        if end >= 0:
+            del head[max(end, 2) :]
+            self._head_done = True
+        elif len(head) >= MAX_HEADER + 2 or self.ended:
+            self._head_done = True
+
+    def _fail(self, fault: Fault) -> bytes:
+        self.fault = fault
+        return b""
+
+
+def _begun(data: bytes) -> int:
+    """Return how many octets at the end of `data` may be the beginning of the end of data."""
+    for length in (4, 3, 2, 1):
+        if data.endswith(_END_OF_DATA[:length]):
+            return length
+    return 0
+
+
+def _stuffed(match: re.Match[bytes]) -> bytes:
+    return b"\r\n.." if match[1] else b"\r\n"
