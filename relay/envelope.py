@@ -1,0 +1,47 @@
+"""The envelope of one transaction: what MAIL and RCPT said, octet for octet (RFC 5321 2.3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relay.reply import Reply
+
+__all__ = ["Envelope", "Recipient", "text"]
+
+
+@dataclass(slots=True)
+class Recipient:
+    """One RCPT command: the forward-path between its angle brackets, and the upstream's reply to it."""
+
+    path: bytes
+    reply: Reply | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the upstream took this recipient."""
+        return self.reply is not None and self.reply.positive
+
+
+@dataclass(slots=True)
+class Envelope:
+    """Reverse-path and recipients, in the order in which the client gave them."""
+
+    reverse_path: bytes
+    recipients: list[Recipient] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> list[Recipient]:
+        """The recipients that the upstream took."""
+        return [recipient for recipient in self.recipients if recipient.accepted]
+
+    @property
+    def refused(self) -> list[Recipient]:
+        """The recipients that got a negative reply."""
+        return [each for each in self.recipients if each.reply is not None and not each.reply.positive]
+
+
+def text(octets: bytes) -> str:
+    """Return octets from the wire as text that can be stored: invalid UTF-8 and NUL escaped."""
+    return octets.decode("utf-8", "backslashreplace").replace("\0", "\\x00")

@@ -1,0 +1,35 @@
+"""What an upstream said that it can do (its EHLO reply), as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["UNKNOWN", "Capabilities"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The service extensions of one upstream, by their EHLO keywords in upper case."""
+
+    keywords: frozenset[str]
+    size: int | None = None
+    """The upstream's message size limit in octets (RFC 1870); None: it names none."""
+
+    @classmethod
+    def of(cls, extensions: Mapping[str, str]) -> Capabilities:
+        """Read the keywords and their parameters of an EHLO reply."""
+        keywords = {keyword.upper(): parameters for keyword, parameters in extensions.items()}
+        size = keywords.get("SIZE", "").strip()
+        limit = int(size) if size.isascii() and size.isdigit() and len(size) <= 20 else 0
+        return cls(frozenset(keywords), limit or None)
+
+    def __contains__(self, keyword: str) -> bool:
+        return keyword in self.keywords
+
+
+UNKNOWN = Capabilities(frozenset({"PIPELINING", "8BITMIME", "SIZE"}))
+"""Assumed until the upstream has been reached once; MAIL says 451 as long as it has not."""

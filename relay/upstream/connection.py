@@ -1,0 +1,239 @@
+"""One connection to an upstream: commands out, replies in, strictly in step.
+
+Rules: every command gets exactly one reply, in order (RFC 5321 4.1, RFC 2920 3.2). Octets that arrive when
+no reply is awaited, that are not a reply, or a reply of a kind that the command cannot have end the
+connection. A connection that ends with content unfinished is aborted, never closed: closing would go
+on sending what is buffered. Every wait has a limit, looked at by `check`, which the pool calls; no timer is
+set or cancelled for a command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from relay.reply import MalformedReplyError, Reply, ReplyParser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.metrics import UpstreamMetrics
+    from relay.upstream.capabilities import Capabilities
+
+__all__ = ["Connection", "Failure", "Lessee", "Owner"]
+
+QUIT_TIMEOUT = 5.0
+"""Seconds that the reply to QUIT is waited for before the connection is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a connection ended before it had given all replies: a short reason, and its 421 if it sent one."""
+
+    reason: str
+    reply: Reply | None = None
+
+
+class Lessee(Protocol):
+    """Who has the connection on lease: the transaction."""
+
+    def connection_failed(self, failure: Failure) -> None:
+        """The connection is gone; no reply that was awaited will come."""
+
+    def pause_content(self) -> None:
+        """The upstream takes the content slower than it comes."""
+
+    def resume_content(self) -> None:
+        """The upstream can take more content."""
+
+
+class Owner(Protocol):
+    """Who owns the connection: the pool."""
+
+    def connection_ended(self, connection: Connection, reason: str) -> None:
+        """The connection is gone."""
+
+
+@dataclass(slots=True)
+class _Awaited:
+    command: str
+    answered: Callable[[Reply], None]
+    since: float
+
+
+class Connection(asyncio.Protocol):
+    """A connection that is open, greeted, secured and logged in, and speaks pipelined SMTP from here on."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        capabilities: Capabilities,
+        metrics: UpstreamMetrics,
+        *,
+        reply_timeout: float,
+        end_of_data_timeout: float,
+    ) -> None:
+        """Make the protocol for an open transport; times in seconds."""
+        self._owner = owner
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._parser = ReplyParser()
+        self._awaited: deque[_Awaited] = deque()
+        self._head_since = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._paused_since: float | None = None
+        self._reply_timeout = reply_timeout
+        self._end_of_data_timeout = end_of_data_timeout
+        self.capabilities = capabilities
+        self.pipelining = "PIPELINING" in capabilities
+        self.lessee: Lessee | None = None
+        self.usable = True
+        """False once anything but clean replies was seen, or the connection is gone."""
+        self.opened_at = self._loop.time()
+        self.idle_since = self.opened_at
+        self.transactions = 0
+
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Take over a transport on which the handshake is done."""
+        self._transport = transport
+        transport.set_protocol(self)
+        transport.resume_reading()
+
+    @property
+    def reused(self) -> bool:
+        """Whether an earlier transaction ran on this connection."""
+        return self.transactions > 1
+
+    # Sending
+
+    def send(self, line: bytes, command: str, answered: Callable[[Reply], None]) -> None:
+        """Send one command line, or the end of data; `answered` is called with its reply."""
+        self.expect(command, answered)
+        if self._transport is not None:
+            self._transport.write(line)
+
+    def expect(self, command: str, answered: Callable[[Reply], None]) -> None:
+        """Await one more reply: what calls for it is about to be written."""
+        now = self._loop.time()
+        if not self._awaited:
+            self._head_since = now
+        self._awaited.append(_Awaited(command, answered, now))
+
+    def write(self, *content: bytes) -> None:
+        """Send message content."""
+        if self._transport is not None:
+            self._transport.writelines(content)
+
+    def quit(self) -> None:
+        """End the session politely (RFC 5321 4.1.1.10); only when nothing is unfinished."""
+        self.usable = False
+        if self._transport is None or self._transport.is_closing():
+            return
+        self.send(b"QUIT\r\n", "quit", lambda _: self._close())
+
+    def abort(self, reason: str) -> None:
+        """Cut the connection; nothing that is still buffered is sent."""
+        self._end(Failure(reason))
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    # Receiving
+
+    def data_received(self, data: bytes) -> None:
+        """Take replies, and hand each to the command that awaits it."""
+        try:
+            replies = self._parser.feed(data)
+        except MalformedReplyError as error:
+            self._end(Failure(f"out of step: {error}"))
+            return
+        for reply in replies:
+            if not self._awaited:
+                self._end(_unsolicited(reply))
+                return
+            if not _fits(reply, self._awaited[0].command):
+                self._end(Failure(f"out of step: {reply.code} to {self._awaited[0].command}"))
+                return
+            self._answer(reply)
+            if self._transport is None:
+                return
+        if self._parser.pending and not self._awaited:
+            self._end(Failure("out of step: octets that answer nothing"))
+
+    def _answer(self, reply: Reply) -> None:
+        awaited = self._awaited.popleft()
+        now = self._loop.time()
+        self._metrics.reply(awaited.command, now - awaited.since)
+        self._head_since = now
+        if reply.code == 421:
+            self.usable = False
+        awaited.answered(reply)
+
+    def eof_received(self) -> None:
+        """The upstream will send no more: what is awaited will not come."""
+        self._end(Failure("closed by the upstream"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport is gone."""
+        self._end(Failure(f"lost: {exc}" if exc else "closed"))
+
+    def pause_writing(self) -> None:
+        """The send buffer is full."""
+        self._paused_since = self._loop.time()
+        if self.lessee is not None:
+            self.lessee.pause_content()
+
+    def resume_writing(self) -> None:
+        """The send buffer has drained."""
+        self._paused_since = None
+        if self.lessee is not None:
+            self.lessee.resume_content()
+
+    # Ending
+
+    def check(self, now: float) -> None:
+        """End the connection if a wait has lasted longer than its limit (RFC 5321 4.5.3.2)."""
+        if self._awaited:
+            command = self._awaited[0].command
+            if now - self._head_since > self._limit(command):
+                self._end(Failure(f"no reply to {command} in time"))
+                return
+        if self._paused_since is not None and now - self._paused_since > self._reply_timeout:
+            self._end(Failure("content not taken in time"))
+
+    def _limit(self, command: str) -> float:
+        if command == "end_of_data":
+            # The client is told 451 after one such time; a late verdict is awaited for as long again.
+            return 2 * self._end_of_data_timeout
+        return QUIT_TIMEOUT if command == "quit" else self._reply_timeout
+
+    def _end(self, failure: Failure) -> None:
+        """Let go of the transport and tell lessee and owner, once."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        self.usable = False
+        transport.abort()
+        self._awaited.clear()
+        lessee, self.lessee = self.lessee, None
+        self._owner.connection_ended(self, failure.reason)
+        if lessee is not None:
+            lessee.connection_failed(failure)
+
+    def __repr__(self) -> str:
+        state = "leased" if self.lessee else "idle"
+        return f"<Connection {state if self._transport else 'ended'}, {self.transactions} transactions>"
+
+
+def _fits(reply: Reply, command: str) -> bool:
+    """Whether a reply of this class can answer the command (RFC 5321 4.3.2)."""
+    return reply.code >= 400 or (300 <= reply.code < 400) == (command == "data")
+
+
+def _unsolicited(reply: Reply) -> Failure:
+    if reply.code == 421:  # RFC 5321 3.8: the server may say so at any time before it closes
+        return Failure(f"upstream said {reply}", reply)
+    return Failure(f"out of step: {reply.code} that answers nothing")
