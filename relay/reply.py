@@ -55,6 +55,11 @@ class Reply:
         wire = "".join(f"{code}{' ' if index == last else '-'}{line}\r\n" for index, line in enumerate(lines))
         return cls(code, wire.encode("ascii", "replace").translate(_PRINTABLE))
 
+    def recoded(self, code: int) -> Reply:
+        """Return this reply under another code of the same class, text and enhanced code unchanged."""
+        lines = self.wire.split(b"\r\n")[:-1]
+        return Reply(code, b"".join(b"%d%s\r\n" % (code, line[3:]) for line in lines))
+
     @property
     def positive(self) -> bool:
         """Positive completion (2yz)."""

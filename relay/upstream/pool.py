@@ -46,6 +46,7 @@ class Pool:
         self.capabilities: Capabilities = UNKNOWN
         """What the upstream said that it can do, at its last EHLO."""
         self.metrics = metrics
+        self.end_of_data_timeout = upstream.end_of_data_timeout
         self._settings = upstream
         self._dialer = dialer
         self._open: set[Connection] = set()

@@ -1,0 +1,126 @@
+"""Command lines as values: verb, path and parameters, parsed on octets. No I/O.
+
+Rules: the parser checks what safety needs and no more: where a path begins and ends, that no control octet is
+anywhere, that octets above 0x7F are UTF-8 and announced (SMTPUTF8, RFC 6531), and that parameters have the
+form `keyword["=" value]`, none twice (RFC 5321 4.1.2). Whether an address is a good one is for the
+upstream to say. Nothing is decoded, folded or rewritten: what passes is forwarded octet for octet.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from relay.reply import Reply
+
+__all__ = ["LINE_LIMITS", "CommandError", "Mail", "Rcpt", "is_text", "parse_mail", "parse_rcpt"]
+
+DEFAULT_LINE_LIMIT = 512
+"""Octets of a command line, CRLF included (RFC 5321 4.5.3.1.4)."""
+LINE_LIMITS = {
+    # What the offered extensions add: SIZE 26 (RFC 1870), BODY 17 (RFC 6152), SMTPUTF8 10 (RFC 6531),
+    # RET and ENVID 115, NOTIFY 28 and ORCPT 507 (RFC 3461).
+    b"MAIL": DEFAULT_LINE_LIMIT + 26 + 17 + 10 + 115,
+    b"RCPT": DEFAULT_LINE_LIMIT + 28 + 507,
+}
+
+# Mailbox = quoted strings and other visible octets; a "<", ">" or blank only inside quotes (RFC 5321 4.1.2).
+_PATH = rb'<((?:[^\x00-\x20\x7f"\\<>]|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")*)>'
+_ARGUMENT = re.compile(rb"(FROM|TO): *" + _PATH + rb"((?: +[^ ]+)*) *", re.IGNORECASE)
+_PARAMETER = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20\x7f]+))?")
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+# C1 controls, line and paragraph separators: valid UTF-8 that terminals and logs would obey.
+_CONTROL_UTF8 = re.compile("[\x80-\x9f\u2028\u2029]")
+
+_BAD_UTF8 = Reply.own(501, "5.2", "The address is not valid UTF-8 text")
+_NEEDS_SMTPUTF8 = Reply.own(553, "6.7", "An address beyond ASCII needs SMTPUTF8 on MAIL (RFC 6531)")
+
+
+class CommandError(Exception):
+    """The command line is not acceptable; `reply` says why."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """MAIL: the reverse-path as given (empty for the null one), and what the relay needs to know of it."""
+
+    reverse_path: bytes
+    size: int | None
+    smtputf8: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rcpt:
+    """RCPT: the forward-path as given."""
+
+    forward_path: bytes
+
+
+def parse_mail(argument: bytes) -> Mail:
+    """Parse what follows "MAIL "; raises CommandError."""
+    path, parameters = _parse(argument, b"FROM", "MAIL FROM:<address>")
+    smtputf8 = b"SMTPUTF8" in parameters
+    _check_text(path, smtputf8=smtputf8)
+    size = parameters.get(b"SIZE")
+    if b"SIZE" in parameters and not (size and size.isdigit() and len(size) <= 20):
+        raise CommandError(Reply.own(501, "5.4", "SIZE takes a number of octets (RFC 1870)"))
+    if parameters.get(b"BODY", b"").upper() == b"BINARYMIME":
+        raise CommandError(Reply.own(555, "5.4", "BODY=BINARYMIME is not offered here"))
+    return Mail(path, int(size) if size else None, smtputf8)
+
+
+def parse_rcpt(argument: bytes, *, smtputf8: bool) -> Rcpt:
+    """Parse what follows "RCPT "; raises CommandError."""
+    path, _ = _parse(argument, b"TO", "RCPT TO:<address>")
+    if not path:
+        raise CommandError(Reply.own(501, "1.3", "A recipient's address is missing"))
+    _check_text(path, smtputf8=smtputf8)
+    return Rcpt(path)
+
+
+def is_text(octets: bytes) -> bool:
+    """Whether octets are free of controls: ASCII, or UTF-8 without C1 controls and line separators."""
+    if octets.isascii():
+        return not _CONTROL.search(octets)
+    try:
+        decoded = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return not _CONTROL.search(octets) and not _CONTROL_UTF8.search(decoded)
+
+
+def _parse(argument: bytes, keyword: bytes, usage: str) -> tuple[bytes, dict[bytes, bytes | None]]:
+    match = _ARGUMENT.fullmatch(argument)
+    if match is None or match[1].upper() != keyword:
+        raise CommandError(Reply.own(501, "5.4", f"Syntax: {usage} [parameters]"))
+    if not match[3]:
+        return match[2], {}
+    return match[2], _parameters(match[3])
+
+
+def _parameters(octets: bytes) -> dict[bytes, bytes | None]:
+    parameters: dict[bytes, bytes | None] = {}
+    for item in octets.split():
+        match = _PARAMETER.fullmatch(item)
+        if match is None or not is_text(item):
+            raise CommandError(
+                Reply.own(501, "5.4", "A parameter is not of the form KEYWORD or KEYWORD=value")
+            )
+        keyword = match[1].upper()
+        if keyword in parameters:
+            raise CommandError(Reply.own(501, "5.4", "A parameter is given twice"))
+        parameters[keyword] = match[2]
+    return parameters
+
+
+def _check_text(path: bytes, *, smtputf8: bool) -> None:
+    if path.isascii():
+        return
+    if not is_text(path):
+        raise CommandError(_BAD_UTF8)
+    if not smtputf8:
+        raise CommandError(_NEEDS_SMTPUTF8)

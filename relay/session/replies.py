@@ -1,0 +1,63 @@
+"""Replies in the order of their commands, whatever the order in which they become known (RFC 2920 3.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.reply import Reply
+
+__all__ = ["Replies"]
+
+
+class Replies:
+    """The replies that a session still owes its client, in order."""
+
+    __slots__ = ("_owed", "_write")
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._owed: list[_Owed] = []
+
+    def __len__(self) -> int:
+        return len(self._owed)
+
+    def say(self, reply: Reply) -> None:
+        """Give a reply that is known at once; it still waits for those before it."""
+        if self._owed:
+            self.owe()(reply)
+        else:
+            self._write(reply.wire)
+
+    def owe(self) -> Callable[[Reply], None]:
+        """Keep the place of a reply that is not known yet; call the result with it."""
+        owed = _Owed(self)
+        self._owed.append(owed)
+        return owed
+
+    def flush(self) -> None:
+        """Write what is known from the front on, in one piece."""
+        known = 0
+        for owed in self._owed:
+            if owed.reply is None:
+                break
+            known += 1
+        if known:
+            wire = b"".join(owed.reply.wire for owed in self._owed[:known] if owed.reply is not None)
+            del self._owed[:known]
+            self._write(wire)
+
+
+class _Owed:
+    __slots__ = ("_replies", "reply")
+
+    def __init__(self, replies: Replies) -> None:
+        self._replies = replies
+        self.reply: Reply | None = None
+
+    def __call__(self, reply: Reply) -> None:
+        if self.reply is None:
+            self.reply = reply
+            self._replies.flush()

@@ -1,0 +1,613 @@
+"""One client session, from the greeting to QUIT: commands in, replies out, in order.
+
+Rules: a command is acted on only when whatever it depends on is known; until then it stays in the input, and
+what is in the input is bounded by not reading more. A client that is out of step (input where it must
+wait, something that is not SMTP, line ends that are not CRLF) is out: what it meant as text must never
+run as commands. An error of ours is 451 with the transaction's id; its cause is for the log alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, cast
+
+from aiosmtpd import smtp
+
+from relay import maillog
+from relay.policy import client_address, may_relay
+from relay.records.identity import uuid7
+from relay.reply import Reply
+from relay.session.commands import (
+    DEFAULT_LINE_LIMIT,
+    LINE_LIMITS,
+    CommandError,
+    is_text,
+    parse_mail,
+    parse_rcpt,
+)
+from relay.session.replies import Replies
+from relay.transaction import Sender, Transaction, refused_at_mail
+
+if TYPE_CHECKING:
+    from relay.session.reception import Reception
+
+__all__ = ["Session"]
+
+MAX_LINE = 2048
+"""Octets after which a line without end is no command line, whatever follows."""
+MAX_INPUT = 64 * 1024
+"""Octets of input that may wait before reading stops."""
+MAX_OWED = 100
+"""Replies that may be outstanding before the next command is looked at."""
+ERRORS_SLOW = 10
+"""Errors after which each further one costs the client a wait."""
+ERRORS_END = 20
+"""Errors that end the session."""
+ERROR_WAIT = 0.25
+"""Seconds of that wait."""
+MAX_IDLE_COMMANDS = 100
+"""Commands other than a transaction's in a row; a session is for sending mail."""
+DATA_RATE_GRACE = 30.0
+"""Seconds before the minimum data rate of the content counts."""
+LINGER = 10.0
+"""Seconds that a closing session gets to take its last reply."""
+WRITE_TIMEOUT = 60.0
+"""Seconds after which a client that does not read its replies is cut off."""
+
+OK = Reply.own(250, "0.0", "OK")
+BYE = Reply.own(221, "0.0", "Bye")
+VRFY = Reply.own(252, "5.2", "Cannot VRFY, but the address can be tried with RCPT")
+HELP = Reply.own(214, "0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT (RFC 5321)")
+START = Reply.own(503, "5.1", "Say EHLO or HELO first")
+NESTED = Reply.own(503, "5.1", "A transaction is open: RSET ends it")
+NO_TRANSACTION = Reply.own(503, "5.1", "MAIL comes first")
+NO_RCPT = Reply.own(503, "5.1", "RCPT comes first")
+NO_ARGUMENT = Reply.own(501, "5.4", "This command takes no argument")
+NEEDS_NAME = Reply.own(501, "5.4", "A host name is missing")
+UNKNOWN = Reply.own(500, "5.1", "Command not known here")
+NOT_HERE = Reply.own(502, "5.1", "Command not available here")
+LINE_TOO_LONG = Reply.own(500, "5.2", "The line is too long (RFC 5321 4.5.3.1.4)")
+CONTROLS = Reply.own(500, "5.2", "The line holds control octets or is not text")
+NOT_CRLF = Reply.own(500, "5.2", "Lines end with CR LF (RFC 5321 2.3.8); closing")
+OUT_OF_STEP = Reply.own(554, "5.0", "Out of step: input came before the reply that it depends on; closing")
+NOT_SMTP = Reply.own(554, "5.1", "This is an SMTP port; closing")
+NOT_ALLOWED = Reply.own(550, "7.1", "Relaying is not allowed from this address")
+TOO_LARGE = Reply.own(552, "3.4", "The message is larger than this relay takes")
+TOO_MANY_RECIPIENTS = Reply.own(452, "5.3", "Too many recipients: send the rest in another transaction")
+TOO_MANY_ERRORS = Reply.own(421, "7.0", "Too many errors; closing")
+IDLE_COMMANDS = Reply.own(421, "7.0", "Too many commands without a message; closing")
+TIMEOUT = Reply.own(421, "4.2", "Silent for too long; closing")
+TOO_SLOW = Reply.own(421, "4.2", "The message comes too slowly; closing")
+DRAINING = Reply.own(421, "3.2", "The relay is shutting down; closing")
+
+_HTTP_VERBS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH"))
+
+
+class State(Enum):
+    """What the session does with input."""
+
+    COMMANDS = "commands"
+    AWAITS_354 = "awaits_354"
+    CONTENT = "content"
+    SETTLING = "settling"
+    CLOSED = "closed"
+
+
+class Session(smtp.SMTP):
+    """One client connection.
+
+    The protocol class is aiosmtpd's; the command loop, the parsing, DATA and the replies are ours. Its
+    constructor is not called: it inspects itself anew for each connection, which costs more than a message.
+    """
+
+    def __init__(self, reception: Reception, listener: str) -> None:
+        self.loop = reception.loop
+        self.transport: asyncio.BaseTransport | None = None
+        self._reception = reception
+        self._listener = listener
+        self._state = State.COMMANDS
+        self._replies = Replies(self._write)
+        self._input = b""
+        self._advancing = False
+        self._greeted = False
+        self._smtputf8 = False
+        self._transaction: Transaction | None = None
+        self._errors = 0
+        self._idle_commands = 0
+        self._slowed = False
+        self._last_moved = self.loop.time()
+        self._content_began = 0.0
+        self._reading_paused = False
+        self._flow_paused = False
+        self._write_paused_since: float | None = None
+        self._eof = False
+        self._peer = ""
+        self._may_relay = False
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the client, or turn it away."""
+        self.transport = transport
+        peername = transport.get_extra_info("peername")
+        self._peer = peername[0] if peername else "unix"
+        address = client_address(self._peer)
+        if address is not None:
+            self._peer = str(address)
+        self._may_relay = may_relay(address, self._reception.allow)
+        refusal = self._reception.admit(self, self._peer, self._listener)
+        if refusal is not None:
+            self._write(refusal.wire)
+            self._close()
+        else:
+            self._write(self._reception.greeting.wire)
+
+    def data_received(self, data: bytes) -> None:
+        """Take input: commands or content, as the state says."""
+        if self._state is State.CONTENT and not self._input:
+            self._input = data
+        elif self._state is State.AWAITS_354:
+            self._out_of_step()
+            return
+        elif self._state is not State.CLOSED:
+            self._input += data
+        self._advance()
+
+    def eof_received(self) -> bool:
+        """Take note that the client will send no more; what is under way is still answered."""
+        self._eof = True
+        if self._state is State.CONTENT:
+            self._close()
+        else:
+            self._advance()
+        return not self._over_tls()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Note that the client is gone: an end of data that went up is still settled, all else ends."""
+        del error
+        self._state = State.CLOSED
+        self.transport = None
+        self._input = b""
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.client_gone()
+        self._reception.leave(self, self._peer)
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read its replies."""
+        self._write_paused_since = self.loop.time()
+
+    def resume_writing(self) -> None:
+        """Note that the client reads again."""
+        self._write_paused_since = None
+        self._advance()
+
+    def _over_tls(self) -> bool:
+        return self.transport is not None and self.transport.get_extra_info("sslcontext") is not None
+
+    # Input
+
+    def _advance(self) -> None:
+        """Act on the input as far as can be done now."""
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._input and self._step():
+                pass
+        except Exception as error:  # noqa: BLE001  a client must hear 451, and only the log why
+            self._unforeseen(error)
+        finally:
+            self._advancing = False
+        if self._state is State.COMMANDS and not self._replies and self._transaction is None:
+            if self._eof:
+                self._close()
+            elif self._reception.draining:
+                self._end(DRAINING, "draining")
+        self._regulate()
+
+    def _step(self) -> bool:
+        """Take one command line or block of content; False when nothing can be taken now."""
+        if self._state is State.CONTENT:
+            return self._take_content()
+        if self._state is not State.COMMANDS or self._write_paused_since is not None:
+            return False
+        if self._slowed or len(self._replies) >= MAX_OWED:
+            return False
+        return self._take_commands()
+
+    def _take_commands(self) -> bool:
+        """Take command lines until one must wait; the loop works on offsets, not on copies."""
+        data = self._input
+        start = 0
+        while self._state is State.COMMANDS and not self._slowed and len(self._replies) < MAX_OWED:
+            end = data.find(b"\r\n", start)
+            if end < 0:
+                self._input = data[start:]
+                self._check_unfinished_line()
+                return False
+            if not self._command(data[start:end], more=end + 2 < len(data)):
+                break
+            start = end + 2
+        if self._state is not State.CLOSED:
+            self._input = data[start:]
+        return start > 0
+
+    def _check_unfinished_line(self) -> None:
+        if b"\n" in self._input or b"\r" in self._input[:-1]:
+            self._end(NOT_CRLF, "out_of_step")
+        elif len(self._input) > MAX_LINE:
+            self._end(LINE_TOO_LONG, "out_of_step")
+
+    def _command(self, line: bytes, *, more: bool) -> bool:
+        """Act on one command line; False when it must wait until the replies before it are known."""
+        if b"\n" in line or b"\r" in line:
+            self._end(NOT_CRLF, "out_of_step")
+            return True
+        verb, _, argument = line.partition(b" ")
+        verb = verb.upper()
+        act = _VERBS.get(verb)
+        if act is None:
+            self._not_known(verb)
+            return True
+        if self._replies and self._must_wait(verb):
+            return False
+        self._last_moved = self.loop.time()
+        if self._reception.draining and self._transaction is None:
+            self._end(DRAINING, "draining")
+        elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
+            self._error(LINE_TOO_LONG)
+        elif not is_text(line):
+            self._error(CONTROLS)
+        elif verb == b"DATA":
+            self._data(argument, more=more)
+        else:
+            act(self, argument)
+        return True
+
+    def _must_wait(self, verb: bytes) -> bool:
+        """Whether the command changes what the replies still owed are about."""
+        return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
+
+    def _not_known(self, verb: bytes) -> None:
+        if verb in _HTTP_VERBS or not (verb.isalpha() and verb.isascii() and len(verb) <= 16):
+            self._end(NOT_SMTP, "out_of_step")
+        else:
+            self._error(UNKNOWN)
+
+    # Commands
+
+    def _ehlo(self, argument: bytes) -> None:
+        if self._hello(argument):
+            self._replies.say(self._reception.ehlo())
+
+    def _helo(self, argument: bytes) -> None:
+        if self._hello(argument):
+            self._replies.say(self._reception.helo)
+
+    def _hello(self, argument: bytes) -> bool:
+        """RFC 5321 4.1.4: a new EHLO ends the open transaction, as RSET does."""
+        if not argument.strip():
+            self._error(NEEDS_NAME)
+            return False
+        self._reset()
+        self._greeted = True
+        return self._not_idle()
+
+    def _mail(self, argument: bytes) -> None:
+        if not self._greeted:
+            self._error(START)
+            return
+        if self._transaction is not None:
+            self._error(NESTED)
+            return
+        try:
+            mail = parse_mail(argument)
+        except CommandError as error:
+            self._error(error.reply)
+            return
+        refusal = self._refusal(mail.size)
+        if refusal is not None:
+            reply, reason = refusal
+            self._reception.metrics.rejected(reason)
+            refused_at_mail(self._reception.services, self._sender(), mail.reverse_path, reply)
+            self._replies.say(reply)
+            return
+        self._idle_commands = 0
+        self._smtputf8 = mail.smtputf8
+        transaction = Transaction(
+            self._reception.services, self._reception.pool, self._sender(), mail.reverse_path
+        )
+        self._transaction = transaction
+        transaction.on_flow = self._on_flow
+        transaction.mail(b"MAIL " + argument + b"\r\n", self._owe())
+
+    def _refusal(self, size: int | None) -> tuple[Reply, str] | None:
+        """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
+        if not self._may_relay:
+            return NOT_ALLOWED, "not_allowed"
+        limit = self._reception.max_message_size
+        if size is not None and limit and size > limit:
+            return TOO_LARGE, "too_large"
+        reason = self._reception.services.recorder.refusal()
+        if reason is not None:
+            return Reply.own(451, "3.0", "The relay cannot keep its records now, try again later"), "records"
+        return None
+
+    def _rcpt(self, argument: bytes) -> None:
+        transaction = self._open_transaction()
+        if transaction is None:
+            self._error(NO_TRANSACTION)
+            return
+        try:
+            rcpt = parse_rcpt(argument, smtputf8=self._smtputf8)
+        except CommandError as error:
+            self._error(error.reply)
+            return
+        if len(transaction.envelope.recipients) >= self._reception.max_recipients:
+            self._reception.metrics.rejected("too_many_recipients")
+            self._replies.say(TOO_MANY_RECIPIENTS)
+            return
+        transaction.rcpt(b"RCPT " + argument + b"\r\n", rcpt.forward_path, self._owe())
+
+    def _data(self, argument: bytes, *, more: bool = False) -> None:
+        transaction = self._open_transaction()
+        if argument:
+            self._error(NO_ARGUMENT)
+        elif transaction is None:
+            self._error(NO_TRANSACTION)
+        elif not transaction.envelope.recipients:
+            self._error(NO_RCPT)
+        else:
+            self._give_data(transaction)
+        # What follows DATA in the same breath is meant as text: it must not run as commands (RFC 2920 3.1).
+        if more and self._state is not State.CLOSED:
+            self._out_of_step()
+
+    def _give_data(self, transaction: Transaction) -> None:
+        self._state = State.AWAITS_354
+        answer = self._owe()
+
+        def answered(reply: Reply) -> None:
+            if self._state is State.AWAITS_354:
+                self._state = State.COMMANDS if transaction.body is None else State.CONTENT
+                self._content_began = self.loop.time()
+            answer(reply)
+
+        transaction.data(answered)
+
+    def _rset(self, argument: bytes) -> None:
+        if argument:
+            self._error(NO_ARGUMENT)
+            return
+        self._reset()
+        if self._not_idle():
+            self._replies.say(OK)
+
+    def _noop(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(OK)
+
+    def _vrfy(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(VRFY)
+
+    def _help(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(HELP)
+
+    def _not_available(self, argument: bytes) -> None:
+        del argument
+        self._error(NOT_HERE)
+
+    def _quit(self, argument: bytes) -> None:
+        del argument
+        self._reset()
+        self._replies.say(BYE)
+        self._close()
+
+    def _sender(self) -> Sender:
+        return Sender(self._peer, self._listener)
+
+    def _open_transaction(self) -> Transaction | None:
+        """The transaction that RCPT and DATA belong to: open, or about to be (MAIL not answered yet)."""
+        transaction = self._transaction
+        return None if transaction is None or transaction.refused else transaction
+
+    def _reset(self) -> None:
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abandon()
+
+    def _not_idle(self) -> bool:
+        """Count a command that brings no message nearer; False when there were too many."""
+        self._idle_commands += 1
+        if self._idle_commands <= MAX_IDLE_COMMANDS:
+            return True
+        self._end(IDLE_COMMANDS, "too_many_errors")
+        return False
+
+    # Content
+
+    def _take_content(self) -> bool:
+        transaction = cast("Transaction", self._transaction)
+        block, self._input = self._input, b""
+        self._last_moved = self.loop.time()
+        rest = transaction.feed(block)
+        body = transaction.body
+        if rest is None:
+            if body is not None and body.hopeless:
+                self._end(TOO_LARGE, "too_large")
+            return False
+        if body is not None and body.fault is not None:
+            self._reception.metrics.rejected(body.fault.value)
+        self._input = rest
+        self._state = State.SETTLING
+        self._flow_paused = False
+        transaction.finish(self._settled)
+        return True
+
+    def _settled(self, reply: Reply) -> None:
+        """Give the verdict to the client; what it sent behind the end of data is next."""
+        self._transaction = None
+        self._state = State.COMMANDS
+        self._replies.say(reply)
+        self._moved()
+
+    def _on_flow(self, pause: bool) -> None:  # noqa: FBT001  a callback of one argument
+        self._flow_paused = pause
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Read on, or not: content waits for the upstream, and waiting input is bounded."""
+        pause = self._flow_paused or len(self._input) > MAX_INPUT
+        if self.transport is None or self._state is State.CLOSED or pause is self._reading_paused:
+            return
+        self._reading_paused = pause
+        transport = cast("asyncio.Transport", self.transport)
+        if pause:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    # Replies
+
+    def _owe(self) -> Callable[[Reply], None]:
+        answer = self._replies.owe()
+
+        def answered(reply: Reply) -> None:
+            answer(reply)
+            self._moved()
+
+        return answered
+
+    def _moved(self) -> None:
+        """A reply has been given: the client's turn begins, and what waited for the reply may go on."""
+        self._last_moved = self.loop.time()
+        transaction = self._transaction
+        if transaction is not None and transaction.refused and transaction.quiet:
+            self._reset()
+        self._advance()
+
+    def _write(self, wire: bytes) -> None:
+        if self.transport is not None:
+            cast("asyncio.Transport", self.transport).write(wire)
+
+    # Errors and ends
+
+    def _error(self, reply: Reply) -> None:
+        """Answer a command that is wrong; errors slow a session, and in the end finish it."""
+        self._errors += 1
+        if self._errors >= ERRORS_END:
+            self._end(TOO_MANY_ERRORS, "too_many_errors")
+            return
+        self._replies.say(reply)
+        if self._errors >= ERRORS_SLOW:
+            self._slowed = True
+            self.loop.call_later(ERROR_WAIT, self._resume)
+
+    def _resume(self) -> None:
+        self._slowed = False
+        self._advance()
+
+    def _out_of_step(self) -> None:
+        self._end(OUT_OF_STEP, "out_of_step")
+
+    def _unforeseen(self, error: Exception) -> None:
+        transaction_id = self._transaction.task_id if self._transaction is not None else uuid7()
+        maillog.unforeseen("session", str(transaction_id), error)
+        self._end(Reply.own(451, "3.0", f"Internal error, reported as {transaction_id}; closing"), "internal")
+
+    def _end(self, reply: Reply, reason: str) -> None:
+        """Finish the session from our side; replies that were still owed are not given."""
+        if self._state is State.CLOSED:
+            return
+        self._reception.metrics.rejected(reason)
+        maillog.session_refused(self._peer, self._listener, reason)
+        self._write(reply.wire)
+        self._close()
+
+    def _close(self) -> None:
+        """Close after what has been written; the transaction goes on only if its end of data went up."""
+        if self._state is State.CLOSED:
+            return
+        self._state = State.CLOSED
+        self._input = b""
+        self._last_moved = self.loop.time()
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.client_gone()
+        if self.transport is not None:
+            self.transport.close()
+
+    # Time
+
+    def check(self, now: float, elapsed: float) -> None:
+        """Look at the session's waits (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
+        if self._state is State.CLOSED:
+            if now - self._last_moved > LINGER:
+                self.cut()
+        elif self._write_paused_since is not None and now - self._write_paused_since > WRITE_TIMEOUT:
+            self._reception.metrics.rejected("timeout")
+            self.cut()
+        elif self._state is State.CONTENT:
+            self._check_content(now, elapsed)
+        elif self._state is State.COMMANDS and not self._replies and not self._slowed:
+            self._check_silence(now)
+
+    def _check_content(self, now: float, elapsed: float) -> None:
+        if self._flow_paused:  # it is the upstream that takes its time
+            self._content_began += elapsed
+            self._last_moved = now
+            return
+        transaction = cast("Transaction", self._transaction)
+        took = now - self._content_began
+        received = transaction.body.received if transaction.body is not None else 0
+        if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
+            self._end(TOO_SLOW, "slow")
+        else:
+            self._check_silence(now)
+
+    def _check_silence(self, now: float) -> None:
+        silence = now - self._last_moved
+        if silence > self._reception.idle_timeout:
+            self._end(TIMEOUT, "timeout")
+        elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
+            self._transaction.silent()
+
+    def drain(self) -> None:
+        """Say 421 if nothing is under way; what is under way is finished first."""
+        if self._state is State.COMMANDS and self._transaction is None and not self._replies:
+            self._end(DRAINING, "draining")
+
+    def cut(self) -> None:
+        """Drop the connection; nothing more is said."""
+        if self.transport is not None:
+            cast("asyncio.Transport", self.transport).abort()
+
+
+_VERBS: dict[bytes, Callable[[Session, bytes], None]] = {
+    b"EHLO": Session._ehlo,
+    b"HELO": Session._helo,
+    b"MAIL": Session._mail,
+    b"RCPT": Session._rcpt,
+    b"DATA": Session._data,
+    b"RSET": Session._rset,
+    b"NOOP": Session._noop,
+    b"VRFY": Session._vrfy,
+    b"HELP": Session._help,
+    b"QUIT": Session._quit,
+    b"EXPN": Session._not_available,
+    b"TURN": Session._not_available,
+    b"ETRN": Session._not_available,
+    b"BDAT": Session._not_available,
+    b"AUTH": Session._not_available,
+    b"STARTTLS": Session._not_available,
+}
+_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
+"""Commands that end a transaction: they wait until all of its replies have been given."""

@@ -1,0 +1,574 @@
+"""One mail transaction, from MAIL to its outcome.
+
+A message's way, top to bottom: `mail` takes a connection from the pool and sends MAIL up as the client
+wrote it; `rcpt` and `data` follow, pipelined where the upstream can; every reply goes back as it came. `feed`
+streams the content. At the end of data `_settle` begins: it awaits the upstream's verdict, has the row
+written, answers the client and says once, to metrics and log, what became of the message. Nobody holds a
+handle by which `_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the
+client hears.
+
+Rules: only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
+the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is the only place
+where an outcome is counted and logged, once for each transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from relay import maillog
+from relay.body import Body, Fault
+from relay.envelope import Envelope, Recipient, text
+from relay.outcome import Outcome
+from relay.records.identity import uuid7
+from relay.records.model import Record
+from relay.reply import Reply
+from relay.upstream.connection import Connection, Failure
+from relay.upstream.pool import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.classify import Classification, Classifier
+    from relay.metrics import Metrics
+    from relay.records.model import Json
+    from relay.records.recorder import Recorder
+    from relay.upstream.pool import Pool
+
+__all__ = ["MAX_RECEIVED", "Sender", "Services", "Transaction", "refused_at_mail"]
+
+MAX_RECEIVED = 50
+"""Received fields that a message may carry before it is taken to be in a loop (RFC 5321 6.3)."""
+
+LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
+IN_DOUBT = Reply.own(451, "4.2", "No answer from the upstream server: the message may have been sent")
+SILENT = Reply.own(451, "4.2", "Silent for too long: the upstream connection was given up, try again")
+NO_RECIPIENTS = Reply.own(554, "5.1", "No valid recipients")
+NO_MAIL = Reply.own(503, "5.1", "MAIL was not accepted")
+FAULTS = {
+    Fault.TOO_LARGE: Reply.own(552, "3.4", "The message is larger than this relay or its upstream takes"),
+    Fault.STRAY_NEWLINE: Reply.own(550, "5.2", "The message holds a bare CR or LF (RFC 5321 2.3.8)"),
+    Fault.NUL: Reply.own(550, "6.0", "The message holds a NUL octet (RFC 5321 4.1.1.4)"),
+}
+LOOP = Reply.own(554, "4.6", f"Mail loop: more than {MAX_RECEIVED} Received fields")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What transactions are given to work with."""
+
+    recorder: Recorder
+    classifier: Classifier
+    metrics: Metrics
+    normalize: bool
+    max_message_size: int
+    settling: set[Transaction]
+    """Transactions between their end of data and their outcome; a shutdown waits for them."""
+    running: set[asyncio.Task[None]]
+    """Keeps the tasks of transactions alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sends: the client's name in the record (its address), and the listener it came by."""
+
+    client: str
+    listener: str
+
+
+@dataclass(slots=True)
+class _Command:
+    verb: str
+    line: bytes
+    answer: Callable[[Reply], None]
+    recipient: Recipient | None = None
+
+
+class Transaction:
+    """One mail transaction."""
+
+    def __init__(self, services: Services, pool: Pool, sender: Sender, reverse_path: bytes) -> None:
+        self.task_id = uuid7()
+        self.envelope = Envelope(reverse_path)
+        self.body: Body | None = None
+        """The content; set once the upstream has said 354."""
+        self.settling = False
+        self.concluded = False
+        self.on_flow: Callable[[bool], None] = _ignore
+        """Called with True when the client must stop sending content, with False when it may go on."""
+        self._services = services
+        self._pool = pool
+        self._sender = sender
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._connection: Connection | None = None
+        self._leasing: asyncio.Task[None] | None = None
+        self._queued: deque[_Command] = deque()
+        self._sent: deque[_Command] = deque()
+        self._mail_reply: Reply | None = None
+        self._data_reply: Reply | None = None
+        self._broken: Reply | None = None
+        self._broken_as = Outcome.UNAVAILABLE
+        self._last_content = b""
+        self._waited = 0.0
+        self._classification: Classification | None = None
+        self._answer_verdict: Callable[[Reply], None] = _ignore
+        self._client_heard: Reply | None = None
+        self._client_gone = False
+        self._verdict_due = 0.0
+
+    # Commands, as the client gives them
+
+    def mail(self, line: bytes, answer: Callable[[Reply], None]) -> None:
+        """Begin: lease a connection and send MAIL; `answer` gets the upstream's reply."""
+        self._queued.append(_Command("mail", line, answer))
+        self._lease()
+
+    def rcpt(self, line: bytes, path: bytes, answer: Callable[[Reply], None]) -> None:
+        """Send RCPT; `answer` gets the upstream's reply to this recipient."""
+        recipient = Recipient(path)
+        self.envelope.recipients.append(recipient)
+        self._give(_Command("rcpt", line, answer, recipient))
+
+    def data(self, answer: Callable[[Reply], None]) -> None:
+        """Send DATA; after a 354 `body` is set and content may be fed."""
+        self._give(_Command("data", b"DATA\r\n", answer))
+
+    def _give(self, command: _Command) -> None:
+        if self._broken is not None:
+            if command.recipient is not None:
+                command.recipient.reply = self._broken
+            command.answer(self._broken)
+            return
+        self._queued.append(command)
+        self._pump()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether every command has had its reply."""
+        return not self._sent and not self._queued
+
+    @property
+    def refused(self) -> bool:
+        """Whether MAIL was answered with anything but acceptance: there is no transaction to go on with."""
+        return self._mail_reply is not None and not self._mail_reply.positive
+
+    # The lease
+
+    def _lease(self, *, fresh: bool = False) -> None:
+        connection = None if fresh else self._pool.take()
+        if connection is not None:
+            self._leased(connection)
+            return
+        self._leasing = self._loop.create_task(self._await_lease(fresh=fresh))
+        self._services.running.add(self._leasing)
+        self._leasing.add_done_callback(self._services.running.discard)
+
+    async def _await_lease(self, *, fresh: bool) -> None:
+        try:
+            connection = await self._pool.acquire(fresh=fresh)
+        except UnavailableError as error:
+            self._break(error.reply, Outcome.UNAVAILABLE)
+        else:
+            self._leased(connection)
+
+    def _leased(self, connection: Connection) -> None:
+        self._waited = self._loop.time() - self._began
+        self._pool.metrics.waited(self._waited)
+        self._connection = connection
+        connection.lessee = self
+        connection.transactions += 1
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
+        connection = self._connection
+        while connection is not None and self._queued and (connection.pipelining or not self._sent):
+            command = self._queued.popleft()
+            self._sent.append(command)
+            connection.send(command.line, command.verb, self._answered)
+
+    # Replies, as the upstream gives them
+
+    def _answered(self, reply: Reply) -> None:
+        if reply.code == 421:
+            # RFC 5321 3.8: the upstream closes. Our own session with the client goes on, so it hears 451.
+            self._cut("upstream said 421")
+            self._go_on_without(reply.recoded(451))
+            return
+        command = self._sent.popleft()
+        if command.verb == "mail":
+            self._mail_answered(reply)
+        elif command.recipient is not None:
+            command.recipient.reply = reply
+        elif command.verb == "data":
+            reply = self._data_answered(reply)
+        command.answer(reply)
+        self._pump()
+
+    def _mail_answered(self, reply: Reply) -> None:
+        self._mail_reply = reply
+        if not reply.positive:
+            # What a pipelining upstream has already been sent it answers itself; the rest is not sent.
+            while self._queued:
+                self._queued.popleft().answer(NO_MAIL)
+
+    def _data_answered(self, reply: Reply) -> Reply:
+        """Return what the client hears to DATA."""
+        self._data_reply = reply
+        if reply.code >= 400:
+            return reply
+        if self.envelope.accepted and not self.refused:
+            self.body = Body(max_size=self._max_size(), normalize=self._services.normalize)
+            return reply
+        # 354 although no recipient was accepted: a lone dot ends it, and nothing is sent to anybody
+        # (RFC 2920 3.1). The connection is not trusted with another message.
+        self._broken, self._broken_as = NO_RECIPIENTS, self._outcome_without_data()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.lessee = None
+            connection.send(b".\r\n", "end_of_data", lambda _: connection.quit())
+        return NO_RECIPIENTS
+
+    def _max_size(self) -> int:
+        """The smaller of the relay's and the upstream's limit, in octets; 0: none."""
+        upstream = self._connection.capabilities.size if self._connection is not None else None
+        return min((size for size in (self._services.max_message_size, upstream) if size), default=0)
+
+    # Failures before the end of data
+
+    def connection_failed(self, failure: Failure) -> None:
+        """The upstream connection is gone (called by the connection)."""
+        if self.settling:
+            self._connection = None
+            self._verdict_failed(failure)
+        else:
+            self._go_on_without(LOST if failure.reply is None else failure.reply.recoded(451))
+
+    def _go_on_without(self, reply: Reply) -> None:
+        """The connection is no more: replace it unseen where that is safe, else answer `reply`."""
+        connection, self._connection = self._connection, None
+        if self._mail_reply is None and connection is not None and connection.reused:
+            self._replace()
+        else:
+            self._break(reply, Outcome.UNAVAILABLE)
+
+    def _replace(self) -> None:
+        """Begin again on a new connection: an idle one was found dead before it had accepted MAIL."""
+        self._queued.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self._lease(fresh=True)
+
+    def _break(self, reply: Reply, outcome: Outcome) -> None:
+        """Answer everything that waits, and whatever still comes, with `reply`: there is no connection."""
+        self._broken, self._broken_as = reply, outcome
+        waiting = [*self._sent, *self._queued]
+        self._sent.clear()
+        self._queued.clear()
+        for command in waiting:
+            if command.verb == "mail":
+                self._mail_reply = reply
+            elif command.recipient is not None:
+                command.recipient.reply = reply
+            command.answer(reply)
+        self.on_flow(False)
+
+    def _cut(self, reason: str) -> None:
+        if self._connection is not None:
+            self._connection.lessee = None
+            self._connection.abort(reason)
+
+    # Content
+
+    def feed(self, block: bytes) -> bytes | None:
+        """Carry a block of content; return the octets behind the end of data, or None before it.
+
+        After the end of data the caller must call `finish`.
+        """
+        assert self.body is not None
+        content = self.body.feed(block)
+        if self.body.header_complete and self._classification is None:
+            self._classify()
+        if self.body.fault is not None and self._broken is None:
+            self._refuse(FAULTS[self.body.fault])
+        if self.body.ended:
+            self._last_content = content
+            return self.body.rest
+        if content and self._connection is not None:
+            self._connection.write(content)
+        return None
+
+    def _classify(self) -> None:
+        assert self.body is not None
+        self._classification = self._services.classifier.classify(
+            self.body.header, self.envelope.reverse_path, [each.path for each in self.envelope.accepted]
+        )
+        if self._classification.received > MAX_RECEIVED:
+            self._refuse(LOOP)
+
+    def _refuse(self, reply: Reply) -> None:
+        """Give the message up by the relay's own rule: its content is cut off, the client hears at the end."""
+        self._cut("content refused")
+        self._connection = None
+        self._broken, self._broken_as = reply, Outcome.REFUSED
+        self.on_flow(False)
+
+    def pause_content(self) -> None:
+        """The upstream is slower than the client (called by the connection)."""
+        self.on_flow(True)
+
+    def resume_content(self) -> None:
+        """The upstream can take more (called by the connection)."""
+        self.on_flow(False)
+
+    # From the end of data to the outcome
+
+    def finish(self, answer: Callable[[Reply], None]) -> None:
+        """The end of data has come from the client: send it up, and settle; `answer` gets the verdict."""
+        assert self.body is not None
+        self._answer_verdict = answer
+        connection = self._connection
+        if self._broken is not None or connection is None:
+            reply = self._broken or LOST
+            self._tell(reply)
+            self._conclude(self._broken_as, reply)
+            return
+        self.settling = True
+        self._services.settling.add(self)
+        self._verdict: asyncio.Future[Reply | Failure] = self._loop.create_future()
+        self._verdict_due = self._loop.time() + self._pool.end_of_data_timeout
+        connection.expect("end_of_data", self._verdict.set_result)
+        connection.write(self._last_content, b".\r\n")
+        settled = self._loop.create_task(self._settle(connection))
+        self._services.running.add(settled)
+        settled.add_done_callback(self._services.running.discard)
+
+    async def _settle(self, connection: Connection) -> None:
+        """Await the verdict, record an acceptance, answer the client, and say what became of it."""
+        verdict_began = self._loop.time()
+        verdict = await self._verdict
+        upstream_s = self._loop.time() - verdict_began
+        if isinstance(verdict, Failure):
+            self._tell(IN_DOUBT)
+            self._conclude(Outcome.IN_DOUBT, None, cause=verdict.reason, upstream_s=upstream_s)
+            return
+        self._connection = None
+        self._pool.release(connection, reset=False)
+        if not verdict.positive:
+            self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
+            self._conclude(_outcome(verdict), verdict, upstream_s=upstream_s)
+            return
+        commit_began = self._loop.time()
+        try:
+            await self._services.recorder.record(self._record(verdict))
+        except Exception as error:  # noqa: BLE001  accepted means accepted: no failure here may say otherwise
+            self._services.metrics.record_error()
+            maillog.unforeseen("record", str(self.task_id), error)
+        commit_s = self._loop.time() - commit_began
+        self._tell(verdict)
+        self._conclude(Outcome.ACCEPTED, verdict, upstream_s=upstream_s, commit_s=commit_s)
+
+    def _record(self, verdict: Reply) -> Record:
+        assert self.body is not None
+        assert self._classification is not None
+        found = self._classification
+        data: dict[str, Json] = {}
+        if found.headers:
+            data["headers"] = found.headers
+        if found.tags:
+            data["tags"] = list(found.tags)
+        if self.envelope.refused:
+            data["refused"] = [
+                {"recipient": text(each.path), "reply": str(each.reply)} for each in self.envelope.refused
+            ]
+        if self._client_heard is not None:
+            data["client_reply"] = str(self._client_heard)
+        elif self._client_gone:
+            data["client_reply"] = None
+        return Record(
+            task_id=self.task_id,
+            client_task_id=found.client_task_id,
+            task_type=found.task_type,
+            sender=text(self.envelope.reverse_path),
+            client=self._sender.client,
+            sent_at=datetime.now(UTC),
+            upstream=self._pool.name,
+            upstream_reply=str(verdict),
+            message_id=found.message_id,
+            size=self.body.size,
+            duration_ms=round((self._loop.time() - self._began) * 1000),
+            recipients=tuple(text(each.path) for each in self.envelope.accepted),
+            data=data,
+        )
+
+    def _verdict_failed(self, failure: Failure) -> None:
+        if not self._verdict.done():
+            self._verdict.set_result(failure)
+
+    def check(self, now: float) -> None:
+        """Tell the client 451 if the verdict is overdue; it is still awaited, and recorded when it comes."""
+        if self.settling and now > self._verdict_due and self._client_heard is None:
+            self._tell(IN_DOUBT)
+
+    def give_up(self) -> None:
+        """Stop awaiting the verdict: the relay ends. The message is in doubt."""
+        if self.settling:
+            self._verdict_failed(Failure("the relay stopped before the upstream answered"))
+            self._cut("the relay stops")
+
+    def _tell(self, reply: Reply) -> None:
+        """Answer the client, once; a later verdict than the one it was told goes to the record alone."""
+        if self._client_heard is None and not self._client_gone:
+            self._client_heard = reply
+            self._answer_verdict(reply)
+
+    # Other ends
+
+    def client_gone(self) -> None:
+        """The client has disconnected."""
+        self._client_gone = True
+        if not self.settling:
+            self.abandon()
+
+    def silent(self) -> None:
+        """The client has been silent for too long in the middle: give the connection to those who move."""
+        if self._connection is not None:
+            self._drop_lease()
+            self._break(SILENT, Outcome.ABORTED)
+
+    def abandon(self) -> None:
+        """End without an end of data: RSET, QUIT, a new EHLO, or the client has gone."""
+        if self.concluded or self.settling:
+            return
+        self._drop_lease()
+        self._conclude(self._outcome_without_data(), self._last_reply())
+
+    def _drop_lease(self) -> None:
+        """Give the connection back, or cut it where something is unfinished on it."""
+        if self._leasing is not None:
+            self._leasing.cancel()
+            self._leasing = None
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        connection.lessee = None
+        if self.body is not None or self._sent:
+            connection.abort("transaction unfinished")
+        else:
+            self._pool.release(connection, reset=not self.refused)
+
+    def _last_reply(self) -> Reply | None:
+        refused = self.envelope.refused
+        return self._broken or self._data_reply or (refused[-1].reply if refused else self._mail_reply)
+
+    def _outcome_without_data(self) -> Outcome:
+        """Why it ended before the end of data: the first negative reply that decided it, or the client."""
+        if self._broken is not None:
+            return self._broken_as
+        if self._mail_reply is not None and not self._mail_reply.positive:
+            return _outcome(self._mail_reply)
+        if self._data_reply is not None and self._data_reply.code >= 400:
+            return _outcome(self._data_reply)
+        refused = self.envelope.refused
+        if refused and len(refused) == len(self.envelope.recipients):
+            transient = any(each.reply is not None and each.reply.transient for each in refused)
+            return Outcome.DEFERRED if transient else Outcome.REJECTED
+        return Outcome.ABORTED
+
+    # The one place where the outcome is said
+
+    def _conclude(
+        self,
+        outcome: Outcome,
+        reply: Reply | None,
+        *,
+        cause: str | None = None,
+        upstream_s: float = 0.0,
+        commit_s: float = 0.0,
+    ) -> None:
+        if self.concluded:
+            return
+        self.concluded = True
+        self.settling = False
+        self._services.settling.discard(self)
+        total_s = self._loop.time() - self._began
+        recipients = Counter(self._recipient_outcome(each, outcome) for each in self.envelope.recipients)
+        metrics = self._services.metrics
+        label = "none" if outcome is Outcome.REFUSED else self._pool.name
+        metrics.upstreams[label].transaction(outcome, total_s, recipients)
+        size = self.body.size if self.body is not None else 0
+        if self.body is not None:
+            metrics.message_in(self.body.received)
+        if outcome is Outcome.ACCEPTED:
+            metrics.message_out(size)
+            metrics.message_size(size)
+        found = self._classification
+        maillog.transaction(
+            outcome,
+            task_id=str(self.task_id),
+            client=self._sender.client,
+            listener=self._sender.listener,
+            sender=self.envelope.reverse_path,
+            recipients=[each.path for each in self.envelope.recipients if not _negative(each)],
+            refused=[(each.path, str(each.reply)) for each in self.envelope.refused],
+            task_type=found.task_type if found is not None else None,
+            message_id=found.message_id if found is not None else None,
+            size=size,
+            upstream=self._pool.name,
+            reply=str(reply) if reply is not None else cause,
+            client_reply=str(self._client_heard) if self._client_heard is not None else None,
+            client_gone=self._client_gone,
+            wait_s=self._waited,
+            upstream_s=upstream_s,
+            commit_s=commit_s,
+            total_s=total_s,
+        )
+
+    @staticmethod
+    def _recipient_outcome(recipient: Recipient, outcome: Outcome) -> Outcome:
+        """A recipient shares the message's outcome, unless the upstream refused it on its own."""
+        if recipient.reply is None or recipient.reply.positive or outcome is Outcome.UNAVAILABLE:
+            return outcome
+        return _outcome(recipient.reply)
+
+
+def refused_at_mail(services: Services, sender: Sender, reverse_path: bytes, reply: Reply) -> None:
+    """Count and log a transaction that the relay's own policy refused at MAIL."""
+    services.metrics.upstreams["none"].transaction(Outcome.REFUSED, 0.0, {})
+    maillog.transaction(
+        Outcome.REFUSED,
+        task_id=None,
+        client=sender.client,
+        listener=sender.listener,
+        sender=reverse_path,
+        recipients=(),
+        refused=(),
+        task_type=None,
+        message_id=None,
+        size=0,
+        upstream=None,
+        reply=None,
+        client_reply=str(reply),
+        client_gone=False,
+        wait_s=0.0,
+        upstream_s=0.0,
+        commit_s=0.0,
+        total_s=0.0,
+    )
+
+
+def _outcome(reply: Reply) -> Outcome:
+    """What a definite negative reply of the upstream makes of the message."""
+    return Outcome.DEFERRED if reply.transient else Outcome.REJECTED
+
+
+def _negative(recipient: Recipient) -> bool:
+    return recipient.reply is not None and not recipient.reply.positive
+
+
+def _ignore(_: object) -> None:
+    """Take no notice."""
