@@ -1,0 +1,460 @@
+"""The mail log: one function for each event of the relay, plain values in, one line out.
+
+Rules: a line is always exactly one line of printable characters, whatever clients, upstreams and errors put
+into the values; octets that are no UTF-8 and characters that do not print come out as backslash escapes, in
+JSON and on the console alike. Values are bounded. Secrets do not get in: passwords are cut out of URLs, and
+settings that are secret by their name are hidden. Logging never raises: a log that cannot be written must
+not turn accepted mail into an error. The libraries that write clients' octets raw are silenced, the others
+come out here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Mapping, MutableMapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, BinaryIO, Final
+from uuid import UUID
+
+import orjson
+import structlog
+
+from relay.outcome import Outcome
+from relay.records.model import Record
+
+__all__ = [
+    "configure",
+    "draining",
+    "expiry_done",
+    "expiry_failed",
+    "listening",
+    "retention_changed",
+    "retention_shortened",
+    "row_lost",
+    "row_rejected",
+    "row_spooled",
+    "session_error",
+    "session_refused",
+    "settings",
+    "started",
+    "stopped",
+    "store_back",
+    "store_unavailable",
+    "transaction",
+    "unforeseen",
+    "upstream_connected",
+    "upstream_failed",
+    "upstream_retired",
+    "warning",
+]
+
+Wire = str | bytes
+"""Text as it came: it may hold any octet or character."""
+
+MAX_TEXT: Final = 1024
+"""Characters of one value in a line."""
+MAX_TRACEBACK: Final = 8192
+"""Characters of one traceback; its end says most, so that is what stays."""
+MAX_ITEMS: Final = 20
+"""Members of one list in a line; recipients have their count beside it."""
+
+# Silenced with their children: aiosmtpd ("mail.log") writes client octets raw and, after a refused AUTH,
+# the credentials that follow; aiosmtplib the same for its upstream's.
+_SILENCED: Final = ("mail", "aiosmtplib")
+
+_LEVEL_OF: Final = {
+    Outcome.ACCEPTED: "info",
+    Outcome.REJECTED: "info",
+    Outcome.DEFERRED: "info",
+    Outcome.REFUSED: "info",
+    Outcome.ABORTED: "info",
+    Outcome.UNAVAILABLE: "warning",
+    Outcome.IN_DOUBT: "error",
+}
+
+_SECRET_KEY: Final = re.compile(r"(?:\A|_)(?:password|secret|token|api_key)\Z", re.IGNORECASE)
+_URL_PASSWORD: Final = re.compile(r"(?<=://)([^\s/@:]{0,256}):\S{0,256}@")
+_HIDDEN: Final = "(hidden)"
+
+
+# ---------------------------------------------------------------------------------------------- life
+
+
+def started(
+    version: str, listeners: Sequence[str], upstreams: Sequence[str], store: str, http: str | None
+) -> None:
+    """The relay runs: its addresses, its upstreams by name and address, the store's URL."""
+    _current.log.info(
+        "started", version=version, listeners=listeners, upstreams=upstreams, store=store, http=http
+    )
+
+
+def listening(address: str) -> None:
+    """One listener (or the HTTP side) is bound to `address`."""
+    _current.log.info("listening", address=address)
+
+
+def draining(sessions: int, timeout_s: float) -> None:
+    """No new sessions; those that are open have `timeout_s` seconds to finish."""
+    _current.log.info("draining", sessions=sessions, timeout_s=timeout_s)
+
+
+def stopped() -> None:
+    """The relay has ended in order."""
+    _current.log.info("stopped")
+
+
+def settings(effective: Mapping[str, Any]) -> None:
+    """The settings in force, secrets hidden."""
+    _current.log.info(
+        "settings", **{section: _without_secrets(value) for section, value in effective.items()}
+    )
+
+
+def warning(text: str) -> None:
+    """Something that the operator should know and that has no event of its own."""
+    _current.log.warning("warning", text=text)
+
+
+def unforeseen(where: str, task_id: UUID | str | None, error: BaseException) -> None:
+    """An error that nobody foresaw, with its traceback; `where` names the step that it ended."""
+    _current.log.error(
+        "unforeseen", where=where, task_id=task_id, error=_error(error), traceback=_traceback(error)
+    )
+
+
+# ---------------------------------------------------------------------------------- sessions and mail
+
+
+def session_refused(peer: str, listener: str, reason: str) -> None:
+    """A client was turned away before its first command."""
+    _current.log.info("session refused", peer=peer, listener=listener, reason=reason)
+
+
+def session_error(peer: str, text: Wire) -> None:
+    """A client broke the protocol, or its connection broke."""
+    _current.log.info("session error", peer=peer, text=text)
+
+
+def transaction(
+    outcome: Outcome,
+    *,
+    task_id: UUID | str,
+    client: str,
+    listener: str,
+    sender: Wire,
+    recipients: Sequence[Wire],
+    refused: Sequence[tuple[Wire, Wire]],
+    task_type: str | None,
+    message_id: Wire | None,
+    size: int,
+    upstream: str | None,
+    reply: Wire | None,
+    client_reply: Wire | None,
+    wait_s: float | None,
+    upstream_s: float | None,
+    commit_s: float | None,
+    total_s: float,
+    client_gone: bool,
+) -> None:
+    """The one line of a message.
+
+    `recipients` are those that the upstream accepted, `refused` the others, each with its reply; `reply` is
+    the upstream's last word, `client_reply` what the client was told. Times in seconds: waiting for a
+    connection, from the end of data to the upstream's reply, making the row durable, and from MAIL to the
+    end. None is left out.
+    """
+    refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
+    getattr(_current.log, _LEVEL_OF[outcome])(
+        "message",
+        outcome=outcome.value,
+        task_id=task_id,
+        client=client,
+        listener=listener,
+        sender=sender,
+        recipients=recipients[:MAX_ITEMS],
+        recipient_count=len(recipients),
+        refused=refusals or None,
+        refused_count=len(refused) or None,
+        task_type=task_type,
+        message_id=message_id,
+        size=size,
+        upstream=upstream,
+        reply=reply,
+        client_reply=client_reply,
+        wait_s=_microseconds(wait_s),
+        upstream_s=_microseconds(upstream_s),
+        commit_s=_microseconds(commit_s),
+        total_s=_microseconds(total_s),
+        client_gone=client_gone or None,
+    )
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    """Return seconds without the digits that no clock here can mean."""
+    return None if seconds is None else round(seconds, 6)
+
+
+# ------------------------------------------------------------------------------------------ upstreams
+
+
+def upstream_connected(name: str, address: str, reason: Wire) -> None:
+    """A connection to an upstream is ready; `reason` says what it took (TLS version, identity)."""
+    _current.log.debug("upstream connected", upstream=name, address=address, reason=reason)
+
+
+def upstream_failed(name: str, address: str, reason: Wire) -> None:
+    """An upstream could not be connected to."""
+    _current.log.warning("upstream failed", upstream=name, address=address, reason=reason)
+
+
+def upstream_retired(name: str, address: str, reason: Wire) -> None:
+    """A connection to an upstream was closed instead of kept."""
+    _current.log.debug("upstream retired", upstream=name, address=address, reason=reason)
+
+
+# -------------------------------------------------------------------------------------------- records
+
+
+def store_unavailable(reason: str) -> None:
+    """The store takes no rows; they go to the spool."""
+    _current.log.error("store unavailable", reason=reason)
+
+
+def store_back(rows: int) -> None:
+    """The store takes rows again and has taken `rows` from the spool."""
+    _current.log.info("store back", rows=rows)
+
+
+def row_spooled(task_id: UUID | str, reason: str) -> None:
+    """An accepted message's row went to the spool."""
+    _current.log.warning("row spooled", task_id=task_id, reason=reason)
+
+
+def row_lost(record: Record, reason: str) -> None:
+    """Neither the store nor the spool could keep this row: it is here, whole, and nowhere else."""
+    _current.log.error("row lost", task_id=record.task_id, reason=reason, row=_row(record))
+
+
+def row_rejected(record: Record, reason: str) -> None:
+    """The store will never take this row; it is here, whole."""
+    _current.log.error("row rejected", task_id=record.task_id, reason=reason, row=_row(record))
+
+
+def expiry_done(rows: int, seconds: float) -> None:
+    """An expiry run has deleted `rows`."""
+    _current.log.info("expiry done", rows=rows, seconds=round(seconds, 3))
+
+
+def expiry_failed(reason: str) -> None:
+    """An expiry run failed; the next one comes at its time."""
+    _current.log.error("expiry failed", reason=reason)
+
+
+def retention_changed(rows: int) -> None:
+    """The retention settings changed; `rows` rows follow them now."""
+    _current.log.info("retention changed", rows=rows)
+
+
+def retention_shortened(rows: int) -> None:
+    """The retention settings became shorter: the next expiry run will delete `rows` rows for it."""
+    _current.log.warning("retention shortened", rows=rows)
+
+
+# ------------------------------------------------------------------------------------------- the line
+
+
+class _Output:
+    """Writes whole lines to a binary stream, standard output when None, and never raises.
+
+    Lines that could not be written are counted, and a line tells their number once lines can be.
+    """
+
+    def __init__(self, stream: BinaryIO | None) -> None:
+        self._stream = stream
+        self._lost = 0
+
+    def line(self, line: bytes) -> None:
+        stream = self._stream or sys.stdout.buffer
+        try:
+            stream.write(line + b"\n")
+            stream.flush()
+        except (OSError, ValueError):  # a broken pipe, a full disk; ValueError: the stream is closed
+            self._lost += 1
+            return
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            _current.log.error("log lines lost", lines=lost)
+
+    debug = info = warning = error = critical = line
+
+
+def _cleaned(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Give a line its time and level, first, and every value its printable form."""
+    line: dict[str, Any] = {"time": datetime.now(UTC), "level": level, "event": fields.pop("event")}
+    for key, value in fields.items():
+        kind = value.__class__
+        if kind is str:
+            plain = value.isprintable() and len(value) <= MAX_TEXT and "://" not in value
+            line[key] = value if plain else _printable(value)
+        elif kind is int or kind is float or kind is bool:
+            line[key] = value
+        elif value is not None:
+            line[key] = _plain(value)
+    return line
+
+
+def _json(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(line, option=orjson.OPT_UTC_Z)
+    except TypeError:  # an integer beyond 64 bits
+        return json.dumps(line, default=_json_text).encode()
+
+
+class _Console:
+    """Lines for people; coloured on a terminal."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._render = structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=0)
+
+    def __call__(self, logger: Any, level: str, line: MutableMapping[str, Any]) -> bytes:
+        line["timestamp"] = line.pop("time").strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return self._render(logger, level, line).encode("utf-8", "backslashreplace")
+
+
+class _Verbatim(str):
+    """Text that is printable already and keeps its length."""
+
+    __slots__ = ()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value made of JSON's types only, its texts printable and bounded, its lists too."""
+    match value:
+        case bytes():
+            return _printable(value.decode("utf-8", "backslashreplace"))
+        case _Verbatim() | None | bool() | int() | float():
+            return value
+        case str():
+            return _printable(value)
+        case list() | tuple():
+            items = [_plain(item) for item in value[:MAX_ITEMS]]
+            return items if len(value) <= MAX_ITEMS else [*items, f"... ({len(value)} in all)"]
+        case Mapping():
+            return {_printable(str(key)): _plain(item) for key, item in value.items()}
+        case _:
+            return _printable(str(value))
+
+
+def _printable(text: str, limit: int = MAX_TEXT) -> str:
+    """Escape what does not print (controls, line separators, bidirectional marks), and bound the length."""
+    if len(text) <= limit and text.isprintable() and "://" not in text:
+        return text
+    cut = text[: 2 * limit]
+    if "://" in cut:  # before the cut, which might fall between a password and its "@"
+        cut = _URL_PASSWORD.sub(r"\1:***@", cut)
+    if not cut.isprintable():
+        cut = "".join(map(_escaped, cut[:limit]))
+    return cut if len(cut) <= limit and len(text) <= limit else f"{cut[:limit]}... ({len(text)} characters)"
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def _error(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _traceback(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error)).strip()
+    return _Verbatim(_printable(text[-MAX_TRACEBACK:], MAX_TRACEBACK))
+
+
+def _row(record: Record) -> str:
+    """Return the whole row as one JSON object in printable ASCII: nothing may be lost here."""
+    # `ensure_ascii` escapes everything that is not ASCII, and every control character but DEL.
+    return _Verbatim(json.dumps(dataclasses.asdict(record), default=_json_text).replace("\x7f", "\\u007f"))
+
+
+def _json_text(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    if value is not None and _SECRET_KEY.search(key):
+        return _HIDDEN
+    if isinstance(value, Mapping):
+        return {name: _without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(item) for item in value]
+    return value
+
+
+# -------------------------------------------------------------------------------------- configuration
+
+
+class _Bridge(logging.Handler):
+    """Brings what libraries say through the standard library's logging into the mail log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit the format
+            text = str(record.msg)
+        error = record.exc_info[1] if record.exc_info else None
+        _current.log.log(
+            record.levelno,
+            "library",
+            logger=record.name,
+            text=text,
+            traceback=None if error is None else _traceback(error),
+        )
+
+
+class _Current:
+    """The logger in use; `configure` replaces it."""
+
+    log: structlog.typing.FilteringBoundLogger
+
+
+_current: Final = _Current()
+
+
+def _bound(render: Any, level: str, stream: BinaryIO | None) -> structlog.typing.FilteringBoundLogger:
+    # Bound once and kept: a line then costs no look-up of structlog's configuration.
+    logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+        _Output(stream),
+        processors=[_cleaned, render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        context_class=dict,
+    ).bind()
+    return logger
+
+
+_current.log = _bound(_json, "info", None)
+
+
+def configure(format: str, level: str, stream: BinaryIO | None = None) -> None:  # noqa: A002
+    """Set how lines look and which are written; may be called again.
+
+    `format` is "json" (one object a line) or "console" (lines for people, coloured on a terminal); `level`
+    one of debug, info, warning, error, critical. `stream` takes the lines' octets, by default standard
+    output. The standard library's logging comes out here too, from warnings up.
+    """
+    render = _json if format == "json" else _Console(colors=(stream or sys.stdout).isatty())
+    _current.log = _bound(render, level, stream)
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    if not any(isinstance(handler, _Bridge) for handler in root.handlers):
+        root.addHandler(_Bridge())
+    for name in _SILENCED:
+        silenced = logging.getLogger(name)
+        silenced.propagate = False
+        silenced.setLevel(logging.CRITICAL + 1)
+        silenced.handlers = [logging.NullHandler()]
