@@ -1,0 +1,53 @@
+"""The identity of a send: UUID version 7 (RFC 9562 section 5.7), so that rows sort by time.
+
+Rules: within one process each identity is greater than the one before, also for equal milliseconds and when
+the clock steps back (RFC 9562 section 6.2, method 2: the previous value plus a random increment).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+__all__ = ["IdentitySource", "uuid7"]
+
+_RANDOM_BITS = 74  # rand_a (12) and rand_b (62), seen as one number
+_START = (1 << (_RANDOM_BITS - 1)) - 1  # a new millisecond starts in the lower half: room to count up
+_STEP = (1 << 32) - 1
+_RAND_B = (1 << 62) - 1
+_VERSION_AND_VARIANT = (7 << 76) | (2 << 62)
+
+
+class IdentitySource:
+    """Makes increasing version 7 UUIDs. `clock` returns nanoseconds since 1970-01-01T00:00Z."""
+
+    __slots__ = ("_clock", "_last", "_lock")
+
+    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+        self._clock = clock
+        self._last = 0
+        self._lock = threading.Lock()
+
+    def next(self) -> UUID:
+        """Return the next identity."""
+        noise = int.from_bytes(os.urandom(10), "big")
+        now = self._clock() // 1_000_000
+        with self._lock:
+            if now > self._last >> _RANDOM_BITS:
+                value = now << _RANDOM_BITS | noise & _START
+            else:
+                value = self._last + 1 + (noise & _STEP)
+            self._last = value
+        milliseconds, rand_a = value >> _RANDOM_BITS, value >> 62 & 0xFFF
+        return UUID(int=milliseconds << 80 | rand_a << 64 | value & _RAND_B | _VERSION_AND_VARIANT)
+
+
+_SOURCE = IdentitySource()
+
+
+def uuid7() -> UUID:
+    """Return a new identity, greater than all that this process made before."""
+    return _SOURCE.next()

@@ -1,0 +1,702 @@
+"""No row is lost and nobody waits for ever, whatever store and spool do."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.records import recorder as recorder_module
+from relay.records.identity import uuid7
+from relay.records.model import Record
+from relay.records.recorder import MAX_BATCH, Recorder
+from relay.records.spool import Spool, decode, encode
+from relay.records.store import RejectedRecordError, StoreError
+
+LONG = 3600.0  # a limit that no test reaches
+SHORT = 0.02  # a limit that the test waits for; being late does not matter
+
+
+def make_record(task_type: str = "mention") -> Record:
+    return Record(
+        task_id=uuid7(),
+        task_type=task_type,
+        sender="a@example.com",
+        client="127.0.0.1",
+        sent_at=datetime(2026, 1, 2, tzinfo=UTC),
+        upstream="primary",
+        upstream_reply="250 2.0.0 Ok",
+        size=1234,
+        duration_ms=56,
+        recipients=("b@example.org",),
+    )
+
+
+class MemoryStore:
+    """Rows by task_id, as the real store keeps them; each write does what `behave` says at that moment."""
+
+    def __init__(self) -> None:
+        self.rows: dict[UUID, Record] = {}
+        self.commits: list[list[UUID]] = []
+        self.calls = 0
+        self.in_flight = 0
+        self.failure: Exception | None = None
+        self.rejected: set[UUID] = set()
+        self.open = asyncio.Event()  # not set: a write hangs, and commits late
+        self.open.set()
+        self.called = asyncio.Event()
+
+    async def write(self, records: Sequence[Record]) -> None:
+        self.calls += 1
+        self.in_flight += 1
+        self.called.set()
+        try:
+            assert self.in_flight == 1, "two writes at once"
+            assert 0 < len(records) <= MAX_BATCH
+            await asyncio.sleep(0)
+            await self.open.wait()
+            if self.failure is not None:
+                raise self.failure
+            if any(record.task_id in self.rejected for record in records):
+                raise RejectedRecordError("value too long")
+            self.commits.append([record.task_id for record in records])
+            self.rows |= {record.task_id: record for record in records}
+        finally:
+            self.in_flight -= 1
+
+
+class Counts:
+    """What the recorder reported."""
+
+    def __init__(self) -> None:
+        self.types: list[str] = []
+        self.batches: list[int] = []
+        self.errors = 0
+        self.pending = 0
+        self.most_pending = 0
+        self.spooled = 0
+
+    def row_recorded(self, task_type: str) -> None:
+        self.types.append(task_type)
+
+    def committed(self, rows: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.batches.append(rows)
+
+    def record_error(self) -> None:
+        self.errors += 1
+
+    def records_pending(self, rows: int) -> None:
+        self.pending = rows
+        self.most_pending = max(self.most_pending, rows)
+
+    def records_spooled(self, rows: int) -> None:
+        self.spooled = rows
+
+
+class Bench:
+    """A recorder with its neighbours."""
+
+    def __init__(
+        self, directory: Path, store: MemoryStore, commit_timeout: float, probe_pause: float
+    ) -> None:
+        self.store = store
+        self.spool = Spool(directory)
+        self.counts = Counts()
+        self.lost: list[Record] = []
+        self.recorder = Recorder(
+            store,
+            self.spool,
+            self.counts,
+            commit_timeout=commit_timeout,
+            log_lost=self.lost.append,
+            probe_pause=probe_pause,
+        )
+
+    def set_aside(self) -> list[UUID]:
+        if not self.spool.rejected_file.exists():
+            return []
+        return [decode(line).task_id for line in self.spool.rejected_file.read_bytes().splitlines()]
+
+
+@asynccontextmanager
+async def bench(
+    directory: Path,
+    store: MemoryStore | None = None,
+    *,
+    commit_timeout: float = LONG,
+    probe_pause: float = 0.001,
+) -> AsyncIterator[Bench]:
+    made = Bench(directory, store or MemoryStore(), commit_timeout, probe_pause)
+    made.recorder.start()
+    try:
+        yield made
+    finally:
+        await made.recorder.close(10)
+        made.spool.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def spooled(directory: Path) -> list[UUID]:
+    """The rows in the segments of a closed spool, in order."""
+    names = sorted(path for path in directory.iterdir() if path.name[0].isdigit())
+    return [decode(line).task_id for name in names for line in name.read_bytes().splitlines()]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# ---- group commit
+
+
+async def test_a_row_alone_is_committed_at_once(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        row = make_record()
+        await it.recorder.record(row)
+
+        assert it.store.rows == {row.task_id: row}
+        assert it.counts.types == ["mention"]
+        assert it.counts.batches == [1]
+        assert it.counts.pending == 0
+        assert it.recorder.refusal() is None
+    assert it.spool.rows == 0
+
+
+async def test_while_one_commit_is_in_flight_the_next_batch_collects(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        rows = [make_record() for _ in range(10)]
+        first = asyncio.create_task(it.recorder.record(rows[0]))
+        await it.store.called.wait()
+        others = [asyncio.create_task(it.recorder.record(row)) for row in rows[1:]]
+        await asyncio.sleep(0)
+        assert not first.done()
+        it.store.open.set()
+        await asyncio.gather(first, *others)
+
+        assert it.store.commits == [[rows[0].task_id], [row.task_id for row in rows[1:]]]
+        assert it.counts.batches == [1, 9]
+
+
+async def test_batches_are_bounded_and_in_order(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        rows = [make_record() for _ in range(2 * MAX_BATCH + 1)]
+        await asyncio.gather(*(it.recorder.record(row) for row in rows))
+
+        assert [len(commit) for commit in it.store.commits] == [MAX_BATCH, MAX_BATCH, 1]
+        assert [task_id for commit in it.store.commits for task_id in commit] == [row.task_id for row in rows]
+        assert it.counts.most_pending == len(rows)
+        assert it.counts.pending == 0
+
+
+async def test_nobody_is_released_before_the_commit(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        waiting = asyncio.create_task(it.recorder.record(make_record()))
+        await it.store.called.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+        assert not waiting.done()
+        it.store.open.set()
+        await waiting
+
+
+async def test_a_cancelled_caller_leaves_its_row(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        rows = [make_record() for _ in range(3)]
+        waiting = [asyncio.create_task(it.recorder.record(row)) for row in rows]
+        await it.store.called.wait()
+        waiting[1].cancel()
+        await asyncio.wait({waiting[1]})
+        it.store.open.set()
+        await asyncio.gather(waiting[0], waiting[2])
+
+        assert waiting[1].cancelled()
+        assert list(it.store.rows) == [row.task_id for row in rows]
+
+
+# ---- the store is away
+
+
+@pytest.mark.parametrize("failure", [StoreError("database is locked"), RuntimeError("a defect")])
+async def test_a_failing_store_sends_rows_to_the_spool(tmp_path: Path, failure: Exception) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        it.store.failure = failure
+        rows = [make_record() for _ in range(3)]
+        for row in rows:
+            await it.recorder.record(row)
+
+        assert it.store.calls == 1  # the rows that follow do not even try
+        assert it.counts.spooled == 3
+        assert it.counts.types == ["mention"] * 3
+        assert it.counts.errors == 0
+        assert it.recorder.refusal() is None
+    assert spooled(tmp_path) == [row.task_id for row in rows]
+
+
+async def test_the_store_comes_back(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        rows = [make_record() for _ in range(5)]
+        for row in rows:
+            await it.recorder.record(row)
+        it.store.failure = None
+        await until(lambda: len(it.store.rows) == 5)
+        await until(lambda: it.counts.spooled == 0)
+        last = make_record()
+        await it.recorder.record(last)
+        await until(lambda: last.task_id in it.store.rows)
+
+        assert list(it.store.rows) == [row.task_id for row in [*rows, last]]
+        assert it.counts.types == ["mention"] * 6  # each row once
+    assert spooled(tmp_path) == []
+
+
+async def test_a_hanging_store_holds_nobody(tmp_path: Path) -> None:
+    async with bench(tmp_path, commit_timeout=SHORT) as it:
+        it.store.open.clear()
+        rows = [make_record() for _ in range(3)]
+        await asyncio.gather(*(it.recorder.record(row) for row in rows))
+        more = make_record()
+        await it.recorder.record(more)
+
+        assert it.store.rows == {}
+        assert it.counts.spooled == 4
+        it.store.open.set()  # the late commit; then the replay
+        await until(lambda: it.counts.spooled == 0)
+        assert list(it.store.rows) == [row.task_id for row in [*rows, more]]
+        assert it.counts.types == ["mention"] * 4
+    assert spooled(tmp_path) == []
+
+
+async def test_rows_that_arrive_during_the_replay_follow_it(tmp_path: Path) -> None:
+    """The replay hangs in the store; the message path goes on, through the spool."""
+    rows = [make_record() for _ in range(2 * MAX_BATCH)]
+    left_over = Spool(tmp_path)
+    left_over.append([encode(row) for row in rows])
+    left_over.close()
+    store = MemoryStore()
+    store.open.clear()
+    async with bench(tmp_path, store) as it:
+        await store.called.wait()
+        more = [make_record() for _ in range(3)]
+        for row in more:
+            await it.recorder.record(row)
+        assert store.rows == {}
+        store.open.set()
+        await until(lambda: it.counts.spooled == 0)
+        last = make_record()
+        await it.recorder.record(last)
+
+        await until(lambda: last.task_id in store.rows)
+        assert list(store.rows) == [row.task_id for row in [*rows, *more, last]]
+
+
+async def test_a_restart_replays_what_was_left(tmp_path: Path) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as before:
+        before.store.failure = StoreError("gone")
+        rows = [make_record() for _ in range(3)]
+        for row in rows:
+            await before.recorder.record(row)
+    async with bench(tmp_path) as after:
+        await until(lambda: len(after.store.rows) == 3)
+
+        assert list(after.store.rows.values()) == rows
+        assert after.counts.types == []  # counted by the process that made them durable
+    assert spooled(tmp_path) == []
+
+
+async def test_a_store_too_slow_for_those_who_wait_still_gets_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write takes longer than commit_timeout: rows go through the spool, and all arrive."""
+    store = MemoryStore()
+    write = store.write
+
+    async def slow(records: Sequence[Record]) -> None:
+        await asyncio.sleep(3 * SHORT)
+        await write(records)
+
+    monkeypatch.setattr(store, "write", slow)
+    async with bench(tmp_path, store, commit_timeout=SHORT) as it:
+        rows = [make_record() for _ in range(5)]
+        for row in rows:
+            await it.recorder.record(row)
+        await until(lambda: len(store.rows) == 5)
+        assert set(store.rows) == {row.task_id for row in rows}
+
+
+async def test_a_write_that_never_ends_is_cancelled_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "_REPLAY_TIMEOUT_S", SHORT)
+    store = MemoryStore()
+    write = store.write
+    dead = asyncio.Event()
+
+    async def first_hangs(records: Sequence[Record]) -> None:
+        if not dead.is_set():
+            dead.set()
+            await asyncio.Event().wait()
+        await write(records)
+
+    monkeypatch.setattr(store, "write", first_hangs)
+    async with bench(tmp_path, store, commit_timeout=SHORT) as it:
+        row = make_record()
+        await it.recorder.record(row)
+        await until(lambda: row.task_id in store.rows)
+        await until(lambda: it.counts.spooled == 0)
+
+
+async def test_corrupt_lines_in_the_replay_are_counted(tmp_path: Path) -> None:
+    row = make_record()
+    (tmp_path / "000000000001.jsonl").write_bytes(b"rubbish\n" + encode(row) + encode(row)[:50])
+    async with bench(tmp_path) as it:
+        await until(lambda: it.counts.spooled == 0)
+
+        assert list(it.store.rows) == [row.task_id]
+        assert it.counts.errors == 2
+    assert it.spool.corrupt_file.read_bytes() == b"rubbish\n" + encode(row)[:50] + b"\n"
+
+
+# ---- rows that the store will not take
+
+
+async def test_rejected_rows_are_set_aside_and_the_rest_proceeds(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        rows = [make_record() for _ in range(20)]
+        bad = [rows[0], rows[7], rows[8], rows[19]]
+        it.store.rejected = {row.task_id for row in bad}
+        await asyncio.gather(*(it.recorder.record(row) for row in rows))
+
+        good = [row.task_id for row in rows if row not in bad]
+        assert list(it.store.rows) == good
+        assert it.set_aside() == [row.task_id for row in bad]
+        assert it.counts.errors == 4
+        assert len(it.counts.types) == 16
+        assert it.lost == []
+        assert it.recorder.refusal() is None
+
+
+async def test_rejected_rows_in_the_replay(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        rows = [make_record() for _ in range(5)]
+        for row in rows:
+            await it.recorder.record(row)
+        it.store.rejected = {rows[2].task_id}
+        it.store.failure = None
+        await until(lambda: it.counts.spooled == 0)
+
+        assert list(it.store.rows) == [row.task_id for row in rows if row is not rows[2]]
+        assert it.set_aside() == [rows[2].task_id]
+        assert it.counts.errors == 1
+
+
+async def test_a_store_that_fails_between_rejections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was set aside is not set aside again when the rest is replayed."""
+    store = MemoryStore()
+    rows = [make_record() for _ in range(8)]
+    store.rejected = {rows[0].task_id, rows[7].task_id}
+    write = store.write
+
+    async def fails_once(records: Sequence[Record]) -> None:
+        if records[0] is rows[1]:
+            monkeypatch.setattr(store, "write", write)
+            raise StoreError("gone")
+        await write(records)
+
+    monkeypatch.setattr(store, "write", fails_once)
+    async with bench(tmp_path, store) as it:
+        await asyncio.gather(*(it.recorder.record(row) for row in rows))
+        await until(lambda: len(store.rows) == 6)
+        await until(lambda: it.counts.spooled == 0)
+
+        assert list(store.rows) == [row.task_id for row in rows[1:7]]
+        assert it.set_aside() == [rows[0].task_id, rows[7].task_id]
+
+
+async def test_a_rejected_row_that_cannot_be_set_aside_is_logged(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.spool.rejected_file.mkdir()
+        row = make_record()
+        it.store.rejected = {row.task_id}
+        await it.recorder.record(row)
+
+        assert it.lost == [row]
+        assert it.counts.errors == 1
+        assert it.recorder.refusal() is None  # other rows can be kept
+        it.spool.rejected_file.rmdir()
+
+
+# ---- the spool fails, too
+
+
+async def test_neither_store_nor_spool(tmp_path: Path) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        it.store.failure = StoreError("gone")
+        row = make_record()
+        with full_disk():
+            await it.recorder.record(row)
+
+            assert it.lost == [row]
+            assert it.counts.errors == 1
+            assert it.counts.types == []
+            refusal = it.recorder.refusal()
+            assert refusal is not None
+            assert refusal.startswith("gone; spool ")
+        kept = make_record()
+        await it.recorder.record(kept)  # of a transaction that was under way: the spool works again
+        assert it.recorder.refusal() is None
+    assert spooled(tmp_path) == [kept.task_id]
+
+
+async def test_the_spool_is_probed_with_the_row_that_was_lost(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        row = make_record()
+        with full_disk():
+            await it.recorder.record(row)
+            calls = it.store.calls
+            await until(lambda: it.store.calls > calls + 1)
+            assert it.recorder.refusal() is not None
+        await until(lambda: it.recorder.refusal() is None)
+
+        assert it.counts.spooled == 1
+        assert it.counts.types == ["mention"]
+    assert spooled(tmp_path) == [row.task_id]
+
+
+async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        row = make_record()
+        with full_disk():
+            await it.recorder.record(row)
+            it.store.failure = None
+            await until(lambda: it.recorder.refusal() is None)
+
+            assert list(it.store.rows) == [row.task_id]
+            await it.recorder.record(make_record())
+            assert len(it.store.rows) == 2
+        assert it.lost == [row]
+        assert it.counts.types == ["mention"] * 2
+
+
+async def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_SPOOL_TIMEOUT_S", SHORT)
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        it.store.failure = StoreError("gone")
+        answer = recorder_module.asyncio.Event()
+        loop = asyncio.get_running_loop()
+        append = it.spool.append
+
+        def stalled(lines: Sequence[bytes]) -> None:
+            asyncio.run_coroutine_threadsafe(answer.wait(), loop).result()
+            append(lines)
+
+        monkeypatch.setattr(it.spool, "append", stalled)
+        rows = [make_record() for _ in range(2)]
+        for row in rows:
+            await it.recorder.record(row)  # the second does not wait at all
+
+        assert it.lost == rows
+        refusal = it.recorder.refusal()
+        assert refusal is not None
+        assert "does not answer" in refusal
+        answer.set()
+        await until(lambda: it.spool.rows == 1)
+
+
+async def test_a_row_that_json_cannot_carry_does_not_take_others_along(tmp_path: Path) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        it.store.failure = StoreError("gone")
+        rows = [make_record() for _ in range(3)]
+        rows[1].data["number"] = 10**5000  # more digits than Python writes
+        await asyncio.gather(*(it.recorder.record(row) for row in rows))
+
+        assert it.lost == [rows[1]]
+        assert it.recorder.refusal() is None
+    assert spooled(tmp_path) == [rows[0].task_id, rows[2].task_id]
+
+
+async def test_a_log_that_fails_still_releases_the_caller(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    store = MemoryStore()
+    store.failure = StoreError("gone")
+
+    def broken(record: Record) -> None:
+        raise OSError("stderr is gone")
+
+    recorder = Recorder(store, spool, Counts(), commit_timeout=LONG, log_lost=broken, probe_pause=LONG)
+    recorder.start()
+    with full_disk():
+        await recorder.record(make_record())
+
+    assert recorder.refusal() is not None
+    await recorder.close(10)
+    spool.close()
+
+
+# ---- close
+
+
+async def test_close_commits_what_waits(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        rows = [make_record() for _ in range(3)]
+        waiting = [asyncio.create_task(it.recorder.record(row)) for row in rows]
+        await asyncio.sleep(0)
+        await it.recorder.close(10)
+
+        assert all(task.done() for task in waiting)
+        assert list(it.store.rows) == [row.task_id for row in rows]
+
+
+async def test_close_does_not_wait_for_a_hanging_store(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        rows = [make_record() for _ in range(3)]
+        waiting = [asyncio.create_task(it.recorder.record(rows[0]))]
+        await it.store.called.wait()
+        waiting += [asyncio.create_task(it.recorder.record(row)) for row in rows[1:]]
+        await asyncio.sleep(0)
+        close = asyncio.create_task(it.recorder.close(1))
+        await asyncio.gather(close, *waiting)
+
+        assert it.store.in_flight == 0
+        assert it.lost == []
+    assert spooled(tmp_path) == [row.task_id for row in rows]
+
+
+async def test_close_is_bounded_when_the_disk_hangs_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        answer = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stalled(lines: Sequence[bytes]) -> None:
+            asyncio.run_coroutine_threadsafe(answer.wait(), loop).result()
+
+        monkeypatch.setattr(it.spool, "append", stalled)
+        rows = [make_record() for _ in range(2)]
+        first = asyncio.create_task(it.recorder.record(rows[0]))
+        await it.store.called.wait()
+        second = asyncio.create_task(it.recorder.record(rows[1]))
+        await asyncio.sleep(0)
+        await it.recorder.close(SHORT)
+        await asyncio.gather(first, second)
+
+        assert it.lost == rows
+        assert it.counts.errors == 2
+        answer.set()
+
+
+async def test_a_row_after_close_is_logged(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        await it.recorder.close(10)
+        row = make_record()
+        await it.recorder.record(row)
+
+        assert it.lost == [row]
+
+
+async def test_close_before_start(tmp_path: Path) -> None:
+    made = Bench(tmp_path, MemoryStore(), LONG, LONG)
+    await made.recorder.close(10)
+    made.spool.close()
+
+    assert made.recorder.refusal() is None
+
+
+# ---- any order of events
+
+steps = st.lists(
+    st.sampled_from(
+        ["record", "record", "record", "burst", "reject", "cancel", "ok", "fail", "hang", "yield", "wait"]
+    ),
+    max_size=30,
+)
+
+
+@given(steps)
+@settings(deadline=None)
+def test_every_row_is_in_one_place(actions: list[str]) -> None:
+    """After any interleaving each row is in store, spool or rejected file; after a restart in one of them, once."""
+    with TemporaryDirectory() as directory:
+        asyncio.run(interleave(Path(directory), actions))
+
+
+async def interleave(directory: Path, actions: list[str]) -> None:
+    store = MemoryStore()
+    made: list[UUID] = []
+    waiting: list[asyncio.Task[None]] = []
+    async with bench(directory, store, commit_timeout=0.005, probe_pause=0.0005) as it:
+        for action in actions:
+            match action:
+                case "record" | "burst" | "reject" | "cancel":
+                    for _ in range(7 if action == "burst" else 1):
+                        row = make_record()
+                        made.append(row.task_id)
+                        if action == "reject":
+                            store.rejected.add(row.task_id)
+                        waiting.append(asyncio.create_task(it.recorder.record(row)))
+                    if action == "cancel":
+                        await asyncio.sleep(0)
+                        waiting.pop().cancel()
+                case "ok":
+                    store.failure = None
+                    store.open.set()
+                case "fail":
+                    store.failure = StoreError("gone")
+                    store.open.set()
+                case "hang":
+                    store.open.clear()
+                case "yield":
+                    await asyncio.sleep(0)
+                case "wait":
+                    await asyncio.sleep(0.002)
+        await asyncio.gather(*waiting)
+    spool_rows, set_aside = spooled(directory), it.set_aside()
+
+    assert it.lost == []
+    assert set(spool_rows) | set(store.rows) | set(set_aside) == set(made)
+    assert len(spool_rows) == len(set(spool_rows))
+    assert set(set_aside) <= store.rejected
+    assert store.rejected.isdisjoint(store.rows)
+
+    store.failure = None
+    store.open.set()
+    async with bench(directory, store) as again:
+        await until(lambda: again.counts.spooled == 0)
+    assert spooled(directory) == []
+    assert set(store.rows) == set(made) - store.rejected
+    assert set(again.set_aside()) == store.rejected
+    assert it.counts.pending == 0

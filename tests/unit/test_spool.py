@@ -1,0 +1,433 @@
+"""The spool keeps every row that it said it keeps, in order, whatever tears its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.records import spool as spool_module
+from relay.records.identity import uuid7
+from relay.records.model import Json, Record
+from relay.records.spool import CorruptLineError, Spool, SpoolError, decode, encode
+
+SENT_AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+def make_record(sender: str = "a@example.com", data: dict[str, Json] | None = None) -> Record:
+    return Record(
+        task_id=uuid7(),
+        task_type="mention",
+        sender=sender,
+        client="127.0.0.1",
+        sent_at=SENT_AT,
+        upstream="primary",
+        upstream_reply="250 2.0.0 Ok: queued as 4FZ",
+        size=1234,
+        duration_ms=56,
+        recipients=("b@example.org", "c@example.net"),
+        data=data or {},
+    )
+
+
+def drain(spool: Spool, limit: int = 2) -> list[Record]:
+    """Read everything, as a replay does."""
+    records: list[Record] = []
+    while spool.rows:
+        records += spool.read(limit).records
+        spool.forget()
+    return records
+
+
+def segments(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.name[0].isdigit())
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+    max_leaves=10,
+)
+records = st.builds(
+    Record,
+    task_id=st.uuids(),
+    task_type=text,
+    sender=text,
+    client=text,
+    sent_at=st.datetimes(timezones=st.just(UTC)),
+    upstream=text,
+    upstream_reply=text,
+    size=st.integers(min_value=0),
+    duration_ms=st.integers(min_value=0),
+    recipients=st.lists(text, max_size=4).map(tuple),
+    client_task_id=st.none() | text,
+    message_id=st.none() | text,
+    data=st.dictionaries(text, json_values, max_size=4),
+)
+
+
+@given(records)
+def test_any_record_survives_the_line(record: Record) -> None:
+    line = encode(record)
+
+    assert line.count(b"\n") == 1
+    assert isinstance(json.loads(line), dict)
+    assert decode(line) == record
+
+
+@given(records, st.data())
+def test_a_line_cut_anywhere_is_recognised(record: Record, data: st.DataObject) -> None:
+    line = encode(record)
+    cut = data.draw(st.integers(min_value=0, max_value=len(line) - 2))
+
+    with pytest.raises(CorruptLineError):
+        decode(line[:cut])
+
+
+@given(records, st.data())
+def test_a_flipped_bit_is_recognised(record: Record, data: st.DataObject) -> None:
+    line = bytearray(encode(record))
+    bit = data.draw(st.integers(min_value=0, max_value=8 * (len(line) - 1) - 1))
+    line[bit // 8] ^= 1 << bit % 8
+
+    try:
+        decoded = decode(bytes(line))
+    except CorruptLineError:
+        return
+    assert decoded == record  # the case of a hexadecimal digit: the record is untouched
+
+
+def test_a_line_that_is_no_record_is_corrupt() -> None:
+    """As after a downgrade: the checksum holds, the content is not a record."""
+    other = encode(make_record()).replace(b'"recipients"', b'"receivers_"')
+    octets = other.split(b'"record":', 1)[1][:-2]
+    line = b'{"crc32":"%08x","record":%b}\n' % (spool_module.zlib.crc32(octets), octets)
+
+    with pytest.raises(CorruptLineError, match="not a record"):
+        decode(line)
+
+
+def test_rows_come_back_in_order_and_files_go(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "made" / "spool")
+    rows = [make_record(f"{number}@example.com") for number in range(7)]
+    spool.append([encode(row) for row in rows[:3]])
+    spool.append([encode(row) for row in rows[3:]])
+
+    assert spool.rows == 7
+    assert drain(spool) == rows
+    assert spool.rows == 0
+    assert segments(spool.directory) == []
+    spool.close()
+
+
+def test_modes(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.append([encode(make_record())])
+    spool.set_aside(encode(make_record(), "no such column"))
+
+    assert stat.S_IMODE(spool.directory.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in spool.directory.iterdir()} == {0o600}
+    spool.close()
+
+
+def test_reading_again_gives_the_same_until_forgotten(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    rows = [make_record(), make_record(), make_record()]
+    spool.append([encode(row) for row in rows])
+
+    assert spool.read(2).records == rows[:2]
+    assert spool.read(2).records == rows[:2]
+    spool.forget()
+    assert spool.read(2).records == rows[2:]
+    assert segments(tmp_path) != []
+    spool.close()
+
+
+def test_appends_do_not_meet_the_replay(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    rows = [make_record() for _ in range(6)]
+    spool.append([encode(row) for row in rows[:2]])
+    first = spool.read(10).records
+    spool.append([encode(row) for row in rows[2:4]])
+    spool.forget()
+    spool.append([encode(row) for row in rows[4:]])
+
+    assert first == rows[:2]
+    assert drain(spool) == rows[2:]
+    spool.close()
+
+
+def test_left_over_segments_are_found_at_start(tmp_path: Path) -> None:
+    rows = [make_record() for _ in range(4)]
+    for row in rows:
+        spool = Spool(tmp_path)
+        spool.append([encode(row)])
+        spool.close()
+    spool = Spool(tmp_path)
+
+    assert spool.rows == 4
+    assert len(segments(tmp_path)) == 4
+    assert drain(spool) == rows
+    spool.close()
+
+
+def test_a_segment_replayed_in_part_comes_whole_after_a_restart(tmp_path: Path) -> None:
+    rows = [make_record() for _ in range(3)]
+    spool = Spool(tmp_path)
+    spool.append([encode(row) for row in rows])
+    spool.read(2)
+    spool.forget()
+    spool.close()
+    spool = Spool(tmp_path)
+
+    assert drain(spool) == rows
+    spool.close()
+
+
+def test_segments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "SEGMENT_SIZE", 1)
+    spool = Spool(tmp_path)
+    rows = [make_record() for _ in range(3)]
+    for row in rows:
+        spool.append([encode(row)])
+
+    assert len(segments(tmp_path)) == 3
+    spool.read(10)
+    spool.forget()
+    assert len(segments(tmp_path)) == 2
+    assert drain(spool) == rows[1:]
+    spool.close()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_torn_last_line_does_not_stop_the_rest(tmp_path: Path, cut: int) -> None:
+    """Cut by one octet only the newline is missing: the row is whole and is kept."""
+    rows = [make_record(), make_record()]
+    spool = Spool(tmp_path)
+    spool.append([encode(row) for row in rows])
+    spool.close()
+    [segment] = segments(tmp_path)
+    os.truncate(segment, segment.stat().st_size - cut)
+    spool = Spool(tmp_path)
+    later = make_record()
+    spool.append([encode(later)])
+
+    assert spool.rows == 3
+    assert drain(spool) == [*rows[:1], *(rows[1:] if cut == 1 else []), later]
+    torn = spool.corrupt_file.read_bytes() if spool.corrupt_file.exists() else b""
+    assert torn == (b"" if cut == 1 else encode(rows[1])[:-cut] + b"\n")
+    spool.close()
+
+
+def test_corrupt_lines_are_moved_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [make_record() for _ in range(3)]
+    spool = Spool(tmp_path)
+    spool.append([encode(row) for row in rows])
+    spool.close()
+    [segment] = segments(tmp_path)
+    lines = segment.read_bytes().splitlines(keepends=True)
+    spoiled = lines[1].replace(b"mention", b"mansion")
+    segment.write_bytes(lines[0] + spoiled + b"\0\0\0\n" + lines[2])
+    spool = Spool(tmp_path)
+    batch = spool.read(10)
+    spool.forget()
+
+    assert batch == ([rows[0], rows[2]], 2)
+    assert spool.rows == 0
+    assert spool.corrupt_file.read_bytes() == spoiled + b"\0\0\0\n"
+    assert "checksum differs" in caplog.text
+    spool.close()
+
+
+def test_a_corrupt_line_that_cannot_be_moved_is_logged_in_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "000000000001.jsonl").write_bytes(b"rubbish\n")
+    (tmp_path / "corrupt.jsonl").mkdir()
+    spool = Spool(tmp_path)
+
+    assert spool.read(10) == ([], 1)
+    assert "b'rubbish\\n'" in caplog.text
+    spool.close()
+
+
+def test_an_empty_left_over_segment_goes(tmp_path: Path) -> None:
+    """A crash between making the file and writing to it."""
+    (tmp_path / "000000000001.jsonl").touch()
+    spool = Spool(tmp_path)
+    row = make_record()
+    spool.append([encode(row)])
+
+    assert drain(spool) == [row]
+    assert segments(tmp_path) == []
+    spool.close()
+
+
+def test_rejected_rows_can_be_read_and_moved_back(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    row = make_record()
+    spool.set_aside(encode(row, "value too long"))
+    line = spool.rejected_file.read_bytes()
+
+    assert b'"reason":"value too long"' in line
+    assert decode(line) == row
+    spool.close()
+
+
+def test_a_torn_rejected_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    first, second = make_record(), make_record()
+    spool.rejected_file.write_bytes(encode(first)[:40])
+    spool.set_aside(encode(second))
+
+    torn, whole = spool.rejected_file.read_bytes().splitlines()
+    assert torn == encode(first)[:40]
+    assert decode(whole) == second
+    spool.close()
+
+
+def test_two_spools_on_one_directory(tmp_path: Path) -> None:
+    first = Spool(tmp_path)
+
+    with pytest.raises(SpoolError, match=f"{tmp_path} is in use by another process"):
+        Spool(tmp_path)
+
+    first.close()
+    Spool(tmp_path).close()
+
+
+def test_two_processes_on_one_directory(tmp_path: Path) -> None:
+    first = Spool(tmp_path)
+    code = "import sys, pathlib; from relay.records.spool import Spool; Spool(pathlib.Path(sys.argv[1]))"
+    second = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
+    )
+
+    assert second.returncode == 1
+    assert f"spool {tmp_path} is in use by another process" in second.stderr
+    first.close()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(SpoolError, match="file"):
+        Spool(tmp_path / "file" / "spool")
+
+
+def test_a_segment_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "000000000001.jsonl").mkdir()
+
+    with pytest.raises(SpoolError, match="directory"):
+        Spool(tmp_path)
+    (tmp_path / "000000000001.jsonl").rmdir()
+    Spool(tmp_path).close()  # the lock was given back
+
+
+def test_a_directory_that_vanished(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.append([encode(make_record())])
+    for path in spool.directory.iterdir():
+        path.unlink()
+    spool.directory.rmdir()
+
+    with pytest.raises(SpoolError):
+        spool.read(1)
+    with pytest.raises(SpoolError):
+        spool.set_aside(encode(make_record()))
+    with pytest.raises(SpoolError):
+        spool.append([encode(make_record())])
+    spool.close()
+
+
+FULL_DISK = """
+import pathlib, resource, signal, sys
+from test_spool import make_record
+from relay.records.spool import Spool, SpoolError, encode
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails with EFBIG, in part
+spool = Spool(pathlib.Path(sys.argv[1]))
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+failures = 0
+while failures < 3:
+    row = make_record()
+    try:
+        spool.append([encode(row)])
+    except SpoolError:
+        failures += 1
+        if failures == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    else:
+        print(row.task_id, flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+row = make_record()
+spool.append([encode(row)])
+print(row.task_id, flush=True)
+"""
+
+
+def run_python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize("limit", [700, 5_000, 20_000])
+def test_a_full_disk_leaves_whole_rows_only(tmp_path: Path, limit: int) -> None:
+    """The limit cuts a write in its middle: nothing of it may stay, and rows go on once there is space."""
+    said = run_python(FULL_DISK, tmp_path, limit).stdout.split()
+    spool = Spool(tmp_path)
+
+    assert len(said) >= 2
+    assert spool.rows == len(said)
+    assert [str(row.task_id) for row in drain(spool)] == said
+    assert not spool.corrupt_file.exists()
+    spool.close()
+
+
+KILLED = """
+import pathlib, sys
+from test_spool import make_record
+from relay.records.spool import Spool, encode
+
+spool = Spool(pathlib.Path(sys.argv[1]))
+while True:
+    rows = [make_record("x" * size + "@example.com") for size in (1, 1000, 10000)]
+    spool.append([encode(row) for row in rows])
+    for row in rows:
+        print(row.task_id, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 10, 200])
+def test_sigkill_loses_nothing_that_was_said(tmp_path: Path, after: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(after)]
+        process.kill()
+        said += process.stdout.readlines()
+    spool = Spool(tmp_path)  # the lock went with the process
+    found = [row.task_id for row in drain(spool, 500)]
+
+    assert {UUID(line.strip()) for line in said if line.endswith("\n")} <= set(found)
+    assert len(found) == len(set(found))
+    spool.close()
