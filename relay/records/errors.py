@@ -1,0 +1,17 @@
+"""What can go wrong with the store, in the two kinds that its callers tell apart."""
+
+from __future__ import annotations
+
+__all__ = ["ExpiryBusyError", "RejectedRecordError", "StoreError"]
+
+
+class StoreError(Exception):
+    """The store cannot be used now; the text is one line that tells the operator what to change."""
+
+
+class RejectedRecordError(StoreError):
+    """The store works, but will never take this data: to try again is of no use."""
+
+
+class ExpiryBusyError(StoreError):
+    """Expired rows are left alone now: another run is at work, or changed retention is being applied."""

@@ -1,0 +1,51 @@
+"""How long rows are kept: a value that turns a row's type and time into the time of its end. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import orjson
+
+__all__ = ["Retention"]
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The periods of `[retention]`: `by_type` where it names the task type, else `default`. None: never."""
+
+    default: timedelta | None
+    by_type: Mapping[str, timedelta | None] = field(default_factory=dict)
+
+    def period(self, task_type: str) -> timedelta | None:
+        """Return how long a row of this type is kept; None: for ever."""
+        return self.by_type.get(task_type, self.default)
+
+    def expires_at(self, task_type: str, sent_at: datetime) -> datetime | None:
+        """Return when a row of this type, sent at `sent_at`, may be deleted; None: never.
+
+        An end beyond the calendar (year 9999) is never, too.
+        """
+        period = self.by_type.get(task_type, self.default)
+        if period is None:
+            return None
+        try:
+            return sent_at + period
+        except OverflowError:
+            return None
+
+    def canonical(self) -> str:
+        """Return a text that is the same for two values exactly when they keep every row equally long."""
+        named = {name: period for name, period in self.by_type.items() if period != self.default}
+        return orjson.dumps(
+            {
+                "default": _microseconds(self.default),
+                "by_type": {name: _microseconds(period) for name, period in named.items()},
+            },
+            option=orjson.OPT_SORT_KEYS,
+        ).decode()
+
+
+def _microseconds(period: timedelta | None) -> int | None:
+    return None if period is None else period // timedelta(microseconds=1)

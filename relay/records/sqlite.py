@@ -1,0 +1,281 @@
+"""One SQLite file: how it is found, looked at before it is touched, opened, asked and closed.
+
+Rules. What is not ours is never changed: the file is read before the first pragma that would write. All
+work goes to the one writer connection, on aiosqlite's thread, a whole transaction at a time: one hop there
+and back, however many statements, and nothing that a cancelled caller could leave half done. sqlite3's
+errors end here, as `StoreError` (the file cannot be used now) or `RejectedRecordError` (this data never).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+import aiosqlite
+
+from relay.records.errors import RejectedRecordError, StoreError
+from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE, task_done, task_done_send
+
+__all__ = ["Database", "path_of"]
+
+T = TypeVar("T")
+
+FILE_MODE = 0o640
+"""At most: the file holds addresses, so it is not for everyone; a group may read it (for a dashboard)."""
+DIRECTORY_MODE = 0o750
+JOURNAL_SIZE_LIMIT = 32 * 1024 * 1024
+"""Octets that the write-ahead log keeps on disk after a checkpoint, however far a burst has stretched it."""
+RETRY_EVERY_S = 0.02
+
+_OUR_NAMES = (VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state")
+_PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(_OUR_NAMES))})"  # noqa: S608
+_NEWEST = f"SELECT max(version_num) FROM {VERSION_TABLE}"  # noqa: S608
+_DATA_ERRORS = frozenset(
+    {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE}
+)
+_LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+
+def path_of(url: str) -> Path:
+    """Return the file that a `records.url` names.
+
+    `sqlite:///` is followed by the path: relative to the working directory, or absolute with its own slash.
+    Raises StoreError for every other URL; the text never repeats it, since it may hold a password.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme.partition("+")[0] in {"postgresql", "postgres"}:
+        raise StoreError("records.url: postgresql is not available in this version; use sqlite:///PATH")
+    if scheme != "sqlite" or not separator:
+        raise StoreError("records.url: only sqlite:///PATH is known")
+    if not rest.startswith("/"):
+        raise StoreError("records.url: a SQLite URL has three slashes before its path: sqlite:///PATH")
+    path = rest[1:]
+    if path in {"", ":memory:"} or "?" in path:
+        raise StoreError("records.url: sqlite:/// is followed by the path of a file, and by nothing else")
+    return Path(path)
+
+
+class Database:
+    """An open SQLite file with its one writer connection."""
+
+    def __init__(self, path: Path, connection: aiosqlite.Connection, busy_timeout: float) -> None:
+        self.path = path
+        self._connection = connection
+        self._busy_timeout = busy_timeout
+        self._closed = False
+
+    @classmethod
+    async def open(cls, path: Path, *, create: bool, busy_timeout: float) -> Database:
+        """Open the file; bring its schema to this version; make it first if there is none and `create`.
+
+        `busy_timeout` is how long, in seconds, a lock that another process holds is waited for.
+        Raises StoreError for a file that is missing, not ours, newer than this version or not writable.
+        """
+        # Two or three system calls, once, before anything is served.
+        _find(path, create=create)
+        connection = _connection(path, "rw", busy_timeout)
+        database = cls(path, connection, busy_timeout)
+        try:
+            await connection
+        except sqlite3.Error as error:
+            raise database.error(error) from error
+        try:
+            await database.run(lambda raw: _set_up(path, raw, busy_timeout))
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` on the writer connection, after what was asked before, and return what it returns.
+
+        A cancelled caller stops waiting; `work`, once asked for, is done all the same.
+        """
+        if self._closed:
+            raise StoreError(f"{self.path}: the store is closed")
+        try:
+            return await _on_thread(self._connection, work)
+        except sqlite3.Error as error:
+            raise self.error(error) from error
+
+    async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` as `run` does, within one transaction: durable on return, undone whole on any error."""
+
+        def whole(raw: sqlite3.Connection) -> T:
+            # IMMEDIATE: the lock is taken at once, so that no other process can write between our reading
+            # and our writing (a deferred transaction would then fail without waiting).
+            raw.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(raw)
+                raw.execute("COMMIT")
+            except BaseException:
+                # SQLite itself has ended the transaction after some errors (a full disk); if even this
+                # fails, the first error is the one to tell.
+                with contextlib.suppress(sqlite3.Error):
+                    if raw.in_transaction:
+                        raw.execute("ROLLBACK")
+                raise
+            return result
+
+        return await self.run(whole)
+
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` on a connection of its own that cannot write: it may take long and holds nobody up."""
+        try:
+            async with _connection(self.path, "ro", self._busy_timeout) as connection:
+                return await _on_thread(connection, work)
+        except sqlite3.Error as error:
+            raise self.error(error) from error
+
+    async def close(self) -> None:
+        """Finish what was asked for, then close the file. Again: nothing happens."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._connection.close()
+        except sqlite3.Error as error:
+            raise self.error(error) from error
+
+    def error(self, error: sqlite3.Error) -> StoreError:
+        """Say in one line what sqlite3's error means for the operator."""
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None:  # found by the sqlite3 module, not by SQLite: a value that has no place in a column
+            return RejectedRecordError(f"{self.path}: {error}")
+        primary = code & 0xFF
+        if primary in _DATA_ERRORS:
+            return RejectedRecordError(f"{self.path}: {error}")
+        if primary in _LOCKED:
+            return StoreError(
+                f"{self.path}: locked by another process for more than {self._busy_timeout:g} s; "
+                "find what holds it open (fuser) and end that"
+            )
+        advice = _ADVICE.get(primary)
+        return StoreError(f"{self.path}: {advice or error} ({error.sqlite_errorname})")
+
+
+_ADVICE = {
+    sqlite3.SQLITE_FULL: "the disk is full; make room",
+    sqlite3.SQLITE_IOERR: "reading or writing failed; look at the disk and the system's log",
+    sqlite3.SQLITE_READONLY: "cannot be written; give the relay's user the file and its directory",
+    sqlite3.SQLITE_PERM: "access is refused; give the relay's user the file and its directory",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; give the relay's user the file and its directory",
+    sqlite3.SQLITE_CORRUPT: "is damaged; move it away, or put a backup in its place",
+    sqlite3.SQLITE_NOTADB: "is not a SQLite database; it was left alone, name another file in records.url",
+}
+
+
+def _connection(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Connection:
+    # As a URI, since only so can SQLite be told never to make the file (with its own idea of a mode).
+    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    # isolation_level None: no transaction but those that are begun in so many words.
+    return aiosqlite.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+
+
+async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Run `work` on the connection's thread, where no other work can come between its statements.
+
+    The one place that uses aiosqlite's primitive, the same that each of its public methods is made of: they
+    cost a hop to the thread and back for every statement, and can be cancelled between two of them.
+    """
+    execute: Callable[..., Awaitable[T]] = connection._execute  # noqa: SLF001
+    return await execute(work, connection._conn)  # noqa: SLF001
+
+
+def _find(path: Path, *, create: bool) -> None:
+    """Make sure that there is a file that can be written, as far as the file system can tell."""
+    if not path.exists():
+        if not create:
+            raise StoreError(f"{path}: no such file; nothing was recorded yet, or records.url names another")
+        try:
+            path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            # Made here and not by SQLite for its mode, which the files beside it (-wal, -shm) take over.
+            # EXCL: a file that exists is never opened here, since to close it would drop the locks that
+            # SQLite holds on it elsewhere in this process (POSIX locks work so).
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
+        except FileExistsError:
+            if not path.is_file():
+                raise StoreError(f"{path}: a directory of its path is a file; change records.url") from None
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be made: {error.strerror}; change records.url or rights"
+            ) from error
+    if not path.is_file():
+        raise StoreError(f"{path}: is not a file; name a file in records.url")
+    effective = os.access in os.supports_effective_ids
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=effective):
+        raise StoreError(f"{path}: cannot be written; give the relay's user the file")
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=effective):
+        raise StoreError(f"{path.parent}: cannot be written, and SQLite keeps files beside its own there")
+
+
+def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
+    """Look at the file, then make it ours."""
+    version = _version(path, raw)
+    if version is None:
+        # Only before the first page is written; it lets expiry give space back piece by piece.
+        raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    _write_ahead(raw, busy_timeout)
+    raw.execute("PRAGMA synchronous = FULL")
+    raw.execute("PRAGMA foreign_keys = ON")
+    raw.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}")
+    if version != SCHEMA_VERSION:
+        # Alembic takes longer to load than all the rest of a start.
+        from relay.records.migrations import upgrade
+
+        upgrade(raw)
+
+
+def _version(path: Path, raw: sqlite3.Connection) -> str | None:
+    """Return the schema version of the file, None when it has nothing of ours; refuse what is not ours."""
+    # One statement, thus one moment: another process may be making the tables just now.
+    names = {row[0] for row in raw.execute(_PRESENT, _OUR_NAMES)}
+    if not names:
+        return None
+    if VERSION_TABLE not in names:
+        raise StoreError(
+            f"{path}: has a table or view {min(names)} that the relay did not make; "
+            "name another file in records.url"
+        )
+    version = str(raw.execute(_NEWEST).fetchone()[0])
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: made by a newer version of the relay (schema {version}, known here: {SCHEMA_VERSION}); "
+            "install that version again"
+        )
+    if version == SCHEMA_VERSION:
+        for name, wanted in (
+            (task_done.name, task_done.columns),
+            (task_done_send.name, task_done_send.columns),
+        ):
+            found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (name,))}
+            missing = sorted({column.name for column in wanted} - found)
+            if missing:
+                raise StoreError(
+                    f"{path}: {name} has no column {missing[0]}; put a backup in the file's place"
+                )
+    return version
+
+
+def _write_ahead(raw: sqlite3.Connection, busy_timeout: float) -> None:
+    """Switch the file to write-ahead logging, if it is not yet.
+
+    Two processes that switch a new file at once may each be told that it is locked, without the wait of
+    `busy_timeout` (a wait there could last for ever), so the wait is here.
+    """
+    deadline = time.monotonic() + busy_timeout
+    while True:
+        try:
+            raw.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in _LOCKED or time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_EVERY_S)
+        else:
+            return

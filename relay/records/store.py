@@ -1,0 +1,383 @@
+"""The store: rows go in durably, follow the retention settings, and go away when they have expired.
+
+Rules. A write is one transaction, and done when it is on the disk. Long work (retention, expiry) is cut
+into short transactions with pauses between them, so that writes, here and in other processes on the same
+database, come in between. Statements are plain SQL, in words that SQLite and PostgreSQL share: a layer that
+builds them would cost more on the way of a message than all that the insert does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import orjson
+
+from relay.records.errors import ExpiryBusyError, RejectedRecordError, StoreError
+from relay.records.model import Record
+from relay.records.retention import Retention
+from relay.records.schema import utc_text
+from relay.records.sqlite import Database, path_of
+
+__all__ = ["ExpiryBusyError", "RejectedRecordError", "Store", "StoreError", "utc_now"]
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_S = 5.0
+SHORT_S = 0.1
+"""How long, in seconds, a transaction of retention or expiry may hold the lock before it ends."""
+CHUNK_ROWS = 50
+"""Rows that are deleted between two looks at the clock; each may have a thousand recipients."""
+RETENTION_ROWS = 500
+VACUUM_PAGES = 256
+LEASE = timedelta(seconds=60)
+"""How long a run of expiry that shows no life keeps others away."""
+
+
+def utc_now() -> datetime:
+    """Return the time of day, aware, UTC."""
+    return datetime.now(UTC)
+
+
+class Store:
+    """The open store. Its methods may be called at the same time, from one event loop."""
+
+    def __init__(self, database: Database, retention: Retention, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._retention = retention
+        self._clock = clock
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        retention: Retention,
+        *,
+        create: bool = True,
+        busy_timeout: float = BUSY_TIMEOUT_S,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> Store:
+        """Open the store at `url` and bring its schema to this version.
+
+        A file that does not exist is made, with its directory, when `create`. `busy_timeout`, in seconds, is
+        how long another process's lock is waited for; `clock` gives the time, aware, for leases and for
+        what is due. Raises StoreError, in one line that names the file and what to change.
+        """
+        database = await Database.open(path_of(url), create=create, busy_timeout=busy_timeout)
+        return cls(database, retention, clock)
+
+    async def write(self, records: Sequence[Record]) -> None:
+        """Make the records durable, all or none; one that is there already (by `task_id`) stays as it is.
+
+        Raises RejectedRecordError if one of them can never be taken, StoreError if the store cannot be
+        written now. A caller that is cancelled does not know: the transaction is finished all the same.
+        """
+        retention = self._retention
+
+        def insert(raw: sqlite3.Connection) -> None:
+            rows, recipients = _encode(records, retention)
+            try:
+                raw.executemany(_INSERT, rows)
+                raw.executemany(_INSERT_RECIPIENT, recipients)
+            except (OverflowError, UnicodeError) as error:  # found by the sqlite3 module as it binds
+                raise RejectedRecordError(f"a value that no column takes: {error}") from error
+
+        if records:
+            await self._database.transaction(insert)
+
+    async def count(self) -> int:
+        """Return how many rows there are."""
+        return await self._database.run(lambda raw: _integer(raw.execute(_COUNT)))
+
+    async def close(self) -> None:
+        """Finish what was asked for, then close. Afterwards every method raises StoreError."""
+        await self._database.close()
+
+    # Retention
+
+    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+        """Make the rows that exist follow the retention settings; return how many changed.
+
+        Nothing happens unless the settings differ from those that the rows follow. Before the first row
+        changes, `on_due` is told how many rows will become due by it, if any. Call it before expiry: a run
+        that was cut short is taken up again by the next call, and expiry waits until then.
+        """
+        target = self._retention.canonical()
+        if not await self._database.transaction(lambda raw: _begin_following(raw, target)):
+            return 0
+        due = await self._database.read(lambda raw: _count_due(raw, self._retention, self._clock()))
+        if due and on_due is not None:
+            on_due(due)
+        changed = 0
+        finished = False
+        while not finished:
+            step = await self._paced(lambda raw: _follow(raw, self._retention, target))
+            changed += step.rows
+            finished = step.finished
+        return changed
+
+    # Expiry
+
+    async def expire(
+        self,
+        now: datetime,
+        batch_size: int,
+        *,
+        dry_run: bool = False,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete every row whose `expires_at` is not after `now`, and give the space back; return how many.
+
+        No transaction deletes more than `batch_size` rows, or holds the lock for much more than SHORT_S.
+        `on_batch` is told of each one's rows. With `dry_run` they are only counted. Raises ExpiryBusyError
+        while another run, here or in another process, is at work.
+        """
+        moment = utc_text(now)
+        if dry_run:
+            return await self._database.read(
+                lambda raw: _integer(raw.execute(_COUNT_EXPIRED, {"now": moment}))
+            )
+        owner = uuid4().hex
+        await self._database.transaction(lambda raw: _take_lease(raw, owner, self._clock()))
+        deleted = 0
+        finished = False
+        try:
+            while not finished:
+                step = await self._paced(
+                    lambda raw: _delete_expired(raw, moment, batch_size, owner, self._clock())
+                )
+                deleted += step.rows
+                finished = step.finished
+                if step.rows and on_batch is not None:
+                    on_batch(step.rows)
+            if deleted:
+                await self._give_space_back()
+        finally:
+            await self._database.transaction(lambda raw: raw.execute(_DROP_LEASE, {"owner": owner}))
+        return deleted
+
+    async def _give_space_back(self) -> None:
+        while await self._database.run(_vacuum):
+            pass
+        # PASSIVE waits for nobody; the file shrinks when the log has been carried into it.
+        await self._database.run(lambda raw: raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+
+    async def _paced(self, work: Callable[[sqlite3.Connection], _Step]) -> _Step:
+        """Run one short transaction, then leave the store to others for as long as it took."""
+        step = await self._database.transaction(work)
+        if not step.finished:
+            await asyncio.sleep(step.seconds)
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one short transaction of long work did."""
+
+    rows: int
+    seconds: float
+    finished: bool
+
+
+def _encode(
+    records: Sequence[Record], retention: Retention
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Return the parameters of _INSERT and _INSERT_RECIPIENT, in the order of their columns."""
+    rows: list[tuple[Any, ...]] = []
+    recipients: list[tuple[Any, ...]] = []
+    for record in records:
+        task_id = str(record.task_id)
+        try:
+            sent_at = utc_text(record.sent_at)
+            expires_at = retention.expires_at(record.task_type, record.sent_at)
+            rows.append(
+                (
+                    task_id,
+                    record.client_task_id,
+                    record.task_type,
+                    record.sender,
+                    domain_of(record.sender),
+                    record.client,
+                    sent_at,
+                    None if expires_at is None else utc_text(expires_at),
+                    record.upstream,
+                    record.upstream_reply,
+                    record.message_id,
+                    record.size,
+                    record.duration_ms,
+                    orjson.dumps(record.data).decode(),
+                )
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RejectedRecordError(f"task_id {task_id}: {error}") from error
+        for ordinal, recipient in enumerate(record.recipients):
+            recipients.append((ordinal, recipient, domain_of(recipient), sent_at, task_id))
+    return rows, recipients
+
+
+def domain_of(address: str) -> str:
+    """Return what follows the last "@", in lower case; empty when there is none (`<>`, `postmaster`)."""
+    return address.rpartition("@")[2].lower() if "@" in address else ""
+
+
+def _integer(cursor: sqlite3.Cursor) -> int:
+    return int(cursor.fetchone()[0])
+
+
+# Retention, within one transaction each. The row `retention` of `task_done_state` says which settings the
+# rows follow, or are being made to follow, and (`done_to`) up to which id; null: all of them. Two processes
+# with the same settings share the work; of two with different ones the later takes over and the other ends.
+
+
+def _begin_following(raw: sqlite3.Connection, target: str) -> bool:
+    """Say that the rows are to follow `target`; return whether there is anything to do."""
+    state = _retention_state(raw)
+    if state is not None and state["policy"] == target:
+        return state["done_to"] is not None
+    _keep_retention_state(raw, target, 0)
+    return True
+
+
+def _follow(raw: sqlite3.Connection, retention: Retention, target: str) -> _Step:
+    """Make the next rows follow."""
+    begun = time.monotonic()
+    state = _retention_state(raw)
+    if state is None or state["policy"] != target or state["done_to"] is None:
+        return _Step(0, 0.0, finished=True)
+    rows = raw.execute(_NEXT_ROWS, {"done_to": state["done_to"], "rows": RETENTION_ROWS}).fetchall()
+    changes = []
+    for key, task_type, sent_at, expires_at in rows:
+        end = retention.expires_at(task_type, datetime.fromisoformat(sent_at).replace(tzinfo=UTC))
+        wanted = None if end is None else utc_text(end)
+        if wanted != expires_at:
+            changes.append({"id": key, "expires_at": wanted})
+    raw.executemany(_SET_EXPIRY, changes)
+    finished = len(rows) < RETENTION_ROWS
+    _keep_retention_state(raw, target, None if finished else rows[-1][0])
+    return _Step(len(changes), time.monotonic() - begun, finished)
+
+
+def _count_due(raw: sqlite3.Connection, retention: Retention, now: datetime) -> int:
+    """Count the rows that are not due by what they say, and would be by `retention`."""
+    named = tuple(retention.by_type)
+    kinds: list[tuple[str, tuple[str, ...], timedelta | None]] = [
+        ("= :t0", (name,), period) for name, period in retention.by_type.items()
+    ]
+    others = ", ".join(f":t{index}" for index in range(len(named)))
+    kinds.append((f"NOT IN ({others})", named, retention.default))
+    due = 0
+    for condition, names, period in kinds:
+        if period is None:
+            continue
+        try:
+            sent_before = now - period
+        except OverflowError:
+            continue
+        parameters = {f"t{index}": name for index, name in enumerate(names)}
+        parameters |= {"sent_before": utc_text(sent_before), "now": utc_text(now)}
+        due += _integer(raw.execute(_COUNT_DUE + condition, parameters))
+    return due
+
+
+def _retention_state(raw: sqlite3.Connection) -> dict[str, Any] | None:
+    row = raw.execute(_GET_RETENTION).fetchone()
+    if row is None:
+        return None
+    state: dict[str, Any] = orjson.loads(row[0])
+    return state
+
+
+def _keep_retention_state(raw: sqlite3.Connection, policy: str, done_to: int | None) -> None:
+    value = orjson.dumps({"policy": policy, "done_to": done_to}).decode()
+    raw.execute(_PUT_RETENTION, {"value": value})
+
+
+# Expiry, within one transaction each.
+
+
+def _take_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> None:
+    """Become the one that deletes, unless another is."""
+    state = _retention_state(raw)
+    if state is not None and state["done_to"] is not None:
+        raise ExpiryBusyError(
+            "changed retention settings are being applied; expired rows are deleted after that"
+        )
+    lease = {"owner": owner, "now": utc_text(now), "until": utc_text(now + LEASE)}
+    if raw.execute(_TAKE_LEASE, lease).rowcount == 0:
+        raise ExpiryBusyError("another process is deleting expired rows just now")
+
+
+def _delete_expired(
+    raw: sqlite3.Connection, moment: str, batch_size: int, owner: str, now: datetime
+) -> _Step:
+    """Delete the next rows, as long as the lease is ours."""
+    begun = time.monotonic()
+    if raw.execute(_KEEP_LEASE, {"owner": owner, "until": utc_text(now + LEASE)}).rowcount == 0:
+        # We were silent for so long that another took over: the rest is its work.
+        return _Step(0, 0.0, finished=True)
+    deleted = 0
+    while True:
+        wanted = min(CHUNK_ROWS, batch_size - deleted)
+        found = raw.execute(_DELETE_EXPIRED, {"now": moment, "rows": wanted}).rowcount
+        deleted += found
+        seconds = time.monotonic() - begun
+        if found < wanted:
+            return _Step(deleted, seconds, finished=True)
+        if deleted >= batch_size or seconds >= SHORT_S:
+            return _Step(deleted, seconds, finished=False)
+
+
+def _vacuum(raw: sqlite3.Connection) -> bool:
+    """Give some free pages back; return whether there may be more."""
+    before = _integer(raw.execute("PRAGMA freelist_count"))
+    # Each row fetched is one page given back.
+    raw.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+    return 0 < _integer(raw.execute("PRAGMA freelist_count")) < before
+
+
+_INSERT = """
+    INSERT INTO task_done (
+        task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
+        upstream, upstream_reply, message_id, size, duration_ms, data
+    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (task_id) DO NOTHING
+"""
+# Through the row's task_id: its id is not known here, and the row may have been there before.
+_INSERT_RECIPIENT = """
+    INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
+    SELECT id, ?, ?, ?, ? FROM task_done WHERE task_id = ?
+    ON CONFLICT (task_done_id, ordinal) DO NOTHING
+"""
+_COUNT = "SELECT count(*) FROM task_done"
+_COUNT_DUE = """
+    SELECT count(*) FROM task_done
+    WHERE sent_at <= :sent_before AND (expires_at IS NULL OR expires_at > :now) AND task_type
+"""
+_NEXT_ROWS = """
+    SELECT id, task_type, sent_at, expires_at FROM task_done WHERE id > :done_to ORDER BY id LIMIT :rows
+"""
+_SET_EXPIRY = "UPDATE task_done SET expires_at = :expires_at WHERE id = :id"
+_COUNT_EXPIRED = "SELECT count(*) FROM task_done WHERE expires_at <= :now"
+_DELETE_EXPIRED = """
+    DELETE FROM task_done WHERE id IN (
+        SELECT id FROM task_done WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows
+    )
+"""
+_GET_RETENTION = "SELECT value FROM task_done_state WHERE name = 'retention'"
+_PUT_RETENTION = """
+    INSERT INTO task_done_state (name, value) VALUES ('retention', :value)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value
+"""
+_TAKE_LEASE = """
+    INSERT INTO task_done_state (name, value, expires_at) VALUES ('expiry', :owner, :until)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires_at = excluded.expires_at
+    WHERE task_done_state.expires_at <= :now
+"""
+_KEEP_LEASE = "UPDATE task_done_state SET expires_at = :until WHERE name = 'expiry' AND value = :owner"
+_DROP_LEASE = "DELETE FROM task_done_state WHERE name = 'expiry' AND value = :owner"
