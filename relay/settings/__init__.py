@@ -1,0 +1,42 @@
+"""The configuration: one TOML file, the environment over it, checked as a whole before anything starts."""
+
+from relay.settings.address import Address
+from relay.settings.load import DEV_UPSTREAM, SettingsError, load, schema
+from relay.settings.model import (
+    ClientSettings,
+    ExpirySettings,
+    HttpSettings,
+    ListenerSettings,
+    LogSettings,
+    RecordSettings,
+    RetentionSettings,
+    ServerSettings,
+    Settings,
+    TaskTypeRule,
+    TaskTypeSettings,
+    TlsSettings,
+    UpstreamSettings,
+)
+from relay.settings.networks import Network
+
+__all__ = [
+    "DEV_UPSTREAM",
+    "Address",
+    "ClientSettings",
+    "ExpirySettings",
+    "HttpSettings",
+    "ListenerSettings",
+    "LogSettings",
+    "Network",
+    "RecordSettings",
+    "RetentionSettings",
+    "ServerSettings",
+    "Settings",
+    "SettingsError",
+    "TaskTypeRule",
+    "TaskTypeSettings",
+    "TlsSettings",
+    "UpstreamSettings",
+    "load",
+    "schema",
+]

@@ -1,0 +1,180 @@
+"""From a TOML file and the environment to `Settings`, or to all that is wrong with them.
+
+Rules: every mistake is reported, not the first one alone, each as `FILE: key: reason`; no message ever shows
+a value that may be a secret. Files that the configuration names are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ssl
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr, ValidationError
+
+from relay.settings.environment import Key, dotted, model_at, overlay, unknown_key
+from relay.settings.model import Origin, Settings
+
+__all__ = ["DEV_UPSTREAM", "SettingsError", "load", "schema"]
+
+DEV_UPSTREAM = "127.0.0.1:2526"
+"""Where the built-in upstream of `relay serve --dev` listens."""
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used. `problems` has one line for each mistake, for the operator."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def load(path: Path | None, environ: Mapping[str, str], *, dev_upstream: str | None = None) -> Settings:
+    """Return the settings of the file at `path` (None: the defaults), with the environment over them.
+
+    `dev_upstream` is the address of the built-in upstream, which then replaces whatever upstream is
+    configured: a trial must never send real mail. Raises SettingsError with every mistake that was found.
+    """
+    source = str(path) if path else "built-in defaults"
+    tree = _read(path) if path else {}
+    sources, problems = overlay(tree, Settings, environ)
+    warnings: list[str] = []
+    if dev_upstream is not None:
+        if tree.pop("upstreams", None):
+            warnings.append("upstreams: not used with --dev, the built-in upstream takes their place")
+        tree["upstreams"] = [{"name": "dev", "address": dev_upstream, "tls": "none"}]
+        problems = [problem for problem in problems if problem[1][:1] != ("upstreams",)]
+        if path is None:
+            _section(tree, "log").setdefault("format", "console")
+    problems += [(_source(key, sources, source), key, reason) for key, reason in _use_files(tree, warnings)]
+    try:
+        settings = Settings.model_validate(tree, context=Origin(tuple(warnings), dev_upstream is not None))
+    except ValidationError as error:
+        problems += [(_source(key, sources, source), key, reason) for key, reason in _reasons(error)]
+    if problems:
+        raise SettingsError([f"{where}: {dotted(key)}: {reason}" for where, key, reason in problems])
+    return settings
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file, in the forms in which people write it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Settings.model_json_schema(mode="validation"),
+        "title": "relay.toml",
+        "description": "Configuration of the SMTP relay",
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        hint = "write it (the relay's own config/relay.toml is the commented default), or give --config FILE"
+        raise SettingsError([f"{path}: no such file: {hint}"]) from None
+    except OSError as error:
+        raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise SettingsError([f"{path}: is not UTF-8"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"{path}: is not TOML: {error}"]) from None
+
+
+def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:
+    """Read the files of upstreams: secrets into the tree, certificates to try; return what fails."""
+    problems: list[tuple[Key, str]] = []
+    upstreams = tree.get("upstreams")
+    for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
+        if not isinstance(upstream, dict):
+            continue
+        for name, use in (("password_file", _use_password_file), ("ca_file", _use_ca_file)):
+            key: Key = ("upstreams", index, name)
+            value = upstream.get(name)
+            if isinstance(value, str):
+                try:
+                    warnings += [f"{dotted(key)}: {doubt}" for doubt in use(upstream, Path(value))]
+                except ValueError as error:
+                    problems.append((key, str(error)))
+    return problems
+
+
+def _use_password_file(upstream: dict[str, Any], path: Path) -> list[str]:
+    """Put the password from `path` into `upstream`; return doubts; raise ValueError if there is none."""
+    if "password" in upstream:
+        raise ValueError("given together with password: keep one of the two")
+    try:
+        with path.open("rb") as file:
+            secret = file.read(64 * 1024).decode()
+            others_read = bool(path.stat().st_mode & 0o004)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    secret = secret.removesuffix("\n").removesuffix("\r")
+    if not secret:
+        raise ValueError(f"{path} is empty")
+    upstream["password"] = SecretStr(secret)
+    return [f"every user of the machine can read {path} (chmod o-r)"] if others_read else []
+
+
+def _use_ca_file(upstream: dict[str, Any], path: Path) -> list[str]:
+    """Raise ValueError when `path` holds no certificates that TLS can use; there are no doubts to return."""
+    del upstream
+    try:
+        ssl.create_default_context(cafile=str(path))
+    except ssl.SSLError:
+        raise ValueError(f"{path} holds no certificates in PEM") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return []
+
+
+def _reasons(error: ValidationError) -> list[tuple[Key, str]]:
+    """Say in our words what pydantic found."""
+    reasons: list[tuple[Key, str]] = []
+    for detail in error.errors(include_url=False, include_input=False):
+        key = tuple(part for part in detail["loc"] if part != "[key]")
+        context = detail.get("ctx", {})
+        match detail["type"]:
+            case "extra_forbidden":
+                reason = unknown_key(str(key[-1]), model_at(Settings, key[:-1]).model_fields)
+            case "missing" if key == ("upstreams",):
+                reason = "missing: at least the address of one upstream is needed"
+            case "missing":
+                reason = "missing"
+            case "value_error":
+                reason = str(context["error"])
+            case "literal_error":
+                reason = f"must be {context['expected']}".replace("'", '"')
+            case "greater_than_equal":
+                reason = f"must be {context['ge']} or more"
+            case "string_too_short" | "string_too_long":
+                reason = f"must be text of 1 to {context.get('max_length', 64)} characters"
+            case kind:
+                reason = _TYPES.get(kind, detail["msg"])
+        reasons.append((key, reason))
+    return reasons
+
+
+_TYPES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "model_type": "must be a table",
+    "path_type": "must be the name of a file, as text",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+}
+
+
+def _source(key: Key, sources: Mapping[Key, str], default: str) -> str:
+    """Where the value at `key` came from: the variable that gave it or what is above it, else the file."""
+    return next((sources[key[:end]] for end in range(len(key), 0, -1) if key[:end] in sources), default)
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    section = tree.setdefault(name, {})
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,676 @@
+"""The configuration as validated values: every key, its type, its default, what it means.
+
+Rules: the names are public interface. Each check stands in a validator of the key that it is about, so that
+all mistakes of a file are reported together, each under its key; a check that needs two keys stands at the
+later one. What this version does not carry is refused by name, never ignored. No I/O, but for the machine's
+own name.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    SecretStr,
+    Strict,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+
+from relay.settings.address import ADDRESS_PATTERN, Address, host_name
+from relay.settings.networks import Network, parse_network, too_wide
+from relay.settings.units import (
+    DURATION_PATTERN,
+    SIZE_PATTERN,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+)
+
+__all__ = [
+    "ClientSettings",
+    "ExpirySettings",
+    "HttpSettings",
+    "ListenerSettings",
+    "LogSettings",
+    "Origin",
+    "RecordSettings",
+    "RetentionSettings",
+    "ServerSettings",
+    "Settings",
+    "TaskTypeRule",
+    "TaskTypeSettings",
+    "TlsSettings",
+    "UpstreamSettings",
+]
+
+_NOT_YET = "not available in this version"
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+TASK_TYPE_LENGTH = 64
+
+
+def _address(value: object) -> Address:
+    if isinstance(value, Address):
+        return value
+    if not isinstance(value, str):
+        raise ValueError('must be text such as "127.0.0.1:2525"')  # noqa: TRY004  pydantic wants ValueError
+    return Address.parse(value)
+
+
+def _upstream_address(value: object) -> Address:
+    address = _address(value)
+    if address.port == 0:
+        raise ValueError("the port must be a number from 1 to 65535")
+    return address
+
+
+def _network(value: object) -> Network:
+    if isinstance(value, Network):
+        return value
+    if not isinstance(value, str):
+        raise ValueError('must be text such as "192.0.2.0/24"')  # noqa: TRY004  pydantic wants ValueError
+    return parse_network(value)
+
+
+def _longer_than_zero(value: object) -> float:
+    seconds = parse_duration(value)
+    if not seconds:
+        raise ValueError("must be longer than nothing")
+    return seconds
+
+
+def _lifetime(value: object) -> float | None:
+    if value is None or value == "never":
+        return None
+    try:
+        return _longer_than_zero(value)
+    except ValueError as error:
+        raise ValueError(f'{error} (or "never")') from None
+
+
+def _format_lifetime(value: float | None) -> str:
+    return "never" if value is None else format_duration(value)
+
+
+def _header(value: str) -> str:
+    if not re.fullmatch(r"[!-9;-~]{1,200}", value):  # RFC 5322 3.6.8
+        raise ValueError("is no header name: printable ASCII without space and colon")
+    return value
+
+
+def _task_type(value: str) -> str:
+    if not value or len(value) > TASK_TYPE_LENGTH or not value.isprintable() or value != value.strip():
+        raise ValueError(f"must be printable text of 1 to {TASK_TYPE_LENGTH} characters")
+    return value
+
+
+def _machine_name() -> str:
+    """The machine's fully qualified name, as far as it has one that can stand in a greeting."""
+    for name in (socket.getfqdn(), socket.gethostname()):
+        try:
+            return _own_name(name)
+        except ValueError:
+            continue
+    return "localhost"
+
+
+def _own_name(value: str) -> str:
+    name = host_name(value)
+    try:
+        ip_address(name)
+    except ValueError:
+        return name
+    raise ValueError("must be a name, not an IP address")
+
+
+def _written(value: Any) -> Any:
+    """A default in the form in which the file has it; it is validated like any other value."""
+    return Field(default=value)
+
+
+def _text_schema(pattern: str, *examples: str, **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": list(examples), **more})
+
+
+_AS_DURATION = PlainSerializer(format_duration, when_used="json")
+_AS_TEXT = PlainSerializer(str, when_used="json")
+_DURATION_SCHEMA = _text_schema(DURATION_PATTERN, "500ms", "30s", "5m", "12h", "30d")
+
+Duration = Annotated[float, PlainValidator(_longer_than_zero), _AS_DURATION, _DURATION_SCHEMA]
+DurationOrZero = Annotated[float, PlainValidator(parse_duration), _AS_DURATION, _DURATION_SCHEMA]
+Lifetime = Annotated[
+    float | None,
+    PlainValidator(_lifetime),
+    PlainSerializer(_format_lifetime, when_used="json"),
+    _text_schema(rf"{DURATION_PATTERN}|^never$", "30d", "never"),
+]
+Size = Annotated[
+    int,
+    PlainValidator(parse_size),
+    PlainSerializer(format_size, when_used="json"),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 0}],
+            "examples": ["500B", "64KiB", "25MiB", 1048576],
+        }
+    ),
+]
+ListenAddress = Annotated[
+    Address, PlainValidator(_address), _AS_TEXT, _text_schema(ADDRESS_PATTERN, "127.0.0.1:2525", "[::1]:2525")
+]
+UpstreamAddress = Annotated[
+    Address,
+    PlainValidator(_upstream_address),
+    _AS_TEXT,
+    _text_schema(ADDRESS_PATTERN, "smtp.example.com:587"),
+]
+NetworkText = Annotated[
+    Network,
+    PlainValidator(_network),
+    _AS_TEXT,
+    WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
+]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Flag = Annotated[bool, Strict()]
+HeaderName = Annotated[str, AfterValidator(_header)]
+TaskTypeName = Annotated[str, Field(min_length=1, max_length=TASK_TYPE_LENGTH), AfterValidator(_task_type)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # the input may be a secret
+    )
+
+
+class ServerSettings(_Section):
+    """The relay as its clients meet it."""
+
+    hostname: Annotated[str, AfterValidator(_own_name)] = Field(default_factory=_machine_name)
+    """Name in the greeting and towards the upstream. Default: the machine's fully qualified name."""
+    max_message_size: Size = _written("50MiB")
+    """Largest message, in octets as sent. 0: whatever the upstream allows."""
+    max_recipients: Count = 1000
+    """Recipients of one message."""
+    max_connections: Count = 1000
+    """Client connections at the same time."""
+    max_connections_per_client: Count = 100
+    """Client connections at the same time from one address."""
+    bare_newlines: Literal["normalize", "refuse"] = "normalize"
+    """A stray CR or LF in a message: LF is made a line end and CR a space, or the message is refused."""
+    received_header: Flag = False
+    """Whether the relay puts a Received header before the message. In this version: no."""
+    idle_timeout: Duration = _written("5m")
+    """How long a client may be silent between commands (RFC 5321 4.5.3.2.7 asks for 5 minutes)."""
+    min_data_rate: Size = _written("500B")
+    """A message that arrives slower than this in a second, after 30 s of grace, is aborted. 0: no limit."""
+    lease_idle_timeout: Duration = _written("30s")
+    """How long a client silent in the middle of a transaction keeps its upstream connection."""
+    drain_timeout: DurationOrZero = _written("30s")
+    """How long a stop waits for the transactions under way."""
+    reuse_port: Flag = False
+    """Whether several relays on one machine may listen on the same port (SO_REUSEPORT)."""
+
+    @field_validator("received_header")
+    @classmethod
+    def _no_received_header(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(f"{_NOT_YET}: the Received header of the relay's own")
+        return value
+
+
+class ListenerSettings(_Section):
+    """One address where clients connect."""
+
+    address: ListenAddress
+    """host:port or [IPv6]:port. Port 0: any free one."""
+    tls: Literal["none", "starttls", "required", "implicit"] = "none"
+    """TLS for clients. In this version: none."""
+    proxy_protocol: Flag = False
+    """Whether connections begin with a PROXY header. In this version: no."""
+
+    @field_validator("tls")
+    @classmethod
+    def _no_tls(cls, value: str) -> str:
+        if value != "none":
+            raise ValueError(f'{_NOT_YET}: TLS for clients (keep "none")')
+        return value
+
+    @field_validator("proxy_protocol")
+    @classmethod
+    def _no_proxy(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(f"{_NOT_YET}: the PROXY protocol")
+        return value
+
+
+class TlsSettings(_Section):
+    """The certificate that listeners show. In this version listeners have no TLS."""
+
+    cert: Path | None = None
+    """File with the certificate chain, PEM."""
+    key: Path | None = None
+    """File with the private key, PEM."""
+
+    @field_validator("key")
+    @classmethod
+    def _pair(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        cert = info.data.get("cert")
+        if cert and not value:
+            raise ValueError("missing: tls.cert needs its key")
+        if value and not cert:
+            raise ValueError("is of no use without tls.cert")
+        if value:
+            raise ValueError(f"{_NOT_YET}: TLS for clients (take tls.cert and tls.key out)")
+        return value
+
+
+class ClientSettings(_Section):
+    """Who may relay."""
+
+    auth: Literal["none", "users", "passthrough"] = "none"
+    """How clients log in. In this version: none."""
+    allow: tuple[NetworkText, ...] = _written(LOOPBACK)
+    """Networks and addresses that may relay without AUTH."""
+    users_file: Path | None = None
+    """File of local users. In this version: none."""
+    trusted_proxies: tuple[NetworkText, ...] = ()
+    """Who may send a PROXY header. In this version: nobody."""
+
+    @field_validator("auth")
+    @classmethod
+    def _no_auth(cls, value: str) -> str:
+        if value != "none":
+            raise ValueError(f'{_NOT_YET}: AUTH for clients (keep "none")')
+        return value
+
+    @field_validator("allow")
+    @classmethod
+    def _no_open_relay(cls, value: tuple[Network, ...]) -> tuple[Network, ...]:
+        reason = too_wide(value)
+        if reason:
+            raise ValueError(f"would be an open relay: {reason}")
+        if not value:
+            raise ValueError("is empty: nobody could relay")
+        return value
+
+    @field_validator("users_file")
+    @classmethod
+    def _no_users(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            raise ValueError(f"{_NOT_YET}: AUTH for clients")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _no_proxies(cls, value: tuple[Network, ...]) -> tuple[Network, ...]:
+        if value:
+            raise ValueError(f"{_NOT_YET}: the PROXY protocol")
+        return value
+
+
+class UpstreamSettings(_Section):
+    """The server that messages are relayed to."""
+
+    address: UpstreamAddress
+    """host:port or [IPv6]:port of the upstream's submission service. The one value that has no default."""
+    name: str = ""
+    """Its name in records, metrics and log. Default: the host of the address."""
+    tls: Literal["none", "opportunistic", "starttls", "implicit"] = "starttls"
+    """starttls: never go on without it. implicit: TLS from the first octet. opportunistic: TLS if offered."""
+    tls_verify: Flag = True
+    """Whether the upstream's certificate must be valid for its name."""
+    ca_file: Path | None = None
+    """File with the certificates to trust instead of the system's, PEM."""
+    tls_server_name: str | None = None
+    """Name that the certificate must have, and that is asked for (SNI). Default: the host of the address."""
+    username: str | None = None
+    """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
+    password: SecretStr | None = None
+    """Password for AUTH with the upstream. Better: password_file."""
+    password_file: Path | None = None
+    """File that holds the password; one line end at its end does not count."""
+    max_connections: Count = 20
+    """Connections to the upstream at the same time."""
+    idle_timeout: Duration = _written("60s")
+    """An unused connection is closed after this time."""
+    max_age: Duration = _written("5m")
+    """A connection of this age is not used again."""
+    max_messages: Count = 100
+    """A connection that has carried so many messages is not used again."""
+    connect_timeout: Duration = _written("10s")
+    """How long connecting may take, until the TCP connection stands."""
+    reply_timeout: Duration = _written("5m")
+    """How long the reply to one command may take."""
+    end_of_data_timeout: Duration = _written("10m")
+    """How long the reply to a whole message may take (RFC 5321 4.5.3.2.6 asks for 10 minutes)."""
+    lease_wait_timeout: Duration = _written("10s")
+    """How long a transaction waits for a free connection; then the client is told to try later."""
+    priority: Annotated[int, Strict(), Field(ge=0)] = 10
+    """Lower is tried first. With one upstream it makes no difference."""
+    weight: Count = 1
+    """Share among upstreams of one priority. With one upstream it makes no difference."""
+    match: dict[str, Any] | None = None
+    """Which messages go to this upstream. In this version: all."""
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, value: str, info: ValidationInfo) -> str:
+        if not value:
+            return info.data["address"].host.lower() if "address" in info.data else value
+        if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", value):
+            raise ValueError("must be 1 to 64 letters, digits, dots, hyphens, underscores or colons")
+        if value == "none":
+            raise ValueError('is taken: metrics use "none" where no upstream had a part')
+        return value
+
+    @field_validator("tls_verify")
+    @classmethod
+    def _verify_with_tls(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("tls") == "none":
+            raise ValueError('makes no sense with tls = "none"')
+        return value
+
+    @field_validator("ca_file")
+    @classmethod
+    def _ca_file_with_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value and info.data.get("tls") == "none":
+            raise ValueError('makes no sense with tls = "none"')
+        if value and info.data.get("tls_verify") is False:
+            raise ValueError("makes no sense with tls_verify = false")
+        return value
+
+    @field_validator("tls_server_name")
+    @classmethod
+    def _server_name_with_tls(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return value
+        if info.data.get("tls") == "none":
+            raise ValueError('makes no sense with tls = "none"')
+        return host_name(value)
+
+    @field_validator("username")
+    @classmethod
+    def _username(cls, value: str | None) -> str | None:
+        if value is not None and (not value or any(character in "\0\r\n" for character in value)):
+            raise ValueError("must not be empty or hold line ends or NUL")
+        return value
+
+    @field_validator("password")
+    @classmethod
+    def _credentials(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is None:
+            return value
+        secret = value.get_secret_value()
+        if not secret or any(character in "\0\r\n" for character in secret):
+            raise ValueError("must not be empty or hold line ends or NUL")
+        if info.data.get("username", "") is None:
+            raise ValueError("is of no use without username")
+        address, tls = info.data.get("address"), info.data.get("tls")
+        if tls == "opportunistic":  # whoever strips STARTTLS from the EHLO reply would be handed the password
+            raise ValueError('credentials could go in clear: set tls = "starttls" or "implicit"')
+        if tls == "none" and address and not address.loopback:
+            raise ValueError('credentials would go in clear: set tls = "starttls" or "implicit"')
+        return value
+
+    @field_validator("match")
+    @classmethod
+    def _no_match(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            raise ValueError(f"{_NOT_YET}: one upstream for all messages")
+        return value
+
+
+class RecordSettings(_Section):
+    """Where the rows go, and what they hold."""
+
+    url: str = "sqlite:///data/task_done.db"
+    """Database. Three slashes: relative to the working directory; four: absolute. In this version: SQLite."""
+    spool: Path = _written("data/spool")
+    """Directory where accepted rows wait while the store is away."""
+    commit_timeout: Duration = _written("2s")
+    """A store that takes longer: the row goes to the spool, and the client gets its reply."""
+    when_unavailable: Literal["spool", "refuse"] = "spool"
+    """While the store is away: mail flows and rows wait in the spool, or new mail is told 451."""
+    headers: tuple[HeaderName, ...] = ("Message-ID",)
+    """Message headers that are kept with the row."""
+    recipients: Literal["plain", "hashed"] = "plain"
+    """How recipients are kept. In this version: plain."""
+
+    @field_validator("url")
+    @classmethod
+    def _sqlite(cls, value: str) -> str:  # never shows the value: another database's URL may hold a password
+        if re.match(r"postgres(ql)?(\+\w+)?:", value):
+            raise ValueError(f"{_NOT_YET}: PostgreSQL (use sqlite:///path)")
+        if not value.startswith("sqlite:///"):
+            raise ValueError("must be sqlite:///relative/path or sqlite:////absolute/path")
+        path = value.removeprefix("sqlite:///")
+        if not path or path.startswith(":memory:"):
+            raise ValueError("names no file: rows would be lost at the end")
+        if "?" in path or "#" in path or path.endswith("/"):
+            raise ValueError("must end in the name of a file, without parameters")
+        return value
+
+    @field_validator("spool")
+    @classmethod
+    def _spool_is_named(cls, value: Path) -> Path:
+        if value == Path():
+            raise ValueError("must name a directory of its own")
+        return value
+
+    @field_validator("recipients")
+    @classmethod
+    def _no_hashes(cls, value: str) -> str:
+        if value == "hashed":
+            raise ValueError(f'{_NOT_YET}: hashed recipients (keep "plain")')
+        return value
+
+
+class TaskTypeRule(_Section):
+    """A task type for what one sender sends."""
+
+    sender: str
+    """Reverse-path that the rule is for, without angle brackets; empty for the null reverse-path."""
+    type: TaskTypeName
+    """The task type."""
+
+    @field_validator("sender")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if not value.isprintable() or value.startswith("<") or value.endswith(">"):
+            raise ValueError("must be an address without angle brackets")
+        return value
+
+
+class TaskTypeSettings(_Section):
+    """How a message's task type is found: from the first header present, else by rule, else the default."""
+
+    headers: tuple[HeaderName, ...] = (
+        "X-Task-Type",
+        "X-MC-Tags",
+        "X-Mailgun-Tag",
+        "X-PM-Tag",
+        "X-SES-Message-Tags",
+        "X-SMTPAPI",
+    )
+    """Headers that name the task type, the first one present wins."""
+    default: TaskTypeName = "unclassified"
+    """The task type of a message that neither a header nor a rule names."""
+    id_header: HeaderName = "X-Task-ID"
+    """Header with the application's own id of the task, kept in client_task_id."""
+    rules: tuple[TaskTypeRule, ...] = ()
+    """Task types by sender."""
+
+
+class RetentionSettings(_Section):
+    """How long rows are kept."""
+
+    default: Lifetime = _written("30d")
+    """Lifetime of a row, or "never" for rows that are not deleted."""
+    by_type: dict[TaskTypeName, Lifetime] = Field(default_factory=dict)
+    """Lifetimes of their own for single task types."""
+
+
+class ExpirySettings(_Section):
+    """How expired rows are deleted."""
+
+    interval: Duration = _written("1h")
+    """Time from one round to the next."""
+    batch_size: Count = 5000
+    """Rows deleted in one transaction."""
+
+
+class HttpSettings(_Section):
+    """Metrics and health."""
+
+    address: ListenAddress = _written("127.0.0.1:9025")
+    """host:port or [IPv6]:port. Port 0: any free one."""
+    token_file: Path | None = None
+    """File with the token that page and API ask for. In this version: none."""
+
+    @field_validator("token_file")
+    @classmethod
+    def _no_token(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            raise ValueError(f"{_NOT_YET}: page and API (metrics and health need no token)")
+        return value
+
+
+class LogSettings(_Section):
+    """What is written to standard error."""
+
+    format: Literal["json", "console"] = "json"
+    """One JSON object a line, or lines for people."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe events that are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What came up while the settings were loaded: warnings, and whether the upstream is the built-in one."""
+
+    warnings: tuple[str, ...] = ()
+    dev: bool = False
+
+
+class Settings(_Section):
+    """The configuration of one relay. Frozen; make one with `load`."""
+
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    """The relay as its clients meet it."""
+    listeners: tuple[ListenerSettings, ...] = _written(({"address": "127.0.0.1:2525"},))
+    """Where clients connect."""
+    tls: TlsSettings = Field(default_factory=TlsSettings)
+    """The certificate that listeners show. In this version listeners have no TLS."""
+    clients: ClientSettings = Field(default_factory=ClientSettings)
+    """Who may relay."""
+    upstreams: tuple[UpstreamSettings, ...]
+    """The server that messages are relayed to. In this version: exactly one."""
+    records: RecordSettings = Field(default_factory=RecordSettings)
+    """Where the rows go, and what they hold."""
+    task_type: TaskTypeSettings = Field(default_factory=TaskTypeSettings)
+    """How a message's task type is found."""
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    """How long rows are kept."""
+    expiry: ExpirySettings = Field(default_factory=ExpirySettings)
+    """How expired rows are deleted."""
+    limits: tuple[dict[str, Any], ...] = ()
+    """Rate limits. In this version: none."""
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    """Metrics and health."""
+    log: LogSettings = Field(default_factory=LogSettings)
+    """What is written to standard error."""
+
+    _origin: Origin = PrivateAttr(default=Origin())
+
+    @field_validator("listeners")
+    @classmethod
+    def _listeners_apart(cls, value: tuple[ListenerSettings, ...]) -> tuple[ListenerSettings, ...]:
+        if not value:
+            raise ValueError("is empty: nobody could connect")
+        for index, listener in enumerate(value):
+            for earlier in value[:index]:
+                if listener.address.collides(earlier.address):
+                    raise ValueError(f"two listeners on one address: {earlier.address}, {listener.address}")
+        return value
+
+    @field_validator("upstreams")
+    @classmethod
+    def _one_upstream(
+        cls, value: tuple[UpstreamSettings, ...], info: ValidationInfo
+    ) -> tuple[UpstreamSettings, ...]:
+        reasons = []
+        if not value:
+            reasons.append("is empty: at least the address of one upstream is needed")
+        names = [upstream.name for upstream in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            reasons.append(f"two upstreams of one name: {', '.join(twice)}")
+        if len(value) > 1:
+            reasons.append(f"{_NOT_YET}: one upstream")
+        listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
+        reasons += [
+            f"{upstream.address} is a listener of this relay: mail would go round in circles"
+            for upstream in value
+            if any(upstream.address.collides(listener.address) for listener in listeners)
+        ]
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _no_limits(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        if value:
+            raise ValueError(f"{_NOT_YET}: rate limits")
+        return value
+
+    @field_validator("http")
+    @classmethod
+    def _http_apart(cls, value: HttpSettings, info: ValidationInfo) -> HttpSettings:
+        listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
+        for listener in listeners:
+            if value.address.collides(listener.address):
+                raise ValueError(f"http.address {value.address} is also a listener: {listener.address}")
+        return value
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Keep what `load` found on the way."""
+        if isinstance(context, Origin):
+            self._origin = context
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and yet worth a line at start, one text each."""
+        unverified = (
+            f"upstreams.{index}.tls_verify: off: whoever is in between can read the mail and the password"
+            for index, upstream in enumerate(self.upstreams)
+            if not upstream.tls_verify
+        )
+        return (*self._origin.warnings, *unverified)
+
+    @property
+    def dev(self) -> bool:
+        """Whether the one upstream is the built-in one, which has to be started at its address."""
+        return self._origin.dev
+
+    def effective(self) -> dict[str, Any]:
+        """Return every value in the form in which it is written in the file, secrets hidden."""
+        return self.model_dump(mode="json")
