@@ -648,7 +648,7 @@ class Settings(_Section):
         listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
         for listener in listeners:
             if value.address.collides(listener.address):
-                raise ValueError(f"http.address {value.address} is also a listener: {listener.address}")
+                raise ValueError(f"the address {value.address} is taken by the listener {listener.address}")
         return value
 
     def model_post_init(self, context: Any, /) -> None:

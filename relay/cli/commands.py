@@ -1,0 +1,165 @@
+"""The commands: each one finds the settings, calls the part that does the work, and says what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from relay import __version__
+from relay.cli.configuration import configured, find
+from relay.cli.failure import CommandError
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="SMTP relay proxy that records sends.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: no boxes, and quick to print
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Configuration. Else $RELAY_CONFIG, else config/relay.toml."
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"relay {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def relay(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """SMTP relay proxy that records sends."""
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    dev: Annotated[
+        bool,
+        typer.Option("--dev", help="Relay to a built-in upstream that accepts everything and sends nothing."),
+    ] = False,
+) -> int:
+    """Run the relay in the foreground, until SIGTERM or SIGINT."""
+    settings = configured(find(config, os.environ, dev=dev), dev=dev)
+    from relay.app import run
+
+    return run(settings)
+
+
+@app.command()
+def check(
+    config: ConfigOption = None,
+    connect: Annotated[bool, typer.Option("--connect", help="Try the upstream and the store too.")] = False,
+) -> int:
+    """Validate the configuration and say what it means."""
+    path = find(config, os.environ)
+    settings = configured(path)
+    typer.echo(f"{path} is valid.")
+    for what, text in _summary(settings):
+        typer.echo(f"  {what:<10} {text}")
+    for warning in settings.warnings:
+        typer.echo(f"relay: warning: {warning}", err=True)
+    return _connect(settings) if connect else 0
+
+
+@app.command()
+def expire(
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the rows, delete none.")] = False,
+) -> int:
+    """Delete the expired rows once, for cron or another scheduler."""
+    from relay.records.store import StoreError
+
+    settings = configured(find(config, os.environ))
+    try:
+        rows = asyncio.run(_expire(settings, dry_run=dry_run))
+    except StoreError as error:
+        raise CommandError([f"relay: {error}"]) from None
+    noun = "row" if rows == 1 else "rows"
+    typer.echo(f"{rows} expired {noun} would be deleted" if dry_run else f"{rows} expired {noun} deleted")
+    return 0
+
+
+@app.command()
+def schema() -> int:
+    """Print the JSON Schema of the configuration."""
+    import json
+
+    from relay.settings import schema as settings_schema
+
+    typer.echo(json.dumps(settings_schema(), indent=2))
+    return 0
+
+
+def _connect(settings: Settings) -> int:
+    from relay.app import probe
+
+    failed = False
+    for what, ok, detail in probe(settings):
+        failed = failed or not ok
+        typer.echo(
+            f"  {typer.style('ok', fg='green') if ok else typer.style('failed', fg='red')}  {what}: {detail}"
+        )
+    return 1 if failed else 0
+
+
+async def _expire(settings: Settings, *, dry_run: bool) -> int:
+    from relay.records.retention import Retention
+    from relay.records.store import Store
+
+    periods = {name: _period(seconds) for name, seconds in settings.retention.by_type.items()}
+    retention = Retention(_period(settings.retention.default), periods)
+    store = await Store.open(settings.records.url, retention, create=False)
+    try:
+        return await store.expire(datetime.now(UTC), settings.expiry.batch_size, dry_run=dry_run)
+    finally:
+        await store.close()
+
+
+def _period(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What the settings mean, for people, in a few lines."""
+    from relay.settings.units import format_duration, format_size
+
+    server, records = settings.server, settings.records
+    yield "name", server.hostname
+    yield "listens", ", ".join(str(listener.address) for listener in settings.listeners)
+    yield "clients", ", ".join(str(network) for network in settings.clients.allow)
+    size = format_size(server.max_message_size) if server.max_message_size else "whatever the upstream allows"
+    yield "messages", f"up to {size}, {server.max_recipients} recipients"
+    for upstream in settings.upstreams:
+        login = f", as {upstream.username}" if upstream.password else ", no AUTH"
+        verified = " unverified" if upstream.tls != "none" and not upstream.tls_verify else ""
+        where = f"{upstream.name}: {upstream.address}, TLS {upstream.tls}{verified}{login}"
+        yield "upstream", f"{where}, up to {upstream.max_connections} connections"
+    yield "records", f"{records.url}, spool {records.spool}, when away: {records.when_unavailable}"
+    lifetimes = {"": settings.retention.default, **settings.retention.by_type}
+    kept = (
+        f"{name} {format_duration(time) if time else 'never'}".strip() for name, time in lifetimes.items()
+    )
+    yield "retention", ", ".join(kept)
+    yield "http", f"{settings.http.address} (metrics, health)"
+    yield "log", f"{settings.log.format}, {settings.log.level}"

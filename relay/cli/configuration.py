@@ -1,0 +1,37 @@
+"""Which configuration a command works with: `--config`, else `$RELAY_CONFIG`, else `config/relay.toml`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relay.cli.failure import CommandError
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
+
+__all__ = ["DEFAULT", "configured", "find"]
+
+DEFAULT = Path("config/relay.toml")
+
+
+def find(config: Path | None, environ: Mapping[str, str], *, dev: bool = False) -> Path | None:
+    """Return the file to read; None: `dev` needs none, unless one is named."""
+    if config is not None:
+        return config
+    named = environ.get("RELAY_CONFIG")
+    if named:
+        return Path(named)
+    return None if dev else DEFAULT
+
+
+def configured(path: Path | None, *, dev: bool = False) -> Settings:
+    """Return the settings of the file at `path`, with the environment over them, or raise CommandError."""
+    from relay.settings import DEV_UPSTREAM, SettingsError, load
+
+    try:
+        return load(path, os.environ, dev_upstream=DEV_UPSTREAM if dev else None)
+    except SettingsError as error:
+        raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
