@@ -1,6 +1,5 @@
 """The configuration: one TOML file, the environment over it, checked as a whole before anything starts."""
 
-from relay.settings.address import Address
 from relay.settings.load import DEV_UPSTREAM, SettingsError, load, schema
 from relay.settings.model import (
     ClientSettings,
@@ -21,7 +20,6 @@ from relay.settings.networks import Network
 
 __all__ = [
     "DEV_UPSTREAM",
-    "Address",
     "ClientSettings",
     "ExpirySettings",
     "HttpSettings",

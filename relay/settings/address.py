@@ -30,28 +30,17 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Return the address that `text` writes; raise ValueError with the reason if it writes none."""
-        if text.startswith("unix:"):
-            raise ValueError("not available in this version: unix sockets")
-        host, colon, port = text.rpartition(":")
-        if text.startswith("["):
-            host, bracket, port = text[1:].partition("]")
-            colon, port = port[:1], port[1:]
-            if not bracket:
-                raise ValueError("has no closing bracket: write [IPv6 address]:port")
-        elif ":" in host:
-            raise ValueError("an IPv6 address stands in brackets: [::1]:2525")
-        if colon != ":" or not port:
-            raise ValueError("has no port: write host:port")
+        host, port = _split(text)
         if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
             raise ValueError("the port must be a number up to 65535")
         if not host:
             raise ValueError("names no host: write host:port (0.0.0.0 or [::] for every address here)")
-        if text.startswith("["):
-            try:
-                return cls(str(IPv6Address(host)), int(port))
-            except ValueError:
-                raise ValueError("no IPv6 address stands in the brackets") from None
-        return cls(host_name(host), int(port))
+        if not text.startswith("["):
+            return cls(host_name(host), int(port))
+        try:
+            return cls(str(IPv6Address(host)), int(port))
+        except ValueError:
+            raise ValueError("no IPv6 address stands in the brackets") from None
 
     @property
     def loopback(self) -> bool:
@@ -87,6 +76,26 @@ def host_name(text: str) -> str:
         except ValueError:
             raise ValueError("is no IPv4 address") from None
     return text
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return host and port as they are written, the host without its brackets."""
+    if "://" in text:
+        raise ValueError("is a URL: write host:port")
+    if text.startswith("unix:"):
+        raise ValueError("not available in this version: unix sockets")
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket:
+            raise ValueError("has no closing bracket: write [IPv6 address]:port")
+        colon, port = rest[:1], rest[1:]
+    else:
+        host, colon, port = text.rpartition(":")
+        if ":" in host:
+            raise ValueError("an IPv6 address stands in brackets: [::1]:2525")
+    if colon != ":" or not port:
+        raise ValueError("has no port: write host:port")
+    return host, port
 
 
 def _same(one: str, other: str) -> bool:

@@ -63,19 +63,15 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 TASK_TYPE_LENGTH = 64
 
 
-def _address(value: object) -> Address:
-    if isinstance(value, Address):
-        return value
-    if not isinstance(value, str):
-        raise ValueError('must be text such as "127.0.0.1:2525"')  # noqa: TRY004  pydantic wants ValueError
-    return Address.parse(value)
+def _address(value: str) -> str:
+    return str(Address.parse(value))
 
 
-def _upstream_address(value: object) -> Address:
-    address = _address(value)
+def _upstream_address(value: str) -> str:
+    address = Address.parse(value)
     if address.port == 0:
         raise ValueError("the port must be a number from 1 to 65535")
-    return address
+    return str(address)
 
 
 def _network(value: object) -> Network:
@@ -147,7 +143,6 @@ def _text_schema(pattern: str, *examples: str, **more: Any) -> WithJsonSchema:
 
 
 _AS_DURATION = PlainSerializer(format_duration, when_used="json")
-_AS_TEXT = PlainSerializer(str, when_used="json")
 _DURATION_SCHEMA = _text_schema(DURATION_PATTERN, "500ms", "30s", "5m", "12h", "30d")
 
 Duration = Annotated[float, PlainValidator(_longer_than_zero), _AS_DURATION, _DURATION_SCHEMA]
@@ -170,18 +165,15 @@ Size = Annotated[
     ),
 ]
 ListenAddress = Annotated[
-    Address, PlainValidator(_address), _AS_TEXT, _text_schema(ADDRESS_PATTERN, "127.0.0.1:2525", "[::1]:2525")
+    str, AfterValidator(_address), _text_schema(ADDRESS_PATTERN, "127.0.0.1:2525", "[::1]:2525")
 ]
 UpstreamAddress = Annotated[
-    Address,
-    PlainValidator(_upstream_address),
-    _AS_TEXT,
-    _text_schema(ADDRESS_PATTERN, "smtp.example.com:587"),
+    str, AfterValidator(_upstream_address), _text_schema(ADDRESS_PATTERN, "smtp.example.com:587")
 ]
 NetworkText = Annotated[
     Network,
     PlainValidator(_network),
-    _AS_TEXT,
+    PlainSerializer(str, when_used="json"),
     WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
 ]
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -236,7 +228,25 @@ class ServerSettings(_Section):
         return value
 
 
-class ListenerSettings(_Section):
+class _Endpoint(_Section):
+    address: str
+
+    @property
+    def host(self) -> str:
+        """The name or the IP address (without brackets) in the address."""
+        return Address.parse(self.address).host
+
+    @property
+    def port(self) -> int:
+        """The TCP port in the address."""
+        return Address.parse(self.address).port
+
+    def collides(self, other: _Endpoint) -> bool:
+        """Whether both cannot be bound at the same time."""
+        return Address.parse(self.address).collides(Address.parse(other.address))
+
+
+class ListenerSettings(_Endpoint):
     """One address where clients connect."""
 
     address: ListenAddress
@@ -326,7 +336,7 @@ class ClientSettings(_Section):
         return value
 
 
-class UpstreamSettings(_Section):
+class UpstreamSettings(_Endpoint):
     """The server that messages are relayed to."""
 
     address: UpstreamAddress
@@ -343,10 +353,10 @@ class UpstreamSettings(_Section):
     """Name that the certificate must have, and that is asked for (SNI). Default: the host of the address."""
     username: str | None = None
     """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
+    password_file: Path | None = None
+    """File that holds the password; its last line end does not count. `load` reads it into `password`."""
     password: SecretStr | None = None
     """Password for AUTH with the upstream. Better: password_file."""
-    password_file: Path | None = None
-    """File that holds the password; one line end at its end does not count."""
     max_connections: Count = 20
     """Connections to the upstream at the same time."""
     idle_timeout: Duration = _written("60s")
@@ -356,7 +366,7 @@ class UpstreamSettings(_Section):
     max_messages: Count = 100
     """A connection that has carried so many messages is not used again."""
     connect_timeout: Duration = _written("10s")
-    """How long connecting may take, until the TCP connection stands."""
+    """How long each step of connecting may take: TCP, greeting, EHLO, STARTTLS, AUTH."""
     reply_timeout: Duration = _written("5m")
     """How long the reply to one command may take."""
     end_of_data_timeout: Duration = _written("10m")
@@ -374,7 +384,7 @@ class UpstreamSettings(_Section):
     @classmethod
     def _named(cls, value: str, info: ValidationInfo) -> str:
         if not value:
-            return info.data["address"].host.lower() if "address" in info.data else value
+            return Address.parse(info.data["address"]).host.lower() if "address" in info.data else value
         if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", value):
             raise ValueError("must be 1 to 64 letters, digits, dots, hyphens, underscores or colons")
         if value == "none":
@@ -417,6 +427,8 @@ class UpstreamSettings(_Section):
     @classmethod
     def _credentials(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None:
+            if info.data.get("username") and not info.data.get("password_file"):
+                raise ValueError("missing: username needs password_file (or password)")
             return value
         secret = value.get_secret_value()
         if not secret or any(character in "\0\r\n" for character in secret):
@@ -426,7 +438,7 @@ class UpstreamSettings(_Section):
         address, tls = info.data.get("address"), info.data.get("tls")
         if tls == "opportunistic":  # whoever strips STARTTLS from the EHLO reply would be handed the password
             raise ValueError('credentials could go in clear: set tls = "starttls" or "implicit"')
-        if tls == "none" and address and not address.loopback:
+        if tls == "none" and address and not Address.parse(address).loopback:
             raise ValueError('credentials would go in clear: set tls = "starttls" or "implicit"')
         return value
 
@@ -537,7 +549,7 @@ class ExpirySettings(_Section):
     """Rows deleted in one transaction."""
 
 
-class HttpSettings(_Section):
+class HttpSettings(_Endpoint):
     """Metrics and health."""
 
     address: ListenAddress = _written("127.0.0.1:9025")
@@ -607,7 +619,7 @@ class Settings(_Section):
             raise ValueError("is empty: nobody could connect")
         for index, listener in enumerate(value):
             for earlier in value[:index]:
-                if listener.address.collides(earlier.address):
+                if listener.collides(earlier):
                     raise ValueError(f"two listeners on one address: {earlier.address}, {listener.address}")
         return value
 
@@ -629,7 +641,7 @@ class Settings(_Section):
         reasons += [
             f"{upstream.address} is a listener of this relay: mail would go round in circles"
             for upstream in value
-            if any(upstream.address.collides(listener.address) for listener in listeners)
+            if any(upstream.collides(listener) for listener in listeners)
         ]
         if reasons:
             raise ValueError("; ".join(reasons))
@@ -647,7 +659,7 @@ class Settings(_Section):
     def _http_apart(cls, value: HttpSettings, info: ValidationInfo) -> HttpSettings:
         listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
         for listener in listeners:
-            if value.address.collides(listener.address):
+            if value.collides(listener):
                 raise ValueError(f"the address {value.address} is taken by the listener {listener.address}")
         return value
 
