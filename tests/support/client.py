@@ -1,0 +1,238 @@
+"""A raw SMTP client: it sends the octets that a test names and reads replies; every wait has a deadline.
+
+Rules: it adds nothing, checks nothing and repairs nothing. A wait that passes its deadline fails the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from .content import stuff
+
+__all__ = ["Client", "Reply"]
+
+DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply as it came: its code, its lines' texts, its octets."""
+
+    code: int
+    lines: tuple[str, ...]
+    raw: bytes
+
+    @property
+    def text(self) -> str:
+        """The lines' texts, one below the other."""
+        return "\n".join(self.lines)
+
+    def __str__(self) -> str:
+        return self.raw.decode("ascii", "backslashreplace").rstrip()
+
+
+class Client:
+    """One connection to an SMTP server on 127.0.0.1.
+
+    `async with Client(port) as client:` connects and, at the end, aborts what is still open. The greeting
+    is not read: `greeting()` or `ehlo()` does.
+    """
+
+    def __init__(self, port: int, *, host: str = "127.0.0.1", deadline_s: float = DEADLINE_S) -> None:
+        self.host = host
+        self.port = port
+        self.deadline_s = deadline_s
+        self.extensions: dict[str, str] = {}
+        """EHLO keyword, upper-cased -> its parameters, from the last `ehlo()`."""
+        self._greeted = False
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+
+    @classmethod
+    async def connect(cls, port: int, *, tls: ssl.SSLContext | None = None) -> Self:
+        """Connect, with TLS from the first octet if a context is given."""
+        client = cls(port)
+        await client._open(tls)
+        return client
+
+    async def __aenter__(self) -> Self:
+        await self._open(None)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def address(self) -> str:
+        """This end's ADDRESS:PORT."""
+        host, port = self._writer.get_extra_info("sockname")[:2]
+        return f"{host}:{port}"
+
+    async def send(self, octets: bytes) -> None:
+        """Write octets and wait until the buffers have room again."""
+        self._writer.write(octets)
+        async with self._deadline("the server does not read"):
+            await self._writer.drain()
+
+    def send_unread(self, octets: bytes) -> None:
+        """Write octets without waiting for room, for a server that does not read."""
+        self._writer.write(octets)
+
+    async def reply(self) -> Reply:
+        """Read one reply. ConnectionError: the server has closed instead; ValueError: it is no reply."""
+        raw = b""
+        lines = []
+        while True:
+            async with self._deadline(f"no reply, only {raw!r}"):
+                line = await self._reader.readline()
+            raw += line
+            if not line:
+                raise ConnectionError(f"closed after {raw!r}")
+            if not line.endswith(b"\r\n") or not line[:3].isdigit() or line[3:4] not in (b" ", b"-"):
+                raise ValueError(f"not a reply: {raw!r}")
+            if lines and line[:3] != raw[:3]:
+                raise ValueError(f"one reply, two codes: {raw!r}")
+            lines.append(line[4:-2].decode("ascii"))
+            if line[3:4] == b" ":
+                return Reply(int(line[:3]), tuple(lines), raw)
+
+    async def replies(self, count: int) -> list[Reply]:
+        """Read `count` replies."""
+        return [await self.reply() for _ in range(count)]
+
+    async def expect(self, code: int) -> Reply:
+        """Read one reply and fail unless it has this code."""
+        reply = await self.reply()
+        assert reply.code == code, f"expected {code}, got {reply}"
+        return reply
+
+    async def command(self, line: bytes | str, code: int | None = None) -> Reply:
+        """Send one command line (CRLF is added) and read its reply; with `code`, expect that one."""
+        await self.send((line.encode() if isinstance(line, str) else line) + b"\r\n")
+        return await (self.reply() if code is None else self.expect(code))
+
+    async def greeting(self) -> Reply:
+        """Read the greeting, a 220."""
+        self._greeted = True
+        return await self.expect(220)
+
+    async def ehlo(self, name: str = "client.test") -> Reply:
+        """Read the greeting if it is still to come, say EHLO, note the extensions."""
+        if not self._greeted:
+            await self.greeting()
+        reply = await self.command(f"EHLO {name}", 250)
+        words = (line.partition(" ") for line in reply.lines[1:])
+        self.extensions = {keyword.upper(): parameters for keyword, _, parameters in words}
+        return reply
+
+    async def starttls(self, context: ssl.SSLContext, name: str = "localhost") -> None:
+        """Ask for TLS and run the handshake; say EHLO afterwards."""
+        await self.command(b"STARTTLS", 220)
+        async with self._deadline("no TLS handshake"):
+            await self._writer.start_tls(context, server_hostname=name)
+
+    async def message(
+        self,
+        sender: bytes | str,
+        recipients: Sequence[bytes | str],
+        content: bytes,
+        *,
+        pipelined: bool = False,
+    ) -> list[Reply]:
+        """Run one transaction and return all its replies: MAIL, each RCPT, DATA and, after a 354, the last.
+
+        `content` is stuffed here and must end in CRLF (or be empty). `pipelined`: MAIL to DATA in one write.
+        """
+        commands = [b"MAIL FROM:<%b>" % _octets(sender)]
+        commands += [b"RCPT TO:<%b>" % _octets(recipient) for recipient in recipients]
+        commands.append(b"DATA")
+        if pipelined:
+            await self.send(b"".join(command + b"\r\n" for command in commands))
+            replies = await self.replies(len(commands))
+        else:
+            replies = [await self.command(command) for command in commands]
+        if replies[-1].code == 354:
+            await self.send(stuff(content) + b".\r\n")
+            replies.append(await self.reply())
+        return replies
+
+    async def quit(self) -> None:
+        """Say QUIT, expect 221 and the end of the connection."""
+        await self.command(b"QUIT", 221)
+        await self.expect_eof()
+
+    async def expect_eof(self) -> None:
+        """Fail unless the server closes now, with nothing more said."""
+        async with self._deadline("the server does not close"):
+            rest = await self._reader.read()
+        assert rest == b"", f"instead of the end: {rest!r}"
+
+    async def expect_closed(self) -> bytes:
+        """Return what the server still says before it closes or resets the connection."""
+        said = b""
+        async with self._deadline("the server does not close"):
+            try:
+                while octets := await self._reader.read(65536):
+                    said += octets
+            except ConnectionError:
+                pass
+        return said
+
+    def pause(self) -> None:
+        """Read nothing more: the server's window fills up."""
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def half_close(self) -> None:
+        """Send FIN; replies can still be read."""
+        self._writer.write_eof()
+
+    def reset(self) -> None:
+        """End the connection with RST."""
+        peer: socket.socket = self._writer.get_extra_info("socket")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        """Close without a word."""
+        self._writer.close()
+        async with self._deadline("the connection does not close"):
+            try:
+                await self._writer.wait_closed()
+            except (ConnectionError, ssl.SSLError):
+                return  # it was gone already, which is what was wanted
+
+    async def _open(self, tls: ssl.SSLContext | None) -> None:
+        async with self._deadline("no connection"):
+            self._reader, self._writer = await asyncio.open_connection(
+                self.host, self.port, ssl=tls, server_hostname="localhost" if tls else None, limit=1 << 20
+            )
+
+    def _deadline(self, complaint: str) -> _Deadline:
+        return _Deadline(self.deadline_s, complaint)
+
+
+class _Deadline:
+    """`asyncio.timeout` whose end is a failed test that says what was waited for."""
+
+    def __init__(self, seconds: float, complaint: str) -> None:
+        self._timeout = asyncio.timeout(seconds)
+        self._complaint = f"{complaint} within {seconds:g} s"
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        try:
+            await self._timeout.__aexit__(*error)  # type: ignore[arg-type]
+        except TimeoutError:
+            raise AssertionError(self._complaint) from None
+
+
+def _octets(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
