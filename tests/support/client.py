@@ -6,14 +6,13 @@ Rules: it adds nothing, checks nothing and repairs nothing. A wait that passes i
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from .content import stuff
+from .wire import GoneError, Wire
 
 __all__ = ["Client", "Reply"]
 
@@ -51,8 +50,8 @@ class Client:
         self.extensions: dict[str, str] = {}
         """EHLO keyword, upper-cased -> its parameters, from the last `ehlo()`."""
         self._greeted = False
-        self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self.wire = Wire()
+        """The connection, for what has no method here: `pause`, `resume`, `abort`."""
 
     @classmethod
     async def connect(cls, port: int, *, tls: ssl.SSLContext | None = None) -> Self:
@@ -66,39 +65,40 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        self.wire.abort()
+        await self.wire.ended()
 
     @property
     def address(self) -> str:
         """This end's ADDRESS:PORT."""
-        host, port = self._writer.get_extra_info("sockname")[:2]
-        return f"{host}:{port}"
+        return self.wire.local_address
 
     async def send(self, octets: bytes) -> None:
         """Write octets and wait until the buffers have room again."""
-        self._writer.write(octets)
+        self.wire.send(octets)
         async with self._deadline("the server does not read"):
-            await self._writer.drain()
+            await self.wire.drain()
 
     def send_unread(self, octets: bytes) -> None:
         """Write octets without waiting for room, for a server that does not read."""
-        self._writer.write(octets)
+        self.wire.send(octets)
 
     async def reply(self) -> Reply:
         """Read one reply. ConnectionError: the server has closed instead; ValueError: it is no reply."""
         raw = b""
         lines = []
         while True:
-            async with self._deadline(f"no reply, only {raw!r}"):
-                line = await self._reader.readline()
-            raw += line
-            if not line:
-                raise ConnectionError(f"closed after {raw!r}")
-            if not line.endswith(b"\r\n") or not line[:3].isdigit() or line[3:4] not in (b" ", b"-"):
+            async with self._deadline(f"no reply, only {raw!r},"):
+                try:
+                    line, _ = await self.wire.line()
+                except GoneError:
+                    raise ConnectionError(f"closed after {raw + self.wire.discard()!r}") from None
+            raw += line + b"\r\n"
+            if not line[:3].isdigit() or line[3:4] not in (b" ", b"-"):
                 raise ValueError(f"not a reply: {raw!r}")
-            if lines and line[:3] != raw[:3]:
+            if line[:3] != raw[:3]:
                 raise ValueError(f"one reply, two codes: {raw!r}")
-            lines.append(line[4:-2].decode("ascii"))
+            lines.append(line[4:].decode("ascii"))
             if line[3:4] == b" ":
                 return Reply(int(line[:3]), tuple(lines), raw)
 
@@ -135,7 +135,7 @@ class Client:
         """Ask for TLS and run the handshake; say EHLO afterwards."""
         await self.command(b"STARTTLS", 220)
         async with self._deadline("no TLS handshake"):
-            await self._writer.start_tls(context, server_hostname=name)
+            await self.wire.secure(context, server_name=name)
 
     async def message(
         self,
@@ -168,49 +168,37 @@ class Client:
         await self.expect_eof()
 
     async def expect_eof(self) -> None:
-        """Fail unless the server closes now, with nothing more said."""
-        async with self._deadline("the server does not close"):
-            rest = await self._reader.read()
+        """Fail unless the server closes now (FIN or RST), with nothing more said."""
+        rest = await self.expect_closed()
         assert rest == b"", f"instead of the end: {rest!r}"
 
     async def expect_closed(self) -> bytes:
         """Return what the server still says before it closes or resets the connection."""
         said = b""
         async with self._deadline("the server does not close"):
-            try:
-                while octets := await self._reader.read(65536):
-                    said += octets
-            except ConnectionError:
-                pass
-        return said
-
-    def pause(self) -> None:
-        """Read nothing more: the server's window fills up."""
-        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+            while True:
+                try:
+                    said += await self.wire.octets()
+                except GoneError:
+                    return said
 
     def half_close(self) -> None:
         """Send FIN; replies can still be read."""
-        self._writer.write_eof()
+        self.wire.half_close()
 
     def reset(self) -> None:
         """End the connection with RST."""
-        peer: socket.socket = self._writer.get_extra_info("socket")
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._writer.transport.abort()
+        self.wire.reset()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close without a word."""
-        self._writer.close()
-        async with self._deadline("the connection does not close"):
-            try:
-                await self._writer.wait_closed()
-            except (ConnectionError, ssl.SSLError):
-                return  # it was gone already, which is what was wanted
+        self.wire.close()
 
     async def _open(self, tls: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
         async with self._deadline("no connection"):
-            self._reader, self._writer = await asyncio.open_connection(
-                self.host, self.port, ssl=tls, server_hostname="localhost" if tls else None, limit=1 << 20
+            await loop.create_connection(
+                lambda: self.wire, self.host, self.port, ssl=tls, server_hostname="localhost" if tls else None
             )
 
     def _deadline(self, complaint: str) -> _Deadline:

@@ -269,6 +269,7 @@ class Connection:
                 self.wire.abort()
                 raise _EndedError from None
             self.commands.append(Command(line, read))
+            upstream.log.append(self.commands[-1])
             self.transcript.append(f"C: {_shown(line)}")
             if b"\n" in line or b"\r" in line:
                 self._violation(f"bare newline in command {line!r}")
@@ -402,9 +403,10 @@ class Connection:
             return
         message = message or Message(b"")
         await self._body(message)
-        usual = b"250 2.0.0 accepted as %d-%d\r\n" % (self.number, len(self.messages))
         message.complete = True
         self._upstream.messages.append(message)
+        self._upstream.log.append(message)
+        usual = b"250 2.0.0 accepted as %d\r\n" % len(self._upstream.messages)
         self.transcript.append(f"C: ({message.size} octets, end of data)")
         self._upstream.changed()
         self.message = None
@@ -529,6 +531,8 @@ class ScriptedUpstream:
         self.connections: list[Connection] = []
         self.messages: list[Message] = []
         """Messages whose end of data came, in that order, accepted or not."""
+        self.log: list[Command | Message] = []
+        """Commands and messages of all connections in the order in which they came."""
         self.violations: list[str] = []
         """What a client did that it must not."""
         self.port = 0

@@ -1,4 +1,4 @@
-"""One accepted TCP connection as a scripted peer needs it: octets in, in numbered reads, and blunt ways out.
+"""One TCP connection as a test's peer needs it: octets in, in numbered reads, and blunt ways out.
 
 Rules: nothing here knows SMTP beyond CRLF. Reads are numbered so that a test can tell which commands came
 in one segment; closing, resetting, not reading are separate verbs, since each one looks different to the
@@ -22,9 +22,14 @@ class GoneError(Exception):
 
 
 class Wire(asyncio.Protocol):
-    """The octets of one connection. `changed` is called after each event; `started` once, when it is up."""
+    """The octets of one connection. `changed` is called after each event; `started` once, when it is up.
 
-    def __init__(self, started: Callable[[Wire], None], changed: Callable[[], None]) -> None:
+    What arrived before the connection ended can still be taken after it, also after a reset.
+    """
+
+    def __init__(
+        self, started: Callable[[Wire], None] = lambda wire: None, changed: Callable[[], None] = lambda: None
+    ) -> None:
         self._started = started
         self._changed = changed
         self._buffer = bytearray()
@@ -33,6 +38,8 @@ class Wire(asyncio.Protocol):
             deque()
         )  # (octets that had arrived after it, number of the read)
         self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
         self._transport: asyncio.Transport | None = None
         self.reads = 0
         """How many times octets have arrived."""
@@ -62,7 +69,14 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
+        self._room.set()
         self._event()
+
+    def pause_writing(self) -> None:
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        self._room.set()
 
     # What the dialogue calls.
 
@@ -70,6 +84,12 @@ class Wire(asyncio.Protocol):
     def waiting(self) -> bytes:
         """Octets that have arrived and were not taken yet."""
         return bytes(self._buffer)
+
+    @property
+    def local_address(self) -> str:
+        """This end's ADDRESS:PORT."""
+        host, port = self._up.get_extra_info("sockname")[:2]
+        return f"{host}:{port}"
 
     @property
     def secured(self) -> bool:
@@ -112,16 +132,31 @@ class Wire(asyncio.Protocol):
             self._arrived.clear()
             await self._arrived.wait()
 
+    async def ended(self) -> None:
+        """Return once the connection is over on this side too, its socket closed."""
+        while not self.lost:
+            self._arrived.clear()
+            await self._arrived.wait()
+
     def send(self, octets: bytes) -> None:
         """Write octets; a connection that is gone swallows them."""
         if not self.lost:
             self._up.write(octets)
 
-    async def secure(self, context: ssl.SSLContext) -> None:
-        """Run the server's half of a TLS handshake. Call it with no await after the reply that invites it."""
+    async def drain(self) -> None:
+        """Return once what was written needs little room, or can never be sent."""
+        await self._room.wait()
+
+    async def secure(self, context: ssl.SSLContext, *, server_name: str | None = None) -> None:
+        """Run a TLS handshake: the server's half, or with `server_name` the client's.
+
+        A server calls it with no await after the reply that invites it.
+        """
         loop = asyncio.get_running_loop()
         self.discard()  # octets sent before the handshake must never count as sent within it
-        transport = await loop.start_tls(self._up, self, context, server_side=True)
+        transport = await loop.start_tls(
+            self._up, self, context, server_side=server_name is None, server_hostname=server_name
+        )
         if transport is None:
             raise GoneError
         self._transport = transport
@@ -134,8 +169,12 @@ class Wire(asyncio.Protocol):
         """Read again."""
         self._up.resume_reading()
 
+    def half_close(self) -> None:
+        """Send what is written, then FIN, and go on reading."""
+        self._up.write_eof()
+
     def close(self) -> None:
-        """Send what is written, then FIN."""
+        """Send what is written, then FIN; read nothing more."""
         if not self.lost:
             self._up.close()
 

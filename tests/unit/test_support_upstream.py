@@ -284,7 +284,8 @@ async def test_implicit_tls() -> None:
         assert "STARTTLS" not in client.extensions
         await client.message("a@x.test", ["b@x.test"], CONTENT)
         assert upstream.messages[0].content == CONTENT
-        await client.close()
+        client.close()
+        await upstream.wait_for(lambda: not upstream.open_connections)
 
 
 async def test_certificates_that_must_not_be_trusted() -> None:
