@@ -8,8 +8,8 @@ handle by which `_settle` could be cancelled: a client that goes, a timer and a 
 client hears.
 
 Rules: only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
-the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is the only place
-where an outcome is counted and logged, once for each transaction.
+the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is the only
+place where an outcome is counted and logged, once for each transaction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import asyncio
 from collections import Counter, deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.body import Body, Fault
@@ -289,29 +289,26 @@ class Transaction:
 
         After the end of data the caller must call `finish`.
         """
-        assert self.body is not None
-        content = self.body.feed(block)
-        if self.body.header_complete and self._classification is None:
-            self._classify()
-        if self.body.fault is not None and self._broken is None:
-            self._refuse(FAULTS[self.body.fault])
-        if self.body.ended:
+        body = cast("Body", self.body)
+        content = body.feed(block)
+        if body.header_complete and self._classification is None:
+            self._classify(body.header)
+        if body.fault is not None and self._broken is None:
+            self._refuse(FAULTS[body.fault])
+        if body.ended:
             self._last_content = content
-            return self.body.rest
+            return body.rest
         if content and self._connection is not None:
             self._connection.write(content)
         return None
 
-    def _classify(self) -> None:
-        assert self.body is not None
-        self._classification = self._services.classifier.classify(
-            self.body.header, self.envelope.reverse_path, [each.path for each in self.envelope.accepted]
-        )
+    def _classify(self, header: bytes) -> None:
+        self._classification = self._services.classifier.classify(header, self.envelope.reverse_path)
         if self._classification.received > MAX_RECEIVED:
             self._refuse(LOOP)
 
     def _refuse(self, reply: Reply) -> None:
-        """Give the message up by the relay's own rule: its content is cut off, the client hears at the end."""
+        """Give the message up by the relay's own rule; its content is cut off, the client hears at the end."""
         self._cut("content refused")
         self._connection = None
         self._broken, self._broken_as = reply, Outcome.REFUSED
@@ -329,7 +326,6 @@ class Transaction:
 
     def finish(self, answer: Callable[[Reply], None]) -> None:
         """The end of data has come from the client: send it up, and settle; `answer` gets the verdict."""
-        assert self.body is not None
         self._answer_verdict = answer
         connection = self._connection
         if self._broken is not None or connection is None:
@@ -365,7 +361,7 @@ class Transaction:
         commit_began = self._loop.time()
         try:
             await self._services.recorder.record(self._record(verdict))
-        except Exception as error:  # noqa: BLE001  accepted means accepted: no failure here may say otherwise
+        except Exception as error:
             self._services.metrics.record_error()
             maillog.unforeseen("record", str(self.task_id), error)
         commit_s = self._loop.time() - commit_began
@@ -373,9 +369,7 @@ class Transaction:
         self._conclude(Outcome.ACCEPTED, verdict, upstream_s=upstream_s, commit_s=commit_s)
 
     def _record(self, verdict: Reply) -> Record:
-        assert self.body is not None
-        assert self._classification is not None
-        found = self._classification
+        body, found = cast("Body", self.body), cast("Classification", self._classification)
         data: dict[str, Json] = {}
         if found.headers:
             data["headers"] = found.headers
@@ -399,7 +393,7 @@ class Transaction:
             upstream=self._pool.name,
             upstream_reply=str(verdict),
             message_id=found.message_id,
-            size=self.body.size,
+            size=body.size,
             duration_ms=round((self._loop.time() - self._began) * 1000),
             recipients=tuple(text(each.path) for each in self.envelope.accepted),
             data=data,
@@ -509,7 +503,7 @@ class Transaction:
         found = self._classification
         maillog.transaction(
             outcome,
-            task_id=str(self.task_id),
+            task_id=self.task_id,
             client=self._sender.client,
             listener=self._sender.listener,
             sender=self.envelope.reverse_path,
@@ -541,7 +535,7 @@ def refused_at_mail(services: Services, sender: Sender, reverse_path: bytes, rep
     services.metrics.upstreams["none"].transaction(Outcome.REFUSED, 0.0, {})
     maillog.transaction(
         Outcome.REFUSED,
-        task_id=None,
+        task_id=uuid7(),
         client=sender.client,
         listener=sender.listener,
         sender=reverse_path,

@@ -68,7 +68,7 @@ def parse_mail(argument: bytes) -> Mail:
     size = parameters.get(b"SIZE")
     if b"SIZE" in parameters and not (size and size.isdigit() and len(size) <= 20):
         raise CommandError(Reply.own(501, "5.4", "SIZE takes a number of octets (RFC 1870)"))
-    if parameters.get(b"BODY", b"").upper() == b"BINARYMIME":
+    if (parameters.get(b"BODY") or b"").upper() == b"BINARYMIME":
         raise CommandError(Reply.own(555, "5.4", "BODY=BINARYMIME is not offered here"))
     return Mail(path, int(size) if size else None, smtputf8)
 

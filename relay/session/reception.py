@@ -19,7 +19,6 @@ from relay.session.session import Session
 
 if TYPE_CHECKING:
     from relay.settings import Settings
-    from relay.settings.address import Address
     from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
     from relay.upstream.pool import Pool
@@ -69,15 +68,13 @@ class Reception:
     async def open(self) -> None:
         """Listen on every configured address; raises OSError whose text names the address."""
         for listener in self._settings.listeners:
-            name = str(listener.address)
+            name = listener.address
             try:
-                bound = _bind(listener.address, reuse_port=self._settings.server.reuse_port)
+                bound = _bind(listener.host, listener.port, reuse_port=self._settings.server.reuse_port)
             except OSError as error:
                 await self.close()
                 raise OSError(f"cannot listen on {name}: {error.strerror or error}") from error
-            server = await self.loop.create_server(
-                partial(Session, self, name), sock=bound, backlog=BACKLOG
-            )
+            server = await self.loop.create_server(partial(Session, self, name), sock=bound, backlog=BACKLOG)
             self._servers.append(server)
             host, port = bound.getsockname()[:2]
             self.addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -141,25 +138,25 @@ class Reception:
         for transaction in tuple(self.services.settling):
             transaction.check(now)
 
-    async def drain(self, timeout: float) -> None:
-        """Take no new transaction, let those under way finish for `timeout` seconds, then end them all.
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new transaction, let those under way finish for `timeout_s` seconds, then end them all.
 
         A message whose end of data went up unanswered is in doubt when the time is over.
         """
         self.draining = True
         await self.close()
-        maillog.draining(len(self._sessions), timeout)
+        maillog.draining(len(self._sessions), timeout_s)
         for session in tuple(self._sessions):
             session.drain()
         if self._sessions:
             self._left.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), timeout)
+                await asyncio.wait_for(self._left.wait(), timeout_s)
         settled = [task for task in self.services.running if not task.done()]
         for transaction in tuple(self.services.settling):
             transaction.give_up()
         if settled:
-            await asyncio.wait(settled, timeout=timeout + 1)
+            await asyncio.wait(settled, timeout=1 + timeout_s)
         for session in tuple(self._sessions):
             session.cut()
 
@@ -167,8 +164,8 @@ class Reception:
         return f"<Reception: {len(self._sessions)} sessions, {len(self.services.settling)} settling>"
 
 
-def _bind(address: Address, *, reuse_port: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+def _bind(host: str, port: int, *, reuse_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,7 +173,7 @@ def _bind(address: Address, *, reuse_port: bool) -> socket.socket:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind((address.host, address.port))
+        bound.bind((host, port))
     except OSError:
         bound.close()
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from aiosmtpd import smtp
 
@@ -82,7 +82,12 @@ TIMEOUT = Reply.own(421, "4.2", "Silent for too long; closing")
 TOO_SLOW = Reply.own(421, "4.2", "The message comes too slowly; closing")
 DRAINING = Reply.own(421, "3.2", "The relay is shutting down; closing")
 
-_HTTP_VERBS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH"))
+_HTTP_VERBS = frozenset(
+    (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH")
+)
+
+_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
+"""Commands that end a transaction: they wait until all of its replies have been given."""
 
 
 class State(Enum):
@@ -197,7 +202,7 @@ class Session(smtp.SMTP):
         try:
             while self._input and self._step():
                 pass
-        except Exception as error:  # noqa: BLE001  a client must hear 451, and only the log why
+        except Exception as error:
             self._unforeseen(error)
         finally:
             self._advancing = False
@@ -248,7 +253,7 @@ class Session(smtp.SMTP):
             return True
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
-        act = _VERBS.get(verb)
+        act = self._VERBS.get(verb)
         if act is None:
             self._not_known(verb)
             return True
@@ -459,7 +464,7 @@ class Session(smtp.SMTP):
         self._replies.say(reply)
         self._moved()
 
-    def _on_flow(self, pause: bool) -> None:  # noqa: FBT001  a callback of one argument
+    def _on_flow(self, pause: bool) -> None:
         self._flow_paused = pause
         self._regulate()
 
@@ -590,24 +595,21 @@ class Session(smtp.SMTP):
         if self.transport is not None:
             cast("asyncio.Transport", self.transport).abort()
 
-
-_VERBS: dict[bytes, Callable[[Session, bytes], None]] = {
-    b"EHLO": Session._ehlo,
-    b"HELO": Session._helo,
-    b"MAIL": Session._mail,
-    b"RCPT": Session._rcpt,
-    b"DATA": Session._data,
-    b"RSET": Session._rset,
-    b"NOOP": Session._noop,
-    b"VRFY": Session._vrfy,
-    b"HELP": Session._help,
-    b"QUIT": Session._quit,
-    b"EXPN": Session._not_available,
-    b"TURN": Session._not_available,
-    b"ETRN": Session._not_available,
-    b"BDAT": Session._not_available,
-    b"AUTH": Session._not_available,
-    b"STARTTLS": Session._not_available,
-}
-_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
-"""Commands that end a transaction: they wait until all of its replies have been given."""
+    _VERBS: ClassVar[dict[bytes, Callable[[Session, bytes], None]]] = {
+        b"EHLO": _ehlo,
+        b"HELO": _helo,
+        b"MAIL": _mail,
+        b"RCPT": _rcpt,
+        b"DATA": _data,
+        b"RSET": _rset,
+        b"NOOP": _noop,
+        b"VRFY": _vrfy,
+        b"HELP": _help,
+        b"QUIT": _quit,
+        b"EXPN": _not_available,
+        b"TURN": _not_available,
+        b"ETRN": _not_available,
+        b"BDAT": _not_available,
+        b"AUTH": _not_available,
+        b"STARTTLS": _not_available,
+    }

@@ -57,8 +57,8 @@ class Dialer:
         """
         upstream = self._upstream
         client = aiosmtplib.SMTP(
-            hostname=upstream.address.host,
-            port=upstream.address.port,
+            hostname=upstream.host,
+            port=upstream.port,
             local_hostname=self._hostname,
             use_tls=upstream.tls == "implicit",
             start_tls=False,
@@ -76,7 +76,7 @@ class Dialer:
                 upstream.tls == "opportunistic" and client.supports_extension("starttls")
             ):
                 stage = "tls"
-                await client.starttls(tls_context=self._context, server_hostname=upstream.address.host)
+                await client.starttls(tls_context=self._context, server_hostname=upstream.host)
                 stage = "protocol"
                 await client.ehlo()
             if upstream.username is not None and upstream.password is not None:

@@ -132,7 +132,7 @@ class Pool:
             self.last_error = str(error)
             self.metrics.connected(error.stage)
             self.metrics.up(value=False)
-            maillog.upstream_failed(self.name, self._settings.address, error.stage, str(error))
+            maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
             raise UnavailableError(error.reply) from error
         else:
             connection = Connection(
@@ -147,7 +147,7 @@ class Pool:
             self.capabilities = capabilities
             self.metrics.connected("ok")
             self.metrics.up(value=True)
-            maillog.upstream_connected(self.name, self._settings.address)
+            maillog.upstream_connected(self.name, self._settings.address, self._settings.tls)
             connection.attach(transport)
             return connection
         finally:

@@ -1,0 +1,304 @@
+"""The composition root: builds the parts, starts them, looks after their time, drains and stops them.
+
+Start: store, spool and recorder (nothing is accepted that could not be recorded), upstream, HTTP, then the
+listeners. Stop, in the opposite order: listeners and sessions drain, settled messages are recorded, then
+everything closes. No decisions about mail are made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from relay import __version__, maillog
+from relay.classify import Classifier
+from relay.metrics import Metrics
+from relay.records.expiry import ExpiryLoop
+from relay.records.recorder import Recorder
+from relay.records.retention import Retention
+from relay.records.spool import Spool, SpoolError
+from relay.records.store import Store, StoreError
+from relay.session.reception import Reception
+from relay.transaction import Services
+from relay.upstream.dial import Dialer
+from relay.upstream.pool import Pool, UnavailableError
+from relay.web import Web
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+
+    from relay.settings import Settings
+
+__all__ = ["Relay", "StartError", "probe", "run"]
+
+SWEEP_INTERVAL = 1.0
+"""Seconds between two looks at all waits; finer where a configured wait is shorter."""
+CLOSE_TIMEOUT = 10.0
+"""Seconds that the recorder gets to make the last rows durable."""
+
+
+class StartError(Exception):
+    """The relay cannot start; the text is one line that names what to change."""
+
+
+class Relay:
+    """One relay: all its parts, running between `start` and `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._upstream = settings.upstreams[0]
+        self.metrics = Metrics(
+            upstreams=[self._upstream.name],
+            listeners=[listener.address for listener in settings.listeners],
+            task_types=_named_types(settings),
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closers: list[Callable[[], object]] = []
+        self._store: Store
+        self._spool: Spool
+        self._expiry: ExpiryLoop
+        self.recorder: Recorder
+        self.pool: Pool
+        self.reception: Reception
+        self.web: Web
+
+    async def start(self) -> None:
+        """Start everything, listeners last; raises StartError, with nothing left running."""
+        settings = self.settings
+        token = secrets.token_hex(6)
+        try:
+            await self._start_records()
+            metrics = self.metrics.upstreams[self._upstream.name]
+            dialer = Dialer(self._upstream, hostname=settings.server.hostname, own_token=token)
+            self.pool = Pool(self._upstream, dialer, metrics)
+            services = Services(
+                recorder=self.recorder,
+                classifier=_classifier(settings),
+                metrics=self.metrics,
+                normalize=settings.server.bare_newlines == "normalize",
+                max_message_size=settings.server.max_message_size,
+                settling=set(),
+                running=set(),
+            )
+            self.reception = Reception(settings, services, self.pool, token=token)
+            self.web = Web(self.metrics, self.readiness)
+            await self.web.start(settings.http.host, settings.http.port)
+            await self._try_upstream()
+            await self.reception.open()
+        except (StoreError, SpoolError, OSError) as error:
+            await self._stop_parts()
+            raise StartError(str(error)) from error
+        self._spawn(self._sweep())
+        maillog.started(
+            __version__,
+            self.reception.addresses,
+            [f"{self._upstream.name} {self._upstream.address}"],
+            settings.records.url,
+            f"{settings.http.host}:{self.web.port}",
+        )
+
+    async def _start_records(self) -> None:
+        records = self.settings.records
+        self._store = await Store.open(records.url, retention(self.settings))
+        self._spool = Spool(records.spool)
+        self.recorder = Recorder(
+            self._store,
+            self._spool,
+            self.metrics,
+            commit_timeout=records.commit_timeout,
+            log_lost=lambda record: maillog.row_lost(record, "neither store nor spool took it"),
+        )
+        self.recorder.start()
+        self._expiry = ExpiryLoop(
+            self._store,
+            self.metrics,
+            interval=self.settings.expiry.interval,
+            batch_size=self.settings.expiry.batch_size,
+        )
+        self._expiry.start()
+
+    async def _try_upstream(self) -> None:
+        """Learn what the upstream can do before the first EHLO; mail is refused with 451 while it is away."""
+        with contextlib.suppress(UnavailableError, TimeoutError):
+            async with asyncio.timeout(self._upstream.connect_timeout):
+                await self.pool.probe()
+
+    async def stop(self) -> None:
+        """Drain the sessions, record what was settled, close everything."""
+        await self.reception.drain(self.settings.server.drain_timeout)
+        await self._stop_parts()
+        maillog.stopped()
+
+    async def _stop_parts(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if hasattr(self, "reception"):
+            await self.reception.close()
+        if hasattr(self, "pool"):
+            await self.pool.close()
+        if hasattr(self, "_expiry"):
+            await self._expiry.stop()
+        if hasattr(self, "recorder"):
+            await self.recorder.close(CLOSE_TIMEOUT)
+        if hasattr(self, "_spool"):
+            self._spool.close()
+        if hasattr(self, "_store"):
+            await self._store.close()
+        if hasattr(self, "web"):
+            await self.web.stop()
+
+    def readiness(self) -> tuple[bool, Sequence[str]]:
+        """Whether the relay takes mail and can record it; lines that say why not, and how the upstream is."""
+        lines = []
+        if not hasattr(self, "reception") or not self.reception.addresses:
+            lines.append("not listening yet")
+        elif self.reception.draining:
+            lines.append("draining")
+        if (reason := self.recorder.refusal()) is not None:
+            lines.append(f"records cannot be kept: {reason}")
+        ready = not lines
+        error = self.pool.last_error
+        lines.append(f"upstream {self.pool.name}: {'up' if error is None else f'down: {error}'}")
+        return ready, lines
+
+    # Time
+
+    async def _sweep(self) -> None:
+        """Look at all waits of sessions and connections, again and again."""
+        loop = asyncio.get_running_loop()
+        interval = min(SWEEP_INTERVAL, *(wait / 4 for wait in self._waits()))
+        looked = loop.time()
+        while True:
+            await asyncio.sleep(interval)
+            now = loop.time()
+            try:
+                self.reception.sweep(now, now - looked)
+                self.pool.sweep(now)
+            except Exception as error:
+                maillog.unforeseen("sweep", None, error)
+            looked = now
+
+    def _waits(self) -> Sequence[float]:
+        server, upstream = self.settings.server, self._upstream
+        return (
+            server.idle_timeout,
+            server.lease_idle_timeout,
+            upstream.reply_timeout,
+            upstream.end_of_data_timeout,
+            upstream.idle_timeout,
+        )
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def run(settings: Settings) -> int:
+    """Run the relay until SIGTERM or SIGINT; return the exit status."""
+    maillog.configure(settings.log.format, settings.log.level)
+    maillog.settings(settings.effective())
+    for warning in settings.warnings:
+        maillog.warning(warning)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unhandled)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    relay = Relay(settings)
+    async with _built_in_upstream(settings):
+        await relay.start()
+        await ended.wait()
+        await relay.stop()
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _built_in_upstream(settings: Settings) -> AsyncIterator[None]:
+    if settings.dev:
+        from relay.dev import DevUpstream
+
+        async with DevUpstream(settings.upstreams[0].host, settings.upstreams[0].port):
+            yield
+    else:
+        yield
+
+
+def probe(settings: Settings) -> Sequence[tuple[str, bool, str]]:
+    """Try the store and the upstream; return for each what it is, whether it works, and a line about it."""
+    return asyncio.run(_probe(settings))
+
+
+async def _probe(settings: Settings) -> Sequence[tuple[str, bool, str]]:
+    upstream = settings.upstreams[0]
+    found = []
+    try:
+        store = await Store.open(settings.records.url, retention(settings))
+        await store.close()
+        found.append((f"store {settings.records.url}", True, "opens, its schema is current"))
+    except StoreError as error:
+        found.append((f"store {settings.records.url}", False, str(error)))
+    metrics = Metrics(upstreams=[upstream.name], listeners=[], task_types=[])
+    dialer = Dialer(upstream, hostname=settings.server.hostname, own_token=secrets.token_hex(6))
+    pool = Pool(upstream, dialer, metrics.upstreams[upstream.name])
+    what = f"upstream {upstream.name} {upstream.address}"
+    try:
+        await pool.probe()
+        keywords = " ".join(sorted(pool.capabilities.keywords))
+        found.append((what, True, f"connected, tls {upstream.tls}, offers {keywords or 'no extensions'}"))
+    except UnavailableError:
+        found.append((what, False, pool.last_error or "no connection"))
+    finally:
+        await pool.close()
+    return found
+
+
+def retention(settings: Settings) -> Retention:
+    """Return the periods of the configuration as a value of the records."""
+    by_type = {name: _period(seconds) for name, seconds in settings.retention.by_type.items()}
+    return Retention(_period(settings.retention.default), by_type)
+
+
+def _period(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def _classifier(settings: Settings) -> Classifier:
+    found = settings.task_type
+    return Classifier(
+        headers=found.headers,
+        default=found.default,
+        id_header=found.id_header,
+        rules=[(rule.sender or "<>", rule.type) for rule in found.rules],
+        keep=settings.records.headers,
+    )
+
+
+def _named_types(settings: Settings) -> Sequence[str]:
+    named = [settings.task_type.default, *settings.retention.by_type]
+    named += [rule.type for rule in settings.task_type.rules]
+    return list(dict.fromkeys(named))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop where it installs: much less CPU for many small reads and writes."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _unhandled(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    error = context.get("exception")
+    known = error if isinstance(error, BaseException) else RuntimeError(str(context.get("message")))
+    maillog.unforeseen("event loop", None, known)
