@@ -102,7 +102,7 @@ def _put(tree: dict[str, Any], model: type[BaseModel], parts: list[str], text: s
 def _step(node: Any, wanted: Any, part: str, key: Key) -> tuple[str | int, Any]:
     """Return the key or index that `part` means at `node`, and the type that is wanted there."""
     kind, inner = _shape(wanted)
-    if kind == "model":
+    if kind == "model" and isinstance(node, dict):
         step = part.lower()
         fields = inner.model_fields
         if step not in fields:
@@ -121,7 +121,7 @@ def _step(node: Any, wanted: Any, part: str, key: Key) -> tuple[str | int, Any]:
         if int(part) == len(node):
             node.append({} if _shape(inner)[0] in {"model", "dict"} else None)
         return int(part), inner
-    raise _MisfitError((*key, part.lower()), f"unknown key: {dotted(key)} is no table")
+    raise _MisfitError((*key, part.lower()), f"cannot be set: {dotted(key)} is no table")
 
 
 def _child(node: Any, step: Any, wanted: Any) -> Any:

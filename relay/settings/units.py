@@ -17,16 +17,16 @@ __all__ = [
     "parse_size",
 ]
 
-DURATION_PATTERN = r"^[0-9]{1,12} ?(ms|s|m|h|d)$"
+DURATION_PATTERN = r"^([0-9]{1,15}) ?(ms|s|m|h|d)$"
 """Regular expression of a duration, in the dialect of JSON Schema."""
-SIZE_PATTERN = r"^[0-9]{1,15} ?(B|KiB|MiB|GiB)?$"
+SIZE_PATTERN = r"^([0-9]{1,15}) ?(B|KiB|MiB|GiB)?$"
 """Regular expression of a size, in the dialect of JSON Schema."""
 
-_DURATION = re.compile(r"([0-9]{1,12}) ?(ms|s|m|h|d)")
+_DURATION = re.compile(DURATION_PATTERN)
 _MILLISECONDS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
 _LONGEST_MS = 36_500 * _MILLISECONDS["d"]  # a hundred years: what is added to a date stays a date
 
-_SIZE = re.compile(r"([0-9]{1,15}) ?(B|KiB|MiB|GiB)?")
+_SIZE = re.compile(SIZE_PATTERN)
 _OCTETS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
 _DECIMAL = re.compile(r"([0-9]+) ?([kKmMgG])i?[bB]?")
 
