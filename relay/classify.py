@@ -130,7 +130,7 @@ class Classifier:
             section = section.replace(b"\r\n.", b"\r\n")
         fields: dict[bytes, list[bytes]] = {}
         received = 0
-        # A search for the names: most headers are not wanted, and splitting at all lines costs three times that.
+        # One search for the names; splitting at every line costs three times as much.
         for match in self._wanted.finditer(section.lower()):
             key = match[1]
             if key == _RECEIVED:

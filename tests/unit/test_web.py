@@ -1,0 +1,155 @@
+"""The HTTP side, asked over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+
+import aiohttp
+import pytest
+
+from relay.metrics import Metrics
+from relay.web import BindError, Web
+
+
+class Readiness:
+    """What the relay would say of itself; the test sets it."""
+
+    def __init__(self) -> None:
+        self.answer: tuple[bool, Sequence[str]] = (True, ["upstream primary: up"])
+
+    def __call__(self) -> tuple[bool, Sequence[str]]:
+        return self.answer
+
+
+@pytest.fixture
+def readiness() -> Readiness:
+    return Readiness()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(upstreams=["primary"], listeners=["a"], task_types=[])
+
+
+@pytest.fixture
+async def web(metrics: Metrics, readiness: Readiness) -> AsyncIterator[Web]:
+    web = Web(metrics, readiness)
+    await web.start("127.0.0.1", 0)
+    yield web
+    await web.stop()
+
+
+@pytest.fixture
+async def client(web: Web) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{web.port}") as client:
+        yield client
+
+
+async def test_health_is_good_while_the_process_lives(
+    client: aiohttp.ClientSession, readiness: Readiness
+) -> None:
+    readiness.answer = (False, ["the store and the spool take no rows"])
+    async with client.get("/healthz") as answer:
+        assert answer.status == 200
+        assert answer.content_type == "text/plain"
+        assert await answer.text() == "ok\n"
+
+
+async def test_readiness_follows_the_relay(client: aiohttp.ClientSession, readiness: Readiness) -> None:
+    async with client.get("/readyz") as answer:
+        assert answer.status == 200
+        assert await answer.text() == "ready\nupstream primary: up\n"
+        assert answer.headers["Cache-Control"] == "no-store"
+    readiness.answer = (False, ["draining", "upstream primary: up"])
+    async with client.get("/readyz") as answer:
+        assert answer.status == 503
+        assert await answer.text() == "not ready\ndraining\nupstream primary: up\n"
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
+async def test_head_has_the_headers_and_no_body(client: aiohttp.ClientSession, path: str) -> None:
+    async with client.head(path) as answer:
+        assert answer.status == 200
+        assert await answer.read() == b""
+        assert int(answer.headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize(("path", "status"), [("/metrics", 405), ("/healthz", 405), ("/nothing", 404)])
+async def test_other_methods_and_paths_get_one_line(
+    client: aiohttp.ClientSession, path: str, status: int
+) -> None:
+    async with client.post(path, data=b"x") as answer:
+        assert answer.status == status
+        assert answer.content_type == "text/plain"
+        assert (await answer.text()).startswith(f"{status} ")
+    async with client.get("/") as answer:
+        assert answer.status == 404
+        assert await answer.text() == "404 Not Found\n"
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/nothing"])
+async def test_no_answer_names_the_server(client: aiohttp.ClientSession, path: str) -> None:
+    async with client.get(path) as answer:
+        assert "Server" not in answer.headers
+        assert "aiohttp" not in await answer.text()
+
+
+async def test_metrics_are_those_of_the_relay(client: aiohttp.ClientSession, metrics: Metrics) -> None:
+    metrics.session_opened("a")
+    async with client.get("/metrics") as answer:
+        assert "smtp_relay_client_sessions 1.0\n" in await answer.text()
+
+
+async def test_an_address_in_use_is_named_on_one_line(
+    metrics: Metrics, readiness: Readiness, web: Web
+) -> None:
+    second = Web(metrics, readiness)
+    with pytest.raises(BindError) as caught:
+        await second.start("127.0.0.1", web.port)
+    text = str(caught.value)
+    assert text.startswith(f"http.address: cannot listen on 127.0.0.1 port {web.port}: ")
+    assert "in use" in text
+    assert "\n" not in text
+    await second.stop()
+
+
+async def test_a_host_that_is_not_here_is_named(metrics: Metrics, readiness: Readiness) -> None:
+    with pytest.raises(BindError, match=r"cannot listen on 192\.0\.2\.1 port 9025"):
+        await Web(metrics, readiness).start("192.0.2.1", 9025)
+
+
+async def test_stop_frees_the_port_and_may_be_called_twice(metrics: Metrics, readiness: Readiness) -> None:
+    web = Web(metrics, readiness)
+    await web.start("127.0.0.1", 0)
+    port = web.port
+    await web.stop()
+    await web.stop()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    await web.start("127.0.0.1", port)
+    assert web.port == port
+    await web.stop()
+
+
+async def test_stop_does_not_wait_for_an_idle_scraper(web: Web) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert await reader.readuntil(b"ok\n")
+    await asyncio.wait_for(web.stop(), 10)
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+async def test_ipv6_works(metrics: Metrics, readiness: Readiness) -> None:
+    web = Web(metrics, readiness)
+    try:
+        await web.start("::1", 0)
+    except BindError as error:
+        pytest.skip(str(error))
+    async with aiohttp.ClientSession() as client, client.get(f"http://[::1]:{web.port}/healthz") as answer:
+        assert answer.status == 200
+    await web.stop()
