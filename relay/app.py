@@ -21,7 +21,7 @@ from relay.records.expiry import ExpiryLoop
 from relay.records.recorder import Recorder
 from relay.records.retention import Retention
 from relay.records.spool import Spool, SpoolError
-from relay.records.store import Store, StoreError
+from relay.records.store import Store, StoreError, utc_now
 from relay.session.reception import Reception
 from relay.transaction import Services
 from relay.upstream.dial import Dialer
@@ -118,7 +118,21 @@ class Relay:
             self.metrics,
             interval=self.settings.expiry.interval,
             batch_size=self.settings.expiry.batch_size,
+            clock=utc_now,
+            on_run=maillog.expiry_done,
+            on_error=lambda error: maillog.expiry_failed(str(error)),
         )
+        self._spawn(self._keep_house())
+
+    async def _keep_house(self) -> None:
+        """Make existing rows follow changed retention settings, then delete what expires, for ever."""
+        try:
+            changed = await self._store.follow_retention(on_due=maillog.retention_shortened)
+            if changed:
+                maillog.retention_changed(changed)
+        except StoreError as error:
+            self.metrics.record_error()
+            maillog.expiry_failed(f"rows do not follow the changed retention yet: {error}")
         self._expiry.start()
 
     async def _try_upstream(self) -> None:

@@ -97,6 +97,7 @@ class State(Enum):
     AWAITS_354 = "awaits_354"
     CONTENT = "content"
     SETTLING = "settling"
+    ENDING = "ending"
     CLOSED = "closed"
 
 
@@ -117,6 +118,7 @@ class Session(smtp.SMTP):
         self._input = b""
         self._advancing = False
         self._greeted = False
+        self._answer_data: Callable[[Reply], None] = self._replies.say
         self._smtputf8 = False
         self._transaction: Transaction | None = None
         self._errors = 0
@@ -156,7 +158,7 @@ class Session(smtp.SMTP):
         elif self._state is State.AWAITS_354:
             self._out_of_step()
             return
-        elif self._state is not State.CLOSED:
+        elif self._state not in (State.ENDING, State.CLOSED):
             self._input += data
         self._advance()
 
@@ -236,7 +238,7 @@ class Session(smtp.SMTP):
             if not self._command(data[start:end], more=end + 2 < len(data)):
                 break
             start = end + 2
-        if self._state is not State.CLOSED:
+        if self._state not in (State.ENDING, State.CLOSED):
             self._input = data[start:]
         return start > 0
 
@@ -277,7 +279,7 @@ class Session(smtp.SMTP):
         return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
 
     def _not_known(self, verb: bytes) -> None:
-        if verb in _HTTP_VERBS or not (verb.isalpha() and verb.isascii() and len(verb) <= 16):
+        if verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
             self._end(NOT_SMTP, "out_of_step")
         else:
             self._error(UNKNOWN)
@@ -359,7 +361,11 @@ class Session(smtp.SMTP):
 
     def _data(self, argument: bytes, *, more: bool = False) -> None:
         transaction = self._open_transaction()
-        if argument:
+        if more:
+            # What follows DATA in the same breath is meant as text: it must not run as commands, and the
+            # client has not waited for the 354 that it needs (RFC 2920 3.1).
+            self._out_of_step()
+        elif argument:
             self._error(NO_ARGUMENT)
         elif transaction is None:
             self._error(NO_TRANSACTION)
@@ -367,13 +373,10 @@ class Session(smtp.SMTP):
             self._error(NO_RCPT)
         else:
             self._give_data(transaction)
-        # What follows DATA in the same breath is meant as text: it must not run as commands (RFC 2920 3.1).
-        if more and self._state is not State.CLOSED:
-            self._out_of_step()
 
     def _give_data(self, transaction: Transaction) -> None:
         self._state = State.AWAITS_354
-        answer = self._owe()
+        self._answer_data = answer = self._owe()
 
         def answered(reply: Reply) -> None:
             if self._state is State.AWAITS_354:
@@ -497,6 +500,10 @@ class Session(smtp.SMTP):
         transaction = self._transaction
         if transaction is not None and transaction.refused and transaction.quiet:
             self._reset()
+        if self._state is State.ENDING:
+            if not self._replies:
+                self._close()
+            return
         self._advance()
 
     def _write(self, wire: bytes) -> None:
@@ -529,13 +536,18 @@ class Session(smtp.SMTP):
         self._end(Reply.own(451, "3.0", f"Internal error, reported as {transaction_id}; closing"), "internal")
 
     def _end(self, reply: Reply, reason: str) -> None:
-        """Finish the session from our side; replies that were still owed are not given."""
-        if self._state is State.CLOSED:
+        """Finish the session from our side: `reply` is the last word, after those that are still owed."""
+        if self._state in (State.ENDING, State.CLOSED):
             return
         self._reception.metrics.rejected(reason)
         maillog.session_refused(self._peer, self._listener, reason)
-        self._write(reply.wire)
-        self._close()
+        answer = self._answer_data if self._state is State.AWAITS_354 else self._replies.say
+        self._state = State.ENDING
+        self._input = b""
+        self._last_moved = self.loop.time()
+        answer(reply)
+        if not self._replies:
+            self._close()
 
     def _close(self) -> None:
         """Close after what has been written; the transaction goes on only if its end of data went up."""
@@ -554,7 +566,7 @@ class Session(smtp.SMTP):
 
     def check(self, now: float, elapsed: float) -> None:
         """Look at the session's waits (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
-        if self._state is State.CLOSED:
+        if self._state in (State.ENDING, State.CLOSED):
             if now - self._last_moved > LINGER:
                 self.cut()
         elif self._write_paused_since is not None and now - self._write_paused_since > WRITE_TIMEOUT:

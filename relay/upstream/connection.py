@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from relay.metrics import REPLY_COMMANDS
 from relay.reply import MalformedReplyError, Reply, ReplyParser
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ class Connection(asyncio.Protocol):
         except MalformedReplyError as error:
             self._end(Failure(f"out of step: {error}"))
             return
+        if self._ahead(replies):
+            self._end(Failure("out of step: more replies than commands"))
+            return
         for reply in replies:
             if not self._awaited:
                 self._end(_unsolicited(reply))
@@ -163,10 +167,21 @@ class Connection(asyncio.Protocol):
         if self._parser.pending and not self._awaited:
             self._end(Failure("out of step: octets that answer nothing"))
 
+    def _ahead(self, replies: list[Reply]) -> bool:
+        """Whether the upstream answers what was not asked, so that none of it can be believed.
+
+        A verdict on the end of data stands all the same (RFC 5321 4.2.1), and a 421 may come unasked.
+        """
+        surplus = len(replies) - len(self._awaited)
+        if surplus <= 0 or not self._awaited or self._awaited[-1].command == "end_of_data":
+            return False
+        return surplus > 1 or replies[-1].code != 421
+
     def _answer(self, reply: Reply) -> None:
         awaited = self._awaited.popleft()
         now = self._loop.time()
-        self._metrics.reply(awaited.command, now - awaited.since)
+        if awaited.command in REPLY_COMMANDS:
+            self._metrics.reply(awaited.command, now - awaited.since)
         self._head_since = now
         if reply.code == 421:
             self.usable = False

@@ -1,0 +1,96 @@
+"""What tests share: settings, a relay in this process, upstreams, certificates."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from relay.app import Relay
+from relay.settings import Settings
+from tests.support.upstream import ScriptedUpstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid over it, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        result[key] = (
+            merged(result[key], value)
+            if isinstance(result.get(key), dict) and isinstance(value, dict)
+            else value
+        )
+    return result
+
+
+class Running:
+    """A relay that runs in this process, its port and its rows."""
+
+    def __init__(self, relay: Relay, database: Path) -> None:
+        self.relay = relay
+        self.database = database
+        self.port = int(relay.reception.addresses[0].rpartition(":")[2])
+        self.http_port = relay.web.port
+
+    def rows(self, query: str = "SELECT * FROM task_done ORDER BY id") -> list[dict[str, Any]]:
+        """Return rows as another process would see them: committed ones."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(query)]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample of the registry."""
+        value = self.relay.metrics.registry.get_sample_value(f"smtp_relay_{name}", labels)
+        assert value is not None, f"no sample {name} {labels}"
+        return value
+
+
+Start = "Callable[..., contextlib.AbstractAsyncContextManager[Running]]"
+
+
+@pytest.fixture
+def settings_for(tmp_path: Path) -> Callable[..., Settings]:
+    """Return a maker of settings: everything in tmp_path, every port free, one upstream without TLS."""
+
+    def make(upstream_port: int, **over: Any) -> Settings:
+        upstream = {"name": "primary", "address": f"127.0.0.1:{upstream_port}", "tls": "none"}
+        upstream |= over.pop("upstream", {})
+        base: dict[str, Any] = {
+            "server": {"hostname": "relay.test", "drain_timeout": "2s"},
+            "listeners": [{"address": "127.0.0.1:0"}],
+            "http": {"address": "127.0.0.1:0"},
+            "upstreams": [upstream],
+            "records": {"url": f"sqlite:///{tmp_path / 'rows.db'}", "spool": str(tmp_path / "spool")},
+        }
+        return Settings.model_validate(merged(base, over))
+
+    return make
+
+
+@pytest.fixture
+def start(settings_for: Callable[..., Settings], tmp_path: Path) -> Any:
+    """Return a context manager that runs a relay: `async with start(upstream_port, section={...}) as running`."""
+
+    @contextlib.asynccontextmanager
+    async def run(upstream_port: int, **over: Any) -> AsyncIterator[Running]:
+        relay = Relay(settings_for(upstream_port, **over))
+        await relay.start()
+        try:
+            yield Running(relay, tmp_path / "rows.db")
+        finally:
+            await relay.stop()
+
+    return run
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    """A well-behaved upstream that keeps all it saw; tests script its misbehaviour."""
+    async with ScriptedUpstream() as server:
+        yield server
