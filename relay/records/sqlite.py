@@ -31,6 +31,10 @@ FILE_MODE = 0o640
 DIRECTORY_MODE = 0o750
 JOURNAL_SIZE_LIMIT = 32 * 1024 * 1024
 """Octets that the write-ahead log keeps on disk after a checkpoint, however far a burst has stretched it."""
+CHECKPOINT_PAGES = 4000
+"""Pages in the write-ahead log before they are carried into the file: one written often is carried once."""
+CACHE_KIB = 32 * 1024
+"""Memory for pages, at most: the indexes are written all over, and the default (2 MiB) reads them again."""
 RETRY_EVERY_S = 0.02
 
 _OUR_NAMES = (VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state")
@@ -190,29 +194,33 @@ async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.C
 
 def _find(path: Path, *, create: bool) -> None:
     """Make sure that there is a file that can be written, as far as the file system can tell."""
-    if not path.exists():
-        if not create:
-            raise StoreError(f"{path}: no such file; nothing was recorded yet, or records.url names another")
-        try:
-            path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            # Made here and not by SQLite for its mode, which the files beside it (-wal, -shm) take over.
-            # EXCL: a file that exists is never opened here, since to close it would drop the locks that
-            # SQLite holds on it elsewhere in this process (POSIX locks work so).
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
-        except FileExistsError:
-            if not path.is_file():
-                raise StoreError(f"{path}: a directory of its path is a file; change records.url") from None
-        except OSError as error:
-            raise StoreError(
-                f"{path}: cannot be made: {error.strerror}; change records.url or rights"
-            ) from error
-    if not path.is_file():
-        raise StoreError(f"{path}: is not a file; name a file in records.url")
+    try:
+        if not path.exists():
+            if not create:
+                raise StoreError(
+                    f"{path}: no such file; nothing was recorded yet, or records.url names another"
+                )
+            _make(path)
+        if not path.is_file():
+            raise StoreError(f"{path}: is not a file; name a file in records.url")
+    except OSError as error:
+        raise StoreError(
+            f"{path}: {error.strerror}; change records.url, or the rights of its path"
+        ) from error
     effective = os.access in os.supports_effective_ids
     if not os.access(path, os.R_OK | os.W_OK, effective_ids=effective):
         raise StoreError(f"{path}: cannot be written; give the relay's user the file")
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise StoreError(f"{path.parent}: cannot be written, and SQLite keeps files beside its own there")
+
+
+def _make(path: Path) -> None:
+    """Make an empty file, here and not by SQLite, for its mode: the files beside it (-wal, -shm) take it over."""
+    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    # EXCL: a file that exists is never opened here, since to close it would drop the locks that SQLite holds
+    # on it elsewhere in this process (POSIX locks work so). If it has come up just now, another made it.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
 
 
 def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
@@ -225,6 +233,8 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
     raw.execute("PRAGMA synchronous = FULL")
     raw.execute("PRAGMA foreign_keys = ON")
     raw.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}")
+    raw.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    raw.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     if version != SCHEMA_VERSION:
         # Alembic takes longer to load than all the rest of a start.
         from relay.records.migrations import upgrade

@@ -2,8 +2,8 @@
 
 Rules. A write is one transaction, and done when it is on the disk. Long work (retention, expiry) is cut
 into short transactions with pauses between them, so that writes, here and in other processes on the same
-database, come in between. Statements are plain SQL, in words that SQLite and PostgreSQL share: a layer that
-builds them would cost more on the way of a message than all that the insert does.
+database, come in between. Statements are plain SQL, and but for the insert in words that SQLite and
+PostgreSQL share: a layer that builds them would cost a message more than the insert does.
 """
 
 from __future__ import annotations
@@ -78,18 +78,8 @@ class Store:
         Raises RejectedRecordError if one of them can never be taken, StoreError if the store cannot be
         written now. A caller that is cancelled does not know: the transaction is finished all the same.
         """
-        retention = self._retention
-
-        def insert(raw: sqlite3.Connection) -> None:
-            rows, recipients = _encode(records, retention)
-            try:
-                raw.executemany(_INSERT, rows)
-                raw.executemany(_INSERT_RECIPIENT, recipients)
-            except (OverflowError, UnicodeError) as error:  # found by the sqlite3 module as it binds
-                raise RejectedRecordError(f"a value that no column takes: {error}") from error
-
         if records:
-            await self._database.transaction(insert)
+            await self._database.transaction(lambda raw: _insert(raw, records, self._retention))
 
     async def count(self) -> int:
         """Return how many rows there are."""
@@ -185,20 +175,22 @@ class _Step:
     finished: bool
 
 
-def _encode(
-    records: Sequence[Record], retention: Retention
-) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-    """Return the parameters of _INSERT and _INSERT_RECIPIENT, in the order of their columns."""
-    rows: list[tuple[Any, ...]] = []
-    recipients: list[tuple[Any, ...]] = []
-    for record in records:
-        task_id = str(record.task_id)
-        try:
+def _insert(raw: sqlite3.Connection, records: Sequence[Record], retention: Retention) -> None:
+    """Insert the records with two statements, however many they are.
+
+    The whole batch goes to SQLite as one JSON text. `executemany` would let go of the interpreter lock and
+    ask for it again for every row; each time costs up to 5 ms when the event loop is busy, which is when
+    batches are big (measured: 1.5 s for 500 rows, and 0.07 s so).
+    """
+    rows = []
+    recipients = []
+    try:
+        for record in records:
             sent_at = utc_text(record.sent_at)
             expires_at = retention.expires_at(record.task_type, record.sent_at)
             rows.append(
                 (
-                    task_id,
+                    record.task_id,
                     record.client_task_id,
                     record.task_type,
                     record.sender,
@@ -211,14 +203,16 @@ def _encode(
                     record.message_id,
                     record.size,
                     record.duration_ms,
-                    orjson.dumps(record.data).decode(),
+                    record.data,
                 )
             )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RejectedRecordError(f"task_id {task_id}: {error}") from error
-        for ordinal, recipient in enumerate(record.recipients):
-            recipients.append((ordinal, recipient, domain_of(recipient), sent_at, task_id))
-    return rows, recipients
+            for ordinal, recipient in enumerate(record.recipients):
+                recipients.append((record.task_id, ordinal, recipient, domain_of(recipient), sent_at))
+        batch = orjson.dumps(rows).decode(), orjson.dumps(recipients).decode()
+    except (TypeError, ValueError) as error:  # no time zone, a lone surrogate, an integer beyond 64 bits
+        raise RejectedRecordError(f"a value that cannot be stored: {error}") from error
+    raw.execute(_INSERT, batch[:1])
+    raw.execute(_INSERT_RECIPIENTS, batch[1:])
 
 
 def domain_of(address: str) -> str:
@@ -345,13 +339,25 @@ _INSERT = """
     INSERT INTO task_done (
         task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
         upstream, upstream_reply, message_id, size, duration_ms, data
-    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    )
+    SELECT
+        json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+        json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
+        json_extract(value, '$[9]'), json_extract(value, '$[10]'), json_extract(value, '$[11]'),
+        json_extract(value, '$[12]'), json_extract(value, '$[13]')
+    FROM json_each(?) WHERE true
     ON CONFLICT (task_id) DO NOTHING
 """
 # Through the row's task_id: its id is not known here, and the row may have been there before.
-_INSERT_RECIPIENT = """
+# CROSS JOIN: SQLite's way to say that the batch is the outer loop.
+_INSERT_RECIPIENTS = """
     INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
-    SELECT id, ?, ?, ?, ? FROM task_done WHERE task_id = ?
+    SELECT
+        task_done.id, json_extract(batch.value, '$[1]'), json_extract(batch.value, '$[2]'),
+        json_extract(batch.value, '$[3]'), json_extract(batch.value, '$[4]')
+    FROM json_each(?) AS batch CROSS JOIN task_done ON task_done.task_id = json_extract(batch.value, '$[0]')
+    WHERE true
     ON CONFLICT (task_done_id, ordinal) DO NOTHING
 """
 _COUNT = "SELECT count(*) FROM task_done"
