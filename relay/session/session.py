@@ -208,10 +208,10 @@ class Session(smtp.SMTP):
             self._unforeseen(error)
         finally:
             self._advancing = False
-        if self._state is State.COMMANDS and not self._replies and self._transaction is None:
+        if self._state is State.COMMANDS and not self._replies:
             if self._eof:
                 self._close()
-            elif self._reception.draining:
+            elif self._reception.draining and self._transaction is None:
                 self._end(DRAINING, "draining")
         self._regulate()
 
