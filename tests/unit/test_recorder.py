@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import resource
-import signal
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -108,7 +109,7 @@ class Bench:
     """A recorder with its neighbours."""
 
     def __init__(
-        self, directory: Path, store: MemoryStore, commit_timeout: float, probe_pause: float
+        self, directory: Path, store: MemoryStore, commit_timeout: float = LONG, probe_pause: float = 0.001
     ) -> None:
         self.store = store
         self.spool = Spool(directory)
@@ -147,7 +148,8 @@ async def bench(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    """Poll: the state that tests wait for has no event of its own. pytest's timeout is the limit."""
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
@@ -158,16 +160,14 @@ def spooled(directory: Path) -> list[UUID]:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process can grow."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+def broken_disk(directory: Path) -> Iterator[None]:
+    """No segment can be made: something is in the way of the first one."""
+    obstacle = directory / "000000000001.jsonl"
+    obstacle.mkdir()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+        obstacle.rmdir()
 
 
 # ---- group commit
@@ -333,9 +333,9 @@ async def test_a_restart_replays_what_was_left(tmp_path: Path) -> None:
 
 
 async def test_a_store_too_slow_for_those_who_wait_still_gets_the_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each write takes longer than commit_timeout: rows go through the spool, and all arrive."""
+    """Each write takes longer than commit_timeout: rows go through the spool until it is quick again."""
     store = MemoryStore()
     write = store.write
 
@@ -345,11 +345,66 @@ async def test_a_store_too_slow_for_those_who_wait_still_gets_the_rows(
 
     monkeypatch.setattr(store, "write", slow)
     async with bench(tmp_path, store, commit_timeout=SHORT) as it:
-        rows = [make_record() for _ in range(5)]
-        for row in rows:
-            await it.recorder.record(row)
-        await until(lambda: len(store.rows) == 5)
-        assert set(store.rows) == {row.task_id for row in rows}
+        for _ in range(3):
+            await it.recorder.record(make_record())
+        await until(lambda: len(store.rows) == 3 and it.counts.spooled == 0)
+        calls = store.calls
+        for _ in range(3):
+            await it.recorder.record(make_record())
+        assert store.calls == calls  # it works, yet nobody waits for it
+        await until(lambda: len(store.rows) == 6 and it.counts.spooled == 0)
+        assert "rows go to the store again" not in caplog.text
+        monkeypatch.setattr(store, "write", write)
+        it.recorder._commit_timeout = LONG  # a slow machine is no slow store
+        await until(lambda: "rows go to the store again" in caplog.text)
+
+
+async def test_a_store_that_fails_at_the_last_step_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    rows = [make_record() for _ in range(3)]
+    write = store.write
+
+    async def fails_once(records: Sequence[Record]) -> None:
+        monkeypatch.setattr(store, "write", write)
+        raise StoreError("gone again")
+
+    store.failure = StoreError("gone")
+    async with bench(tmp_path, store) as it:
+        await it.recorder.record(rows[0])
+        store.open.clear()
+        store.failure = None
+        await until(lambda: store.in_flight == 1)  # the probe, with the first row
+        await it.recorder.record(rows[1])
+        monkeypatch.setattr(store, "write", fails_once)
+        store.open.set()
+        await until(lambda: it.counts.spooled == 0)
+        await it.recorder.record(rows[2])
+
+        await until(lambda: len(store.rows) == 3)
+        assert store.write == write  # it did fail
+        assert list(store.rows) == [row.task_id for row in rows]
+    assert spooled(tmp_path) == []
+
+
+async def test_a_spool_that_cannot_be_read_for_a_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row, more = make_record(), make_record()
+    segment = tmp_path / "000000000001.jsonl"
+    segment.write_bytes(encode(row))
+    made = Bench(tmp_path, MemoryStore())
+    segment.rename(tmp_path / "elsewhere")
+    made.recorder.start()
+    await made.recorder.record(more)
+    await until(lambda: "replay: spool" in caplog.text)
+    (tmp_path / "elsewhere").rename(segment)
+    await until(lambda: made.counts.spooled == 0)
+
+    assert list(made.store.rows) == [row.task_id, more.task_id]
+    await made.recorder.close(10)
+    made.spool.close()
 
 
 async def test_a_write_that_never_ends_is_cancelled_in_the_end(
@@ -462,7 +517,7 @@ async def test_neither_store_nor_spool(tmp_path: Path) -> None:
     async with bench(tmp_path, probe_pause=LONG) as it:
         it.store.failure = StoreError("gone")
         row = make_record()
-        with full_disk():
+        with broken_disk(tmp_path):
             await it.recorder.record(row)
 
             assert it.lost == [row]
@@ -481,7 +536,7 @@ async def test_the_spool_is_probed_with_the_row_that_was_lost(tmp_path: Path) ->
     async with bench(tmp_path) as it:
         it.store.failure = StoreError("gone")
         row = make_record()
-        with full_disk():
+        with broken_disk(tmp_path):
             await it.recorder.record(row)
             calls = it.store.calls
             await until(lambda: it.store.calls > calls + 1)
@@ -497,7 +552,7 @@ async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.failure = StoreError("gone")
         row = make_record()
-        with full_disk():
+        with broken_disk(tmp_path):
             await it.recorder.record(row)
             it.store.failure = None
             await until(lambda: it.recorder.refusal() is None)
@@ -513,7 +568,7 @@ async def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(recorder_module, "_SPOOL_TIMEOUT_S", SHORT)
     async with bench(tmp_path, probe_pause=LONG) as it:
         it.store.failure = StoreError("gone")
-        answer = recorder_module.asyncio.Event()
+        answer = asyncio.Event()
         loop = asyncio.get_running_loop()
         append = it.spool.append
 
@@ -546,6 +601,45 @@ async def test_a_row_that_json_cannot_carry_does_not_take_others_along(tmp_path:
     assert spooled(tmp_path) == [rows[0].task_id, rows[2].task_id]
 
 
+async def test_nothing_to_replay_after_a_row_that_json_cannot_carry(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        row = make_record()
+        row.data["number"] = 10**5000
+        await it.recorder.record(row)
+        it.store.failure = None
+        last = make_record()
+        await it.recorder.record(last)
+
+        await until(lambda: last.task_id in it.store.rows)
+        assert it.lost == [row]
+
+
+async def test_a_defect_in_the_metrics_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with bench(tmp_path) as it:
+
+        def broken(*arguments: object) -> None:
+            raise ValueError("a defect")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(it.counts, "committed", broken)
+            row = make_record()
+            await it.recorder.record(row)
+            assert it.lost == [row]
+            it.store.failure = StoreError("gone")
+            await it.recorder.record(make_record())
+            it.store.failure = None
+            await until(lambda: "unforeseen error in the replay" in caplog.text)
+        await until(lambda: it.counts.spooled == 0)
+        last = make_record()
+        await it.recorder.record(last)
+
+        await until(lambda: last.task_id in it.store.rows)
+        assert len(it.store.rows) == 3
+
+
 async def test_a_log_that_fails_still_releases_the_caller(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     store = MemoryStore()
@@ -556,7 +650,7 @@ async def test_a_log_that_fails_still_releases_the_caller(tmp_path: Path) -> Non
 
     recorder = Recorder(store, spool, Counts(), commit_timeout=LONG, log_lost=broken, probe_pause=LONG)
     recorder.start()
-    with full_disk():
+    with broken_disk(tmp_path):
         await recorder.record(make_record())
 
     assert recorder.refusal() is not None
@@ -629,27 +723,63 @@ async def test_a_row_after_close_is_logged(tmp_path: Path) -> None:
 
 
 async def test_close_before_start(tmp_path: Path) -> None:
-    made = Bench(tmp_path, MemoryStore(), LONG, LONG)
+    made = Bench(tmp_path, MemoryStore())
     await made.recorder.close(10)
     made.spool.close()
 
     assert made.recorder.refusal() is None
 
 
+# ---- the process is killed
+
+KILLED = """
+import asyncio, pathlib, sys
+from test_recorder import Bench, MemoryStore, make_record
+from relay.records.store import StoreError
+
+async def sender(it):
+    while True:
+        row = make_record()
+        await it.recorder.record(row)
+        print(row.task_id, flush=True)
+
+async def main():
+    store = MemoryStore()
+    store.failure = StoreError("gone")
+    it = Bench(pathlib.Path(sys.argv[1]), store)
+    it.recorder.start()
+    await asyncio.gather(*(sender(it) for _ in range(20)))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("after", [1, 30, 500])
+async def test_sigkill_loses_no_row_that_was_released(tmp_path: Path, after: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(after)]
+        process.kill()
+        said += process.stdout.readlines()
+    async with bench(tmp_path) as it:
+        await until(lambda: it.counts.spooled == 0)
+
+    assert len(said) >= after
+    assert {UUID(line.strip()) for line in said if line.endswith("\n")} <= set(it.store.rows)
+
+
 # ---- any order of events
 
-steps = st.lists(
-    st.sampled_from(
-        ["record", "record", "record", "burst", "reject", "cancel", "ok", "fail", "hang", "yield", "wait"]
-    ),
-    max_size=30,
-)
+ACTIONS = ["record", "record", "burst", "reject", "cancel", "ok", "fail", "hang", "yield", "wait"]
 
 
-@given(steps)
+@given(st.lists(st.sampled_from(ACTIONS), max_size=30))
 @settings(deadline=None)
 def test_every_row_is_in_one_place(actions: list[str]) -> None:
-    """After any interleaving each row is in store, spool or rejected file; after a restart in one of them, once."""
+    """After any interleaving each row is in store, spool or rejected file; after a replay in one, once."""
     with TemporaryDirectory() as directory:
         asyncio.run(interleave(Path(directory), actions))
 
@@ -689,6 +819,7 @@ async def interleave(directory: Path, actions: list[str]) -> None:
     assert it.lost == []
     assert set(spool_rows) | set(store.rows) | set(set_aside) == set(made)
     assert len(spool_rows) == len(set(spool_rows))
+    assert len(set_aside) == len(set(set_aside))
     assert set(set_aside) <= store.rejected
     assert store.rejected.isdisjoint(store.rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -350,6 +351,121 @@ def test_a_directory_that_vanished(tmp_path: Path) -> None:
     spool.close()
 
 
+def failing_call(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next `os.<call>` fail as a dying disk makes it fail; the ones after it work."""
+    real = getattr(os, call)
+
+    def fail(*arguments: int) -> None:
+        monkeypatch.setattr(os, call, real)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+
+
+def test_rows_are_synced_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, int]] = []
+    spool = Spool(tmp_path)
+    fsync, fdatasync = os.fsync, os.fdatasync
+
+    def watch_fsync(file: int) -> None:
+        assert stat.S_ISDIR(os.fstat(file).st_mode)
+        synced.append(("directory", 0))
+        fsync(file)
+
+    def watch_fdatasync(file: int) -> None:
+        synced.append(("file", os.fstat(file).st_size))
+        fdatasync(file)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "fdatasync", watch_fdatasync)
+    line = encode(make_record())
+    spool.append([line, line])
+    spool.append([line])
+
+    assert synced == [("directory", 0), ("file", 2 * len(line)), ("file", 3 * len(line))]
+    spool.close()
+
+
+def test_a_failed_sync_takes_only_its_own_rows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path)
+    before, failed, after = make_record(), make_record(), make_record()
+    spool.append([encode(before)])
+    failing_call("fdatasync", monkeypatch)
+    with pytest.raises(SpoolError, match="Input/output error"):
+        spool.append([encode(failed)])
+    spool.append([encode(after)])
+
+    assert spool.rows == 2
+    assert len(segments(tmp_path)) == 2  # a file that failed to sync is not written to again
+    assert drain(spool) == [before, after]
+    spool.close()
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_a_failed_first_write_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    spool = Spool(tmp_path)
+    failing_call(call, monkeypatch)
+    with pytest.raises(SpoolError):
+        spool.append([encode(make_record())])
+
+    assert segments(tmp_path) == []
+    assert spool.rows == 0
+    spool.close()
+
+
+def test_rows_that_cannot_be_taken_back_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said to have failed, and there all the same: the store is idempotent."""
+    spool = Spool(tmp_path)
+    rows = [make_record(), make_record()]
+    spool.append([encode(rows[0])])
+    failing_call("fdatasync", monkeypatch)
+    failing_call("ftruncate", monkeypatch)
+    with pytest.raises(SpoolError):
+        spool.append([encode(rows[1])])
+
+    assert drain(spool, 10) == rows
+    assert spool.rows == 0
+    assert segments(tmp_path) == []
+    spool.close()
+
+
+def test_a_failed_sync_leaves_no_rejected_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path)
+    row = make_record()
+    spool.set_aside(encode(row))
+    failing_call("fdatasync", monkeypatch)
+    with pytest.raises(SpoolError, match="rejected"):
+        spool.set_aside(encode(make_record()))
+
+    assert spool.rejected_file.read_bytes() == encode(row)
+    spool.close()
+
+
+def test_a_segment_that_vanishes_does_not_stop_the_rest(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    rows = [make_record(), make_record()]
+    spool.append([encode(rows[0])])
+    assert spool.read(10).records == rows[:1]
+    spool.append([encode(rows[1])])
+    segments(tmp_path)[0].unlink()
+    with pytest.raises(SpoolError):
+        spool.forget()
+
+    assert drain(spool) == rows[1:]
+    spool.close()
+
+
+def test_nothing_to_read_and_nothing_to_forget(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+
+    assert spool.read(10) == ([], 0)
+    spool.forget()
+    assert spool.rows == 0
+    spool.close()
+
+
 FULL_DISK = """
 import pathlib, resource, signal, sys
 from test_spool import make_record
@@ -377,21 +493,14 @@ print(row.task_id, flush=True)
 """
 
 
-def run_python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-
 @pytest.mark.parametrize("limit", [700, 5_000, 20_000])
 def test_a_full_disk_leaves_whole_rows_only(tmp_path: Path, limit: int) -> None:
     """The limit cuts a write in its middle: nothing of it may stay, and rows go on once there is space."""
-    said = run_python(FULL_DISK, tmp_path, limit).stdout.split()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
+    said = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
     spool = Spool(tmp_path)
 
     assert len(said) >= 2
