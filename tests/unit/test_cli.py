@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import relay
+from relay.cli import main
+from relay.cli.configuration import DEFAULT, find
+from relay.settings import DEV_UPSTREAM, Settings
+
+UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
+App = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working directory, and nothing set for the relay."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RELAY_CONFIG", raising=False)
+
+
+@pytest.fixture
+def config() -> Path:
+    path = Path("relay.toml")
+    path.write_text(UPSTREAM)
+    return path
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> App:
+    """Stand-in for the composition root: the commands end at its two functions."""
+
+    def provide(**functions: Any) -> None:
+        monkeypatch.setitem(sys.modules, "relay.app", SimpleNamespace(**functions))
+
+    return provide
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"relay {relay.__version__}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+
+    out = capsys.readouterr().out
+    for command in ("serve", "check", "expire", "schema"):
+        assert f"  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "relay: missing command; see relay --help"),
+        (["sevre"], "relay: no such command 'sevre'; see relay --help"),
+        (["--bogus"], "relay: no such option: --bogus"),
+        (["check", "--bogus"], "relay: no such option: --bogus"),
+        (["check", "--config"], "relay: option '--config' requires an argument"),
+        (["check", "extra"], "relay: got unexpected extra argument"),
+        (["expire", "--dry-run=yes"], "relay: option '--dry-run' does not take a value"),
+    ],
+    ids=str,
+)
+def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "environ", "dev", "found"),
+    [
+        (None, {}, False, DEFAULT),
+        (None, {"RELAY_CONFIG": ""}, False, DEFAULT),
+        (None, {"RELAY_CONFIG": "/etc/relay.toml"}, False, Path("/etc/relay.toml")),
+        (Path("mine.toml"), {"RELAY_CONFIG": "/etc/relay.toml"}, False, Path("mine.toml")),
+        (None, {}, True, None),
+        (None, {"RELAY_CONFIG": "/etc/relay.toml"}, True, Path("/etc/relay.toml")),
+        (Path("mine.toml"), {}, True, Path("mine.toml")),
+    ],
+)
+def test_which_file(config: Path | None, environ: dict[str, str], dev: bool, found: Path | None) -> None:
+    assert find(config, environ, dev=dev) == found
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "expire"])
+def test_a_missing_file_is_named(command: str, app: App, capsys: pytest.CaptureFixture[str]) -> None:
+    if command == "expire":
+        pytest.importorskip("relay.records.store")
+    app(run=pytest.fail, probe=pytest.fail)
+
+    assert main([command]) == 2
+    assert capsys.readouterr().err.startswith("relay: config/relay.toml: no such file: ")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_all_mistakes_are_told_at_once(
+    command: str, config: Path, app: App, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(run=pytest.fail, probe=pytest.fail)
+    config.write_text(UPSTREAM + '[server]\nhostnam = "a"\n[log]\nlevel = "loud"\n')
+
+    assert main([command, "--config", str(config)]) == 2
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        'relay: relay.toml: server.hostnam: unknown key; did you mean "hostname"?',
+        'relay: relay.toml: log.level: must be "debug", "info", "warning" or "error"',
+    ]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_serve_ends_as_the_relay_ends(status: int, config: Path, app: App) -> None:
+    served: list[Settings] = []
+    app(run=lambda settings: served.append(settings) or status)
+
+    assert main(["serve", "--config", str(config)]) == status
+    assert served[0].upstreams[0].address == "smtp.example.com:587"
+    assert not served[0].dev
+
+
+def test_serve_dev_does_not_look_for_the_default_file(app: App) -> None:
+    DEFAULT.parent.mkdir()
+    DEFAULT.write_text("this is not TOML")
+    served: list[Settings] = []
+    app(run=lambda settings: served.append(settings) or 0)
+
+    assert main(["serve", "--dev"]) == 0
+    assert served[0].dev
+    assert served[0].upstreams[0].address == DEV_UPSTREAM
+
+
+def test_the_environment_reaches_the_settings(
+    config: Path, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELAY_CONFIG", str(config))
+    monkeypatch.setenv("RELAY__SERVER__MAX_RECIPIENTS", "7")
+    served: list[Settings] = []
+    app(run=lambda settings: served.append(settings) or 0)
+
+    assert main(["serve"]) == 0
+    assert served[0].server.max_recipients == 7
+
+
+def test_check_says_what_is_effective(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(
+        UPSTREAM
+        + 'username = "relay"\npassword = "sesame"\ntls_verify = false\n'
+        + '[server]\nhostname = "relay.example.com"\nmax_message_size = 0\n'
+        + '[[listeners]]\naddress = "[::1]:2525"\n'
+        + '[retention]\ndefault = "never"\n[retention.by_type]\nmention = "90d"\n'
+    )
+
+    assert main(["check", "--config", str(config)]) == 0
+
+    captured = capsys.readouterr()
+    lines = [line.split(maxsplit=1) for line in captured.out.splitlines()]
+    assert lines == [
+        ["relay.toml", "is valid."],
+        ["name", "relay.example.com"],
+        ["listens", "[::1]:2525"],
+        ["clients", "127.0.0.0/8, ::1/128"],
+        ["messages", "up to whatever the upstream allows, 1000 recipients"],
+        [
+            "upstream",
+            "smtp.example.com: smtp.example.com:587, TLS starttls unverified, as relay, up to 20 connections",
+        ],
+        ["records", "sqlite:///data/task_done.db, spool data/spool, when away: spool"],
+        ["retention", "never, mention 90d"],
+        ["http", "127.0.0.1:9025 (metrics, health)"],
+        ["log", "json, info"],
+    ]
+    assert captured.err.startswith("relay: warning: upstreams.0.tls_verify: off")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("results", "status"),
+    [
+        ([("store", True, "schema 1"), ("upstream dev", True, "250-SIZE")], 0),
+        ([("store", True, "schema 1"), ("upstream dev", False, "connection refused")], 1),
+    ],
+)
+def test_check_connect_fails_when_a_part_does(
+    results: list[tuple[str, bool, str]],
+    status: int,
+    config: Path,
+    app: App,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    app(probe=lambda settings: results)
+
+    assert main(["check", "--connect", "--config", str(config)]) == status
+
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(maxsplit=1) for line in told] == [
+        ["ok" if ok else "failed", f"{what}: {detail}"] for what, ok, detail in results
+    ]
+
+
+def test_expire_creates_no_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("relay.records.store")
+
+    assert main(["expire", "--config", str(config)]) == 1
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("relay: ")
+    assert captured.err.count("\n") == 1
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(("days", "rows"), [(29, 0), (31, 1)])
+def test_expire(days: int, rows: int, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("relay.records.store")
+    _write_record(days)
+    dry_run = ["expire", "--dry-run", "--config", str(config)]
+    noun = "row" if rows == 1 else "rows"
+
+    for arguments in (dry_run, dry_run, dry_run[:1] + dry_run[2:], dry_run):
+        assert main(arguments) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"{rows} expired {noun} would be deleted",
+        f"{rows} expired {noun} would be deleted",
+        f"{rows} expired {noun} deleted",
+        "0 expired rows would be deleted",
+    ]
+
+
+def _write_record(days: int) -> None:
+    """Put a row that is `days` old into the default store."""
+    import asyncio
+    from datetime import UTC, datetime, timedelta
+    from uuid import uuid4
+
+    from relay.records.model import Record
+    from relay.records.retention import Retention
+    from relay.records.store import Store
+
+    record = Record(
+        task_id=uuid4(),
+        task_type="unclassified",
+        sender="app@example.com",
+        client="127.0.0.1",
+        sent_at=datetime.now(UTC) - timedelta(days=days),
+        upstream="smtp.example.com",
+        upstream_reply="250 2.0.0 queued",
+        size=100,
+        duration_ms=5,
+        recipients=("user@example.com",),
+    )
+
+    async def write() -> None:
+        store = await Store.open("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
+        await store.write([record])
+        await store.close()
+
+    asyncio.run(write())
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "relay.toml"
+
+
+def test_the_unforeseen_is_a_line_and_no_traceback(
+    config: Path, app: App, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings) -> int:
+        raise LookupError("nobody thought of it")
+
+    app(run=run)
+
+    assert main(["serve", "--config", str(config)]) == 1
+
+    message = capsys.readouterr().err
+    assert message.startswith("relay: LookupError: nobody thought of it (relay/cli/commands.py:")
+    assert message.count("\n") == 1
+
+
+def test_ctrl_c_is_no_defect(config: Path, app: App, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(settings: Settings) -> int:
+        raise KeyboardInterrupt
+
+    app(run=run)
+
+    assert main(["serve", "--config", str(config)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "relay"]
+
+    assert subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout == (
+        f"relay {relay.__version__}\n"
+    )
+    assert subprocess.run([*command, "bogus"], check=False, capture_output=True).returncode == 2
+
+
+def test_a_closed_pipe_is_no_defect() -> None:
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    writer = subprocess.run(
+        [sys.executable, "-m", "relay", "schema"], stdout=reader.stdin, stderr=subprocess.PIPE, text=True
+    )
+    assert reader.stdin
+    reader.stdin.close()
+
+    assert writer.stderr == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"aiohttp", "aiosmtpd", "aiosmtplib", "asyncio", "pydantic", "rich", "sqlalchemy", "structlog"}
+    program = "import sys; from relay.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+    assert "relay.cli" in done.stderr.split()
+    assert heavy.isdisjoint(done.stderr.split())
