@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,9 +60,12 @@ def serve(
 ) -> int:
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     settings = configured(find(config, os.environ, dev=dev), dev=dev)
-    from relay.app import run
+    from relay.app import StartError, run
 
-    return run(settings)
+    try:
+        return run(settings)
+    except (StartError, OSError) as error:
+        raise CommandError([f"relay: cannot start: {error}"]) from None
 
 
 @app.command()
@@ -88,9 +90,11 @@ def expire(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the rows, delete none.")] = False,
 ) -> int:
     """Delete the expired rows once, for cron or another scheduler."""
+    settings = configured(find(config, os.environ))
+    import asyncio
+
     from relay.records.store import StoreError
 
-    settings = configured(find(config, os.environ))
     try:
         rows = asyncio.run(_expire(settings, dry_run=dry_run))
     except StoreError as error:
@@ -124,20 +128,14 @@ def _connect(settings: Settings) -> int:
 
 
 async def _expire(settings: Settings, *, dry_run: bool) -> int:
-    from relay.records.retention import Retention
+    from relay.app import retention
     from relay.records.store import Store
 
-    periods = {name: _period(seconds) for name, seconds in settings.retention.by_type.items()}
-    retention = Retention(_period(settings.retention.default), periods)
-    store = await Store.open(settings.records.url, retention, create=False)
+    store = await Store.open(settings.records.url, retention(settings), create=False)
     try:
         return await store.expire(datetime.now(UTC), settings.expiry.batch_size, dry_run=dry_run)
     finally:
         await store.close()
-
-
-def _period(seconds: float | None) -> timedelta | None:
-    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _summary(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -27,8 +27,8 @@ class SettingsError(Exception):
     """The configuration cannot be used. `problems` has one line for each mistake, for the operator."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [_one_line(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 def load(path: Path | None, environ: Mapping[str, str], *, dev_upstream: str | None = None) -> Settings:
@@ -66,6 +66,14 @@ def schema() -> dict[str, Any]:
         "title": "relay.toml",
         "description": "Configuration of the SMTP relay",
     }
+
+
+def _one_line(text: str) -> str:
+    """Escape what could break the line or steer a terminal: keys come from the file as they are."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

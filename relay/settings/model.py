@@ -354,7 +354,7 @@ class UpstreamSettings(_Endpoint):
     username: str | None = None
     """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
     password_file: Path | None = None
-    """File that holds the password; its last line end does not count. `load` reads it into `password`."""
+    """File that holds the password; its last line end does not count."""
     password: SecretStr | None = None
     """Password for AUTH with the upstream. Better: password_file."""
     max_connections: Count = 20

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 import relay
+from relay.app import StartError
 from relay.cli import main
 from relay.cli.configuration import DEFAULT, find
+from relay.records.model import Record
+from relay.records.retention import Retention
+from relay.records.store import Store
 from relay.settings import DEV_UPSTREAM, Settings
 
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
@@ -35,10 +41,11 @@ def config() -> Path:
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> App:
-    """Stand-in for the composition root: the commands end at its two functions."""
+    """Replaces functions of the composition root, at which the commands end."""
 
     def provide(**functions: Any) -> None:
-        monkeypatch.setitem(sys.modules, "relay.app", SimpleNamespace(**functions))
+        for name, function in functions.items():
+            monkeypatch.setattr(f"relay.app.{name}", function)
 
     return provide
 
@@ -60,7 +67,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ([], "relay: missing command; see relay --help"),
-        (["sevre"], "relay: no such command 'sevre'; see relay --help"),
+        (["sevre"], "relay: no such command 'sevre'"),
         (["--bogus"], "relay: no such option: --bogus"),
         (["check", "--bogus"], "relay: no such option: --bogus"),
         (["check", "--config"], "relay: option '--config' requires an argument"),
@@ -96,8 +103,6 @@ def test_which_file(config: Path | None, environ: dict[str, str], dev: bool, fou
 
 @pytest.mark.parametrize("command", ["serve", "check", "expire"])
 def test_a_missing_file_is_named(command: str, app: App, capsys: pytest.CaptureFixture[str]) -> None:
-    if command == "expire":
-        pytest.importorskip("relay.records.store")
     app(run=pytest.fail, probe=pytest.fail)
 
     assert main([command]) == 2
@@ -129,6 +134,19 @@ def test_serve_ends_as_the_relay_ends(status: int, config: Path, app: App) -> No
     assert main(["serve", "--config", str(config)]) == status
     assert served[0].upstreams[0].address == "smtp.example.com:587"
     assert not served[0].dev
+
+
+@pytest.mark.parametrize("error", [StartError("the address is in use"), OSError(98, "the address is in use")])
+def test_a_relay_that_cannot_start_says_why(
+    error: Exception, config: Path, app: App, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings) -> int:
+        raise error
+
+    app(run=run)
+
+    assert main(["serve", "--config", str(config)]) == 1
+    assert capsys.readouterr().err == f"relay: cannot start: {error}\n"
 
 
 def test_serve_dev_does_not_look_for_the_default_file(app: App) -> None:
@@ -211,8 +229,6 @@ def test_check_connect_fails_when_a_part_does(
 
 
 def test_expire_creates_no_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("relay.records.store")
-
     assert main(["expire", "--config", str(config)]) == 1
 
     captured = capsys.readouterr()
@@ -224,7 +240,6 @@ def test_expire_creates_no_store(config: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(("days", "rows"), [(29, 0), (31, 1)])
 def test_expire(days: int, rows: int, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("relay.records.store")
     _write_record(days)
     dry_run = ["expire", "--dry-run", "--config", str(config)]
     noun = "row" if rows == 1 else "rows"
@@ -242,14 +257,6 @@ def test_expire(days: int, rows: int, config: Path, capsys: pytest.CaptureFixtur
 
 def _write_record(days: int) -> None:
     """Put a row that is `days` old into the default store."""
-    import asyncio
-    from datetime import UTC, datetime, timedelta
-    from uuid import uuid4
-
-    from relay.records.model import Record
-    from relay.records.retention import Retention
-    from relay.records.store import Store
-
     record = Record(
         task_id=uuid4(),
         task_type="unclassified",

@@ -5,10 +5,14 @@ import re
 import tomllib
 from ipaddress import ip_network
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import trustme
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from relay.settings import DEV_UPSTREAM, Settings, SettingsError, UpstreamSettings, load, schema
@@ -266,6 +270,54 @@ def test_the_shipped_file_shows_the_defaults(file: Path) -> None:
             if default is not None and f"{section}.{key}" not in examples:
                 shown = type(values).model_validate({**values.model_dump(mode="json"), key: text})
                 assert getattr(shown, key) == default, f"{section}.{key}"
+
+
+WORDS = ("", "none", "30s", "1KiB", "127.0.0.1:25", "0.0.0.0/1", "sqlite:///x", "\0", "ä\n", "nowhere")
+VALUES = st.recursive(
+    st.sampled_from(WORDS) | st.integers(-2, 1 << 70) | st.booleans() | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("section", Settings.model_fields)
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_whatever_a_file_says_it_loads_or_is_refused(section: str, data: st.DataObject) -> None:
+    model = _model(Settings.model_fields[section].annotation)
+    keys = st.sampled_from([*(model.model_fields if model else ()), "x"])
+    table = st.dictionaries(keys, VALUES, max_size=4)
+    value = data.draw(table | st.lists(table, max_size=2) | VALUES)
+    environ = {
+        f"RELAY__{section}__{part}".upper(): text
+        for part, text in data.draw(
+            st.dictionaries(keys | st.builds("0__{}".format, keys), st.sampled_from(WORDS), max_size=2)
+        ).items()
+    }
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "relay.toml"
+        path.write_text(f"{section} = {_toml(value)}\n" + (UPSTREAM if section != "upstreams" else ""))
+
+        try:
+            told = json.dumps(load(path, environ).effective())
+        except SettingsError as error:
+            told = str(error)
+            problems = error.problems
+        else:
+            problems = []
+
+    assert told
+    assert all(problem.startswith((f"{path}: ", "environment RELAY__")) for problem in problems)
+    assert all(problem.isprintable() for problem in problems)
+
+
+def _toml(value: Any) -> str:
+    """Write a value as TOML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return str(value) if isinstance(value, float) else json.dumps(value)
 
 
 def _uncommented() -> dict[str, dict[str, Any]]:
