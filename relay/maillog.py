@@ -292,7 +292,11 @@ class _Output:
 
 def _cleaned(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Give a line its time and level, first, and every value its printable form."""
-    line: dict[str, Any] = {"time": datetime.now(UTC), "level": level, "event": fields.pop("event")}
+    line: dict[str, Any] = {
+        "time": datetime.now(UTC),
+        "level": level,
+        "event": _printable(fields.pop("event")),
+    }
     for key, value in fields.pop("fields", fields).items():
         if value is None:
             continue
@@ -349,16 +353,18 @@ def _plain(value: Any) -> Any:
     return _printable(str(value))
 
 
-def _printable(text: str, limit: int = MAX_TEXT) -> str:
+def _printable(text: str) -> str:
     """Escape what does not print (controls, line separators, bidirectional marks), and bound the length."""
-    if len(text) <= limit and text.isprintable() and "://" not in text:
+    if len(text) <= MAX_TEXT and text.isprintable() and "://" not in text:
         return text
-    cut = text[: 2 * limit]
+    cut = text[: 2 * MAX_TEXT]
     if "://" in cut:  # before the cut, which might fall between a password and its "@"
         cut = _URL_PASSWORD.sub(r"\1:***@", cut)
     if not cut.isprintable():
-        cut = "".join(map(_escaped, cut[:limit]))
-    return cut if len(cut) <= limit and len(text) <= limit else f"{cut[:limit]}... ({len(text)} characters)"
+        cut = "".join(map(_escaped, cut[:MAX_TEXT]))
+    if len(cut) > MAX_TEXT or len(text) > MAX_TEXT:
+        cut = f"{cut[:MAX_TEXT]}... ({len(text)} characters)"
+    return cut
 
 
 def _escaped(character: str) -> str:
@@ -370,8 +376,8 @@ def _error(error: BaseException) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error)).strip()
-    return _Verbatim(_printable(text[-MAX_TRACEBACK:], MAX_TRACEBACK))
+    text = "".join(traceback.format_exception(error)).strip()[-MAX_TRACEBACK:]
+    return _Verbatim("".join(map(_escaped, _URL_PASSWORD.sub(r"\1:***@", text)))[-MAX_TRACEBACK:])
 
 
 def _row(record: Record) -> str:
@@ -406,13 +412,19 @@ class _Bridge(logging.Handler):
         except (TypeError, ValueError, KeyError):  # arguments that do not fit the format
             text = str(record.msg)
         error = record.exc_info[1] if record.exc_info else None
-        _current.log.log(
-            record.levelno,
-            "library",
-            logger=record.name,
-            text=text,
-            traceback=None if error is None else _traceback(error),
-        )
+        found = None if error is None else _traceback(error)
+        level = next(name for least, name in _STANDARD_LEVELS if record.levelno >= least)
+        getattr(_current.log, level)(text, logger=record.name, traceback=found)
+
+
+# Any number is a level there, the ones between the names too.
+_STANDARD_LEVELS: Final = (
+    (logging.CRITICAL, "critical"),
+    (logging.ERROR, "error"),
+    (logging.WARNING, "warning"),
+    (logging.INFO, "info"),
+    (logging.NOTSET, "debug"),
+)
 
 
 class _Current:

@@ -59,6 +59,7 @@ REJECT_REASONS: Final = (
     "loop",
     "draining",
     "records",
+    "internal",
 )
 """Why the relay itself turned a client away."""
 

@@ -1,0 +1,482 @@
+"""The mail log: each event one line, whatever stands in its values."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import logging
+import os
+import pty
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay import maillog
+from relay.outcome import Outcome
+from relay.records.model import Record
+
+TASK_ID = UUID("01930000-0000-7000-8000-000000000001")
+
+# What ends a line for some reader, or moves a terminal: C0, DEL, C1, the Unicode separators, bidi marks.
+UNWANTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\ufeff]")
+NASTY = 'a\r\n{"event":"forged"}\x00\x1b[31m\x7f\x85\x9b\u2028\u2029\u202e\ufeffz'
+
+
+class Log:
+    """The lines that were written."""
+
+    def __init__(self) -> None:
+        self.stream = io.BytesIO()
+
+    def lines(self) -> list[str]:
+        text = self.stream.getvalue().decode("utf-8")
+        assert text.endswith("\n") or not text
+        return text.split("\n")[:-1]
+
+    def json(self) -> dict[str, Any]:
+        (line,) = self.lines()
+        entry = json.loads(line)
+        assert isinstance(entry, dict)
+        return entry
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    maillog.configure("json", "info")
+
+
+@pytest.fixture
+def log() -> Log:
+    log = Log()
+    maillog.configure("json", "debug", log.stream)
+    return log
+
+
+def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None:
+    fields: dict[str, Any] = {
+        "task_id": TASK_ID,
+        "client": "127.0.0.1",
+        "listener": "127.0.0.1:2525",
+        "sender": b"app@example.com",
+        "recipients": [b"one@example.org", b"two@example.org"],
+        "refused": [(b"bad@example.org", b"550 5.1.1 unknown")],
+        "task_type": "mention",
+        "message_id": "<1@example.com>",
+        "size": 4123,
+        "upstream": "primary",
+        "reply": b"250 2.0.0 Ok: queued as 4F12",
+        "client_reply": b"250 2.0.0 Ok: queued as 4F12",
+        "wait_s": 0.0000123456,
+        "upstream_s": 0.25,
+        "commit_s": 0.001,
+        "total_s": 0.3,
+        "client_gone": False,
+    }
+    maillog.transaction(outcome, **{**fields, **changed})
+
+
+def record(**changed: Any) -> Record:
+    fields: dict[str, Any] = {
+        "task_id": TASK_ID,
+        "task_type": "mention",
+        "sender": "app@example.com",
+        "client": "127.0.0.1",
+        "sent_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        "upstream": "primary",
+        "upstream_reply": "250 2.0.0 Ok",
+        "size": 10,
+        "duration_ms": 20,
+        "recipients": ("one@example.org",),
+    }
+    return Record(**{**fields, **changed})
+
+
+EVENTS: dict[str, Callable[[Any], None]] = {
+    "started": lambda text: maillog.started(text, [text], [text], text, text),
+    "listening": maillog.listening,
+    "draining": lambda _: maillog.draining(3, 30.0),
+    "stopped": lambda _: maillog.stopped(),
+    "settings": lambda text: maillog.settings({"log": {"level": text, text: [text]}}),
+    "warning": maillog.warning,
+    "unforeseen": lambda text: maillog.unforeseen(text, TASK_ID, RuntimeError(text)),
+    "session_refused": lambda text: maillog.session_refused(text, text, text),
+    "session_error": lambda text: maillog.session_error(text, text),
+    "transaction": lambda text: say_transaction(
+        sender=text,
+        recipients=[text] * 3,
+        refused=[(text, text)],
+        message_id=text,
+        reply=text,
+        task_type=text,
+    ),
+    "upstream_connected": lambda text: maillog.upstream_connected(text, text, text),
+    "upstream_failed": lambda text: maillog.upstream_failed(text, text, text),
+    "upstream_retired": lambda text: maillog.upstream_retired(text, text, text),
+    "store_unavailable": maillog.store_unavailable,
+    "store_back": lambda _: maillog.store_back(4),
+    "row_spooled": lambda text: maillog.row_spooled(TASK_ID, text),
+    "row_lost": lambda text: maillog.row_lost(record(sender=text, data={text: text}), text),
+    "row_rejected": lambda text: maillog.row_rejected(record(upstream_reply=text), text),
+    "expiry_done": lambda _: maillog.expiry_done(5, 0.25),
+    "expiry_failed": maillog.expiry_failed,
+    "retention_changed": lambda _: maillog.retention_changed(6),
+    "retention_shortened": lambda _: maillog.retention_shortened(7),
+}
+
+
+def test_every_event_is_tried_here() -> None:
+    functions = {name for name in maillog.__all__ if inspect.isfunction(getattr(maillog, name))}
+    assert functions == {*EVENTS, "configure"}
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_is_one_printable_line(name: str, log_format: str) -> None:
+    log = Log()
+    maillog.configure(log_format, "debug", log.stream)
+    EVENTS[name](NASTY)
+    (line,) = log.lines()
+    assert not UNWANTED.search(line)
+    if log_format == "json":
+        entry = json.loads(line)
+        assert list(entry)[:3] == ["time", "level", "event"]
+        assert datetime.fromisoformat(entry["time"]).tzinfo == UTC
+
+
+@given(st.one_of(st.text(), st.binary(), st.text(st.characters(categories=["Cs", "Cc", "Zl", "Zp", "Cf"]))))
+def test_no_text_from_the_wire_breaks_a_line(text: str | bytes) -> None:
+    for log_format in ("json", "console"):
+        log = Log()
+        maillog.configure(log_format, "debug", log.stream)
+        maillog.session_error("192.0.2.1", text)
+        say_transaction(sender=text, recipients=[text], refused=[(text, text)], reply=text)
+        assert len(log.lines()) == 2
+        assert not any(UNWANTED.search(line) for line in log.lines())
+
+
+def test_a_message_is_one_line_with_all_that_matters(log: Log) -> None:
+    say_transaction()
+    entry = log.json()
+    entry.pop("time")
+    assert entry == {
+        "level": "info",
+        "event": "message",
+        "outcome": "accepted",
+        "task_id": str(TASK_ID),
+        "client": "127.0.0.1",
+        "listener": "127.0.0.1:2525",
+        "sender": "app@example.com",
+        "recipients": ["one@example.org", "two@example.org"],
+        "recipient_count": 2,
+        "refused": [{"recipient": "bad@example.org", "reply": "550 5.1.1 unknown"}],
+        "refused_count": 1,
+        "task_type": "mention",
+        "message_id": "<1@example.com>",
+        "size": 4123,
+        "upstream": "primary",
+        "reply": "250 2.0.0 Ok: queued as 4F12",
+        "client_reply": "250 2.0.0 Ok: queued as 4F12",
+        "wait_s": 0.000012,
+        "upstream_s": 0.25,
+        "commit_s": 0.001,
+        "total_s": 0.3,
+    }
+
+
+def test_what_is_not_there_is_left_out(log: Log) -> None:
+    say_transaction(
+        Outcome.REFUSED,
+        sender=b"",
+        recipients=[],
+        refused=[],
+        task_type=None,
+        message_id=None,
+        upstream=None,
+        reply=None,
+        client_reply=None,
+        wait_s=None,
+        upstream_s=None,
+        commit_s=None,
+        client_gone=True,
+    )
+    entry = log.json()
+    assert entry["sender"] == ""
+    assert entry["client_gone"] is True
+    assert set(entry) == {
+        *("time", "level", "event", "outcome", "task_id", "client", "listener", "sender"),
+        *("recipients", "recipient_count", "size", "total_s", "client_gone"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "level"),
+    [
+        (Outcome.ACCEPTED, "info"),
+        (Outcome.REJECTED, "info"),
+        (Outcome.DEFERRED, "info"),
+        (Outcome.UNAVAILABLE, "warning"),
+        (Outcome.IN_DOUBT, "error"),
+        (Outcome.REFUSED, "info"),
+        (Outcome.ABORTED, "info"),
+    ],
+)
+def test_the_level_follows_the_outcome(log: Log, outcome: Outcome, level: str) -> None:
+    say_transaction(outcome)
+    assert log.json()["level"] == level
+    assert log.json()["outcome"] == outcome.value
+
+
+def test_levels_below_the_configured_one_are_not_written() -> None:
+    log = Log()
+    maillog.configure("json", "warning", log.stream)
+    say_transaction(Outcome.ACCEPTED)
+    maillog.listening("127.0.0.1:2525")
+    assert log.lines() == []
+    say_transaction(Outcome.UNAVAILABLE)
+    assert log.json()["outcome"] == "unavailable"
+
+
+def test_octets_that_are_no_utf8_are_escaped(log: Log) -> None:
+    maillog.session_error("192.0.2.1", b"caf\xe9 na\xc3\xafve\x00")
+    assert log.json()["text"] == r"caf\xe9 naïve\x00"
+
+
+def test_long_values_and_lists_are_cut(log: Log) -> None:
+    recipients = [b"%d@example.org" % number for number in range(1000)]
+    say_transaction(
+        recipients=recipients, refused=[(each, b"550") for each in recipients], reply=b"x" * 60_000
+    )
+    entry = log.json()
+    assert entry["recipients"] == [f"{number}@example.org" for number in range(20)]
+    assert entry["recipient_count"] == 1000
+    assert len(entry["refused"]) == 20
+    assert entry["refused_count"] == 1000
+    assert entry["reply"] == "x" * maillog.MAX_TEXT + "... (60000 characters)"
+    assert len(log.lines()[0]) < 6000
+
+
+def test_escapes_do_not_make_a_value_longer_than_its_bound(log: Log) -> None:
+    maillog.session_error("192.0.2.1", "\u2028" * 5000)
+    assert len(log.json()["text"]) < maillog.MAX_TEXT + 40
+
+
+def test_other_lists_tell_how_long_they_were(log: Log) -> None:
+    maillog.started("1", [str(number) for number in range(25)], [], "sqlite:///x", None)
+    entry = log.json()
+    assert entry["listeners"][20:] == ["... (25 in all)"]
+    assert "http" not in entry
+
+
+def test_passwords_do_not_get_in(log: Log) -> None:
+    class Secret:
+        def __str__(self) -> str:
+            return "**********"
+
+    maillog.settings(
+        {
+            "records": {"url": "postgresql://relay:pa/ss:w@rd@db.example/x"},
+            "upstreams": [{"name": "a", "password": "hunter2", "username": "u"}, {"password": None}],
+            "http": {"token": Secret(), "token_file": "/run/token", "api_token": "abc"},
+            "tls": {"key": Secret()},
+        }
+    )
+    entry = log.json()
+    assert entry["records"] == {"url": "postgresql://relay:***@db.example/x"}
+    assert entry["upstreams"] == [
+        {"name": "a", "password": "(hidden)", "username": "u"},
+        {"password": None},
+    ]
+    assert entry["http"] == {"token": "(hidden)", "token_file": "/run/token", "api_token": "(hidden)"}
+    assert entry["tls"] == {"key": "**********"}
+
+
+@pytest.mark.parametrize("padding", [0, maillog.MAX_TEXT - 20, maillog.MAX_TEXT - 5])
+def test_a_password_is_cut_out_of_any_text(log: Log, padding: int) -> None:
+    maillog.store_unavailable("x" * padding + " cannot open postgresql://relay:hunter2@db/x")
+    assert "hunter" not in log.lines()[0]
+
+
+def test_an_error_comes_with_its_traceback_on_one_line(log: Log) -> None:
+    def failing() -> None:
+        raise ValueError("bad\nthing")
+
+    try:
+        failing()
+    except ValueError as error:
+        maillog.unforeseen("end of data", TASK_ID, error)
+    entry = log.json()
+    assert entry["level"] == "error"
+    assert entry["where"] == "end of data"
+    assert entry["error"] == r"ValueError: bad\nthing"
+    assert entry["traceback"].startswith(r"Traceback (most recent call last):\n")
+    assert "in failing" in entry["traceback"]
+
+
+def test_of_a_long_traceback_the_end_stays(log: Log) -> None:
+    error = RuntimeError("the end")
+    error.__cause__ = RuntimeError("x" * 20_000)
+    maillog.unforeseen("somewhere", None, error)
+    entry = log.json()
+    assert entry["traceback"].endswith("RuntimeError: the end")
+    assert len(entry["traceback"]) <= maillog.MAX_TRACEBACK
+    assert "task_id" not in entry
+
+
+def test_an_error_that_cannot_be_printed_is_logged_all_the_same(log: Log) -> None:
+    class UnprintableError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    maillog.unforeseen("somewhere", None, UnprintableError())
+    assert "UnprintableError" in log.json()["error"]
+
+
+@pytest.mark.parametrize("say", [maillog.row_lost, maillog.row_rejected])
+def test_a_row_that_only_the_log_has_is_there_whole(log: Log, say: Callable[[Record, str], None]) -> None:
+    recipients = tuple(f"{number}@example.org" for number in range(500))
+    say(record(recipients=recipients, upstream_reply=NASTY, data={"tags": ["x" * 5000]}), "no space left")
+    entry = log.json()
+    assert entry["level"] == "error"
+    assert entry["reason"] == "no space left"
+    row = json.loads(entry["row"])
+    assert row["recipients"] == list(recipients)
+    assert row["upstream_reply"] == NASTY
+    assert row["data"] == {"tags": ["x" * 5000]}
+    assert row["task_id"] == str(TASK_ID)
+    assert row["sent_at"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_numbers_that_json_readers_dread_are_written(log: Log) -> None:
+    maillog.settings({"server": {"max_message_size": 2**70}})
+    assert log.json()["server"] == {"max_message_size": 2**70}
+
+
+# ------------------------------------------------------------------------------------------- console
+
+
+def test_console_lines_are_plain_off_a_terminal() -> None:
+    log = Log()
+    maillog.configure("console", "info", log.stream)
+    say_transaction()
+    (line,) = log.lines()
+    assert "\x1b" not in line
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z \[info", line)
+    assert "outcome=accepted" in line
+    assert "sender=app@example.com" in line
+
+
+def test_console_lines_are_coloured_on_a_terminal() -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "wb") as terminal:
+        maillog.configure("console", "info", terminal)
+        maillog.stopped()
+        seen = os.read(master, 4096)
+    os.close(master)
+    assert b"stopped" in seen
+    assert b"\x1b[" in seen
+
+
+# --------------------------------------------------------------------------------- the standard library
+
+
+def test_libraries_come_out_here(log: Log) -> None:
+    try:
+        raise OSError("gone\r\naway")
+    except OSError:
+        logging.getLogger("asyncio").exception("task %r failed\n", "x\x1b")
+    entry = log.json()
+    assert entry["level"] == "error"
+    assert entry["logger"] == "asyncio"
+    assert entry["event"] == r"task 'x\x1b' failed" + r"\n"
+    assert "OSError: gone" in entry["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("number", "level"), [(10, "debug"), (25, "info"), (30, "warning"), (45, "error"), (50, "critical")]
+)
+def test_levels_of_libraries_are_kept(log: Log, number: int, level: str) -> None:
+    library = logging.getLogger("some.library")
+    library.setLevel(1)
+    library.log(number, "words")
+    assert log.json()["level"] == level
+
+
+def test_a_library_that_misuses_its_log_does_no_harm(log: Log) -> None:
+    # Straight to our handler: the one of pytest raises for such a record.
+    misused = logging.LogRecord("some.library", logging.WARNING, "", 0, "%d of %d", ("x",), None)
+    for handler in logging.getLogger().handlers:
+        if handler.__class__.__module__ == maillog.__name__:
+            handler.handle(misused)
+    assert log.json()["event"] == "%d of %d"
+
+
+@pytest.mark.parametrize("name", ["mail.log", "mail.debug", "aiosmtplib", "aiosmtplib.protocol"])
+def test_the_libraries_that_log_octets_of_clients_are_silent(
+    log: Log, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger(name).error("AUTH PLAIN AGFwcABodW50ZXIy")
+    assert log.lines() == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_configuring_twice_does_not_write_twice(log: Log) -> None:
+    maillog.configure("json", "info", log.stream)
+    logging.getLogger("aiohttp.server").error("once")
+    assert len(log.lines()) == 1
+
+
+# ----------------------------------------------------------------------------------------- the stream
+
+
+def test_lines_go_to_standard_output_by_default(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    maillog.configure("json", "info")
+    maillog.stopped()
+    out, err = capfdbinary.readouterr()
+    assert json.loads(out)["event"] == "stopped"
+    assert err == b""
+
+
+def test_a_log_that_cannot_be_written_is_no_error_and_tells_its_gap() -> None:
+    class Broken(io.BytesIO):
+        broken = True
+
+        def write(self, octets: Any, /) -> int:
+            if self.broken:
+                raise BrokenPipeError
+            return super().write(octets)
+
+    stream = Broken()
+    maillog.configure("json", "info", stream)
+    say_transaction()
+    maillog.stopped()
+    stream.broken = False
+    maillog.listening("127.0.0.1:2525")
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [entry["event"] for entry in events] == ["listening", "log lines lost"]
+    assert events[1]["lines"] == 2
+
+
+def test_a_closed_stream_is_no_error() -> None:
+    stream = io.BytesIO()
+    maillog.configure("json", "info", stream)
+    stream.close()
+    say_transaction()
+    maillog.configure("json", "info", io.BytesIO())
+
+
+def test_a_full_device_is_no_error() -> None:
+    with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
+        maillog.configure("json", "info", full)
+        say_transaction()
+    maillog.configure("json", "info", io.BytesIO())
