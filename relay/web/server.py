@@ -1,8 +1,8 @@
 """The HTTP server and its routes, on the relay's own event loop.
 
 Rules: an answer never waits for the store or an upstream, since a probe that hangs is a restart; nothing
-here changes anything, so GET and HEAD are the only methods; and no answer tells which server or version
-gives it.
+here changes anything, so GET and HEAD are the only methods; and no answer of ours tells which server or
+version gives it (the library's own 400 to what is no HTTP does).
 """
 
 from __future__ import annotations
