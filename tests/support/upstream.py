@@ -413,7 +413,7 @@ class Connection:
         await self._answer("end_of_data", line, usual, message)
 
     async def _body(self, message: Message) -> None:
-        """Read the content; `message` holds what has come so far at any moment."""
+        """Read the content into `message`; what came before a client left is kept too."""
         plan = self._upstream.plan("body", b"", self)
         scanner = ContentScanner()
         digest = hashlib.sha256()
