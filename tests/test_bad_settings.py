@@ -1,10 +1,12 @@
 """One directory for each mistake, in bad_settings/: the file, and beside it what the operator must be told.
 
-`environment`, where it is there, has the variables that are set, one on each line.
+`environment`, where it is there, has the variables that are set, one on each line. Three dots stand for words
+that are Python's and differ from version to version.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,10 @@ def test_refused_for_the_right_reason(case: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SettingsError) as caught:
         load(Path("relay.toml"), environ)
 
-    assert caught.value.problems == Path("expected_error").read_text().splitlines()
+    expected = Path("expected_error").read_text().splitlines()
+    assert len(caught.value.problems) == len(expected)
+    for problem, line in zip(caught.value.problems, expected, strict=True):
+        assert problem == line or re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), problem)
     assert "sesame" not in str(caught.value)
 
 

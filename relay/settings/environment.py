@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
@@ -167,7 +168,7 @@ def _value(text: str, wanted: Any, key: Key) -> Any:
         if text.lower() not in {"true", "false"}:
             raise _MisfitError(key, "must be true or false")
         return text.lower() == "true"
-    if inner is int and text.strip().removeprefix("-").isdecimal() and text.isascii():
+    if inner is int and re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
         return int(text)
     return text
 
@@ -175,13 +176,14 @@ def _value(text: str, wanted: Any, key: Key) -> Any:
 def _list(text: str, key: Key) -> list[Any]:
     if not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        values = json.loads(text)
-    except ValueError:
+    for read in (_toml_list, json.loads):  # JSON differs where strings have escapes and tables have keys
         try:
-            values = tomllib.loads(f"values = {text}")["values"]
-        except ValueError:
-            raise _MisfitError(key, "is no list: write it as in TOML, or with commas") from None
-    if not isinstance(values, list):
-        raise _MisfitError(key, "is no list: write it as in TOML, or with commas")
-    return values
+            values: list[Any] = read(text)
+        except (ValueError, RecursionError):
+            continue
+        return values
+    raise _MisfitError(key, "is no list: write it as in TOML, or with commas")
+
+
+def _toml_list(text: str) -> Any:
+    return tomllib.loads(f"values = {text}")["values"]

@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
         raise SettingsError([f"{path}: is not UTF-8"]) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number or a nesting beyond what Python reads
         raise SettingsError([f"{path}: is not TOML: {error}"]) from None
 
 

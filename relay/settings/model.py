@@ -109,8 +109,8 @@ def _header(value: str) -> str:
 
 
 def _task_type(value: str) -> str:
-    if not value or len(value) > TASK_TYPE_LENGTH or not value.isprintable() or value != value.strip():
-        raise ValueError(f"must be printable text of 1 to {TASK_TYPE_LENGTH} characters")
+    if not value.isprintable() or value != value.strip():
+        raise ValueError("must be printable text, without space at its ends")
     return value
 
 

@@ -75,6 +75,7 @@ def test_other_variables_do_not_matter(file: Path) -> None:
         " 10.0.0.0/8 , 192.0.2.1 ,",
         '["10.0.0.0/8", "192.0.2.1"]',
         "['10.0.0.0/8', '192.0.2.1',]",
+        '["10.0.0.0\\/8", "192.0.2.1"]',
     ],
 )
 def test_a_list_is_written_with_commas_or_as_in_toml(file: Path, text: str) -> None:
@@ -89,6 +90,10 @@ def test_a_list_of_tables_is_written_as_in_toml(file: Path) -> None:
     ).task_type.rules
 
     assert [(rule.sender, rule.type) for rule in rules] == [("digest@example.com", "digest")]
+
+
+def test_one_network(file: Path) -> None:
+    assert changed(file, RELAY__CLIENTS__ALLOW__0="10.0.0.0/8").clients.allow == (ip_network("10.0.0.0/8"),)
 
 
 def test_an_empty_list(file: Path) -> None:

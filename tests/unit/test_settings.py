@@ -78,6 +78,34 @@ def test_values_are_ready_for_use(file: Path) -> None:
     assert settings.server.hostname
 
 
+@pytest.mark.parametrize(
+    ("full", "short", "hostname"),
+    [
+        ("mail.example.com", "mail", "mail.example.com"),
+        ("mail.example.com\udc80", "mail", "mail"),
+        ("192.0.2.1", "a b", "localhost"),
+    ],
+)
+def test_a_machine_without_a_usable_name(
+    full: str, short: str, hostname: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: full)
+    monkeypatch.setattr("socket.gethostname", lambda: short)
+
+    assert loaded(file).server.hostname == hostname
+
+
+def test_settings_can_be_made_without_a_file() -> None:
+    upstream = UpstreamSettings(address="smtp.example.com:587")
+    network = ip_network("10.0.0.0/8")
+
+    settings = Settings.model_validate({"upstreams": [upstream], "clients": {"allow": [network]}})
+
+    assert settings.upstreams == (upstream,)
+    assert settings.clients.allow == (network,)
+    assert (settings.warnings, settings.dev) == ((), False)
+
+
 def test_settings_cannot_be_changed(file: Path) -> None:
     settings = loaded(file)
 
