@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format sure bench clean
+.PHONY: run test lint format sure bench bench-quick clean
 
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
@@ -20,6 +20,12 @@ lint: $(VENV)/dev ## ruff and mypy, as CI runs them
 format: $(VENV)/dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+bench: $(VENV)/dev ## the relay beside a direct send and beside a naive relay, some minutes
+	@$(BIN)/python -m bench.run
+
+bench-quick: $(VENV)/dev
+	@$(BIN)/python -m bench.run --quick
 
 sure: lint test ## all that CI runs
 

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -192,7 +193,7 @@ def _measure(
     )
 
 
-def _load(port: int, case: Case, messages: int, *, pipelined: bool) -> dict[str, float]:
+def _load(port: int, case: Case, messages: int, *, pipelined: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.load", "--port", str(port), "--sessions", str(case.sessions)]
     command += ["--messages", str(messages), "--size", str(case.size)]
     command += ["--keep"] * case.keep + ["--pipelined"] * pipelined
@@ -202,7 +203,7 @@ def _load(port: int, case: Case, messages: int, *, pipelined: bool) -> dict[str,
         raise RunError("the load took more than 300 s") from None
     if done.returncode:
         raise RunError(f"the load failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    result = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
     if result["codes"] != {"250": messages}:
         raise RunError(f"of {messages} messages the server answered {result['codes']} (code: count)")
     return result

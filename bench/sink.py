@@ -52,7 +52,7 @@ class Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
         self._counts.connections += 1
-        transport.write(b"220 sink.bench ESMTP\r\n")
+        self._transport.write(b"220 sink.bench ESMTP\r\n")
 
     def data_received(self, data: bytes) -> None:
         self._rest = self._rest + data if self._rest else data

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from relay.settings import Settings
 
-__all__ = ["Relay", "StartError", "probe", "run"]
+__all__ = ["Relay", "StartError", "probe", "retention", "run"]
 
 SWEEP_INTERVAL = 1.0
 """Seconds between two looks at all waits; finer where a configured wait is shorter."""

@@ -8,8 +8,8 @@ handle by which `_settle` could be cancelled: a client that goes, a timer and a 
 client hears.
 
 Rules: only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
-the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is the only
-place where an outcome is counted and logged, once for each transaction.
+the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is
+the only place where an outcome is counted and logged, once for each transaction.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ class Transaction:
             self._refuse(LOOP)
 
     def _refuse(self, reply: Reply) -> None:
-        """Give the message up by the relay's own rule; its content is cut off, the client hears at the end."""
+        """Give the message up by the relay's own rule: content is cut off, the client hears at the end."""
         self._cut("content refused")
         self._connection = None
         self._broken, self._broken_as = reply, Outcome.REFUSED

@@ -75,7 +75,7 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
 
 @pytest.fixture
 def start(settings_for: Callable[..., Settings], tmp_path: Path) -> Any:
-    """Return a context manager that runs a relay: `async with start(upstream_port, section={...}) as running`."""
+    """Return a runner of relays: `async with start(upstream_port, section={...}) as running`."""
 
     @contextlib.asynccontextmanager
     async def run(upstream_port: int, **over: Any) -> AsyncIterator[Running]:

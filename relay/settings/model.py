@@ -349,8 +349,6 @@ class UpstreamSettings(_Endpoint):
     """Whether the upstream's certificate must be valid for its name."""
     ca_file: Path | None = None
     """File with the certificates to trust instead of the system's, PEM."""
-    tls_server_name: str | None = None
-    """Name that the certificate must have, and that is asked for (SNI). Default: the host of the address."""
     username: str | None = None
     """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
     password_file: Path | None = None
@@ -406,15 +404,6 @@ class UpstreamSettings(_Endpoint):
         if value and info.data.get("tls_verify") is False:
             raise ValueError("makes no sense with tls_verify = false")
         return value
-
-    @field_validator("tls_server_name")
-    @classmethod
-    def _server_name_with_tls(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None:
-            return value
-        if info.data.get("tls") == "none":
-            raise ValueError('makes no sense with tls = "none"')
-        return host_name(value)
 
     @field_validator("username")
     @classmethod
@@ -566,7 +555,7 @@ class HttpSettings(_Endpoint):
 
 
 class LogSettings(_Section):
-    """What is written to standard error."""
+    """What is written to standard output."""
 
     format: Literal["json", "console"] = "json"
     """One JSON object a line, or lines for people."""
@@ -608,7 +597,7 @@ class Settings(_Section):
     http: HttpSettings = Field(default_factory=HttpSettings)
     """Metrics and health."""
     log: LogSettings = Field(default_factory=LogSettings)
-    """What is written to standard error."""
+    """What is written to standard output."""
 
     _origin: Origin = PrivateAttr(default=Origin())
 

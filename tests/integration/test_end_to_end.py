@@ -7,7 +7,10 @@ from typing import Any
 from tests.support.client import Client
 from tests.support.upstream import ScriptedUpstream
 
-CONTENT = b"From: a@example.test\r\nMessage-ID: <1@example.test>\r\nX-Task-Type: mention\r\nX-Task-ID: 42\r\n\r\n..dot\r\ntext\r\n"
+CONTENT = (
+    b"From: a@example.test\r\nMessage-ID: <1@example.test>\r\nX-Task-Type: mention\r\nX-Task-ID: 42\r\n"
+    b"\r\n..dot\r\ntext\r\n"
+)
 
 
 async def test_an_accepted_message_reaches_the_upstream_and_gets_its_row(

@@ -67,7 +67,7 @@ def check(ledger: Ledger, *, settled: bool = True) -> list[str]:
 def id_of(content: bytes) -> str:
     """Return the id in a message's header section; ValueError unless there is exactly one."""
     head, _, _ = content.partition(b"\r\n\r\n")
-    found = _ID.findall(head)
+    found: list[bytes] = _ID.findall(head)
     if len(found) != 1 or not found[0]:
         raise ValueError(f"{len(found)} {ID_HEADER} headers in {head[:200]!r}")
     return found[0].decode("ascii")
