@@ -111,6 +111,7 @@ class Relay:
             self.metrics,
             commit_timeout=records.commit_timeout,
             log_lost=lambda record: maillog.row_lost(record, "neither store nor spool took it"),
+            refuse_while_away=records.when_unavailable == "refuse",
         )
         self.recorder.start()
         self._expiry = ExpiryLoop(

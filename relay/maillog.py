@@ -36,15 +36,11 @@ __all__ = [
     "retention_changed",
     "retention_shortened",
     "row_lost",
-    "row_rejected",
-    "row_spooled",
     "session_error",
     "session_refused",
     "settings",
     "started",
     "stopped",
-    "store_back",
-    "store_unavailable",
     "transaction",
     "unforeseen",
     "upstream_connected",
@@ -217,29 +213,9 @@ def upstream_retired(name: str, address: str, reason: Wire) -> None:
 # -------------------------------------------------------------------------------------------- records
 
 
-def store_unavailable(reason: str) -> None:
-    """The store takes no rows; they go to the spool."""
-    _current.log.error("store unavailable", reason=reason)
-
-
-def store_back(rows: int) -> None:
-    """The store takes rows again and has taken `rows` from the spool."""
-    _current.log.info("store back", rows=rows)
-
-
-def row_spooled(task_id: UUID | str, reason: str) -> None:
-    """An accepted message's row went to the spool."""
-    _current.log.warning("row spooled", task_id=task_id, reason=reason)
-
-
 def row_lost(record: Record, reason: str) -> None:
     """Neither the store nor the spool could keep this row: it is here, whole, and nowhere else."""
     _current.log.error("row lost", task_id=record.task_id, reason=reason, row=_row(record))
-
-
-def row_rejected(record: Record, reason: str) -> None:
-    """The store will never take this row; it is here, whole."""
-    _current.log.error("row rejected", task_id=record.task_id, reason=reason, row=_row(record))
 
 
 def expiry_done(rows: int, seconds: float) -> None:

@@ -72,7 +72,9 @@ class Recorder:
 
     `commit_timeout` is in seconds, for a whole batch. `probe_pause` is the time in seconds until a store that
     is away is tried again; it doubles with each try, up to fifty times that. `log_lost` writes a full row to
-    the log: it is called for each row that neither takes. The caller closes store and spool, after `close`.
+    the log: it is called for each row that neither takes. With `refuse_while_away` new mail is refused while
+    the store is away, although the spool could keep its rows. The caller closes store and spool, after
+    `close`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Recorder:
         *,
         commit_timeout: float,
         log_lost: Callable[[Record], None],
+        refuse_while_away: bool = False,
         probe_pause: float = 0.1,
     ) -> None:
         self._store = store
@@ -90,6 +93,7 @@ class Recorder:
         self._metrics = metrics
         self._commit_timeout = commit_timeout
         self._log_lost = log_lost
+        self._refuse_while_away = refuse_while_away
         self._probe_pause = probe_pause
         # The batch that collects: rows, and those who wait for them, in the same order.
         self._rows: list[Record] = []
@@ -135,8 +139,10 @@ class Recorder:
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, or None while rows can be kept."""
-        if self._spool_failure is None or self._away is None:
+        if self._away is None or (self._spool_failure is None and not self._refuse_while_away):
             return None
+        if self._spool_failure is None:
+            return self._away
         return f"{self._away}; {self._spool_failure}"
 
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - the bound is the promise
@@ -341,21 +347,24 @@ class Recorder:
             await self._try_spool_again()
         if not await self._late_write_ended():
             return False
-        wrote = False
-        while self._carried or self._spool.rows or self._held:
+        probed = False
+        while self._rows_wait():
             if not await self._replay_batch(_REPLAY_TIMEOUT_S):
                 return False
-            wrote = True
+            probed = True
             if self._spool.rows <= MAX_BATCH and not self._held:
                 break
-        if wrote and self._commit_seconds >= self._commit_timeout:
-            return False  # it works, but too slowly for those who wait
+        if self._commit_seconds >= self._commit_timeout:
+            return False  # it works, but too slowly for those who wait; rows that come show when it is quick
         async with self._turn:
-            while self._carried or self._spool.rows or self._held:
-                if not await self._replay_batch(self._commit_timeout):
+            while self._rows_wait():  # those that came meanwhile: no more than two batches
+                if not probed or not await self._replay_batch(self._commit_timeout):
                     return False
             self._away = self._spool_failure = None
         return True
+
+    def _rows_wait(self) -> bool:
+        return bool(self._carried or self._spool.rows or self._held)
 
     async def _try_spool_again(self) -> None:
         """Rows that are only in the log are the probe: lifts the refusal when the spool takes them."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from relay import maillog
 from relay.reply import Reply
+from relay.session import answers
 from relay.session.session import Session
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ BACKLOG = 4096
 """Connections that the kernel may hold for us: a burst must not wait for SYN retries."""
 MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
 """Extensions that the relay can carry and offers when the upstream has them."""
-
-TOO_MANY = Reply.own(421, "7.0", "Too many connections, try again later")
-TOO_MANY_FROM_CLIENT = Reply.own(421, "7.0", "Too many connections from your address, try again later")
-DRAINING = Reply.own(421, "3.2", "The relay is shutting down")
 
 
 class Reception:
@@ -95,11 +92,11 @@ class Reception:
         self.metrics.session_opened(listener)
         server = self._settings.server
         if self.draining:
-            reply, reason = DRAINING, "draining"
+            reply, reason = answers.DRAINING, "draining"
         elif len(self._sessions) > server.max_connections:
-            reply, reason = TOO_MANY, "too_many_connections"
+            reply, reason = answers.TOO_MANY_CONNECTIONS, "too_many_connections"
         elif self._clients[client] > server.max_connections_per_client:
-            reply, reason = TOO_MANY_FROM_CLIENT, "too_many_client_connections"
+            reply, reason = answers.TOO_MANY_FROM_CLIENT, "too_many_client_connections"
         else:
             return None
         self.metrics.rejected(reason)

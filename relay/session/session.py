@@ -19,6 +19,7 @@ from relay import maillog
 from relay.policy import client_address, may_relay
 from relay.records.identity import uuid7
 from relay.reply import Reply
+from relay.session import answers
 from relay.session.commands import (
     DEFAULT_LINE_LIMIT,
     LINE_LIMITS,
@@ -27,6 +28,7 @@ from relay.session.commands import (
     parse_mail,
     parse_rcpt,
 )
+from relay.session.lines import EndlessLineError, Lines, NotCrlfError
 from relay.session.replies import Replies
 from relay.transaction import Sender, Transaction, refused_at_mail
 
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-MAX_LINE = 2048
-"""Octets after which a line without end is no command line, whatever follows."""
 MAX_INPUT = 64 * 1024
 """Octets of input that may wait before reading stops."""
 MAX_OWED = 100
@@ -55,32 +55,6 @@ LINGER = 10.0
 """Seconds that a closing session gets to take its last reply."""
 WRITE_TIMEOUT = 60.0
 """Seconds after which a client that does not read its replies is cut off."""
-
-OK = Reply.own(250, "0.0", "OK")
-BYE = Reply.own(221, "0.0", "Bye")
-VRFY = Reply.own(252, "5.2", "Cannot VRFY, but the address can be tried with RCPT")
-HELP = Reply.own(214, "0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT (RFC 5321)")
-START = Reply.own(503, "5.1", "Say EHLO or HELO first")
-NESTED = Reply.own(503, "5.1", "A transaction is open: RSET ends it")
-NO_TRANSACTION = Reply.own(503, "5.1", "MAIL comes first")
-NO_RCPT = Reply.own(503, "5.1", "RCPT comes first")
-NO_ARGUMENT = Reply.own(501, "5.4", "This command takes no argument")
-NEEDS_NAME = Reply.own(501, "5.4", "A host name is missing")
-UNKNOWN = Reply.own(500, "5.1", "Command not known here")
-NOT_HERE = Reply.own(502, "5.1", "Command not available here")
-LINE_TOO_LONG = Reply.own(500, "5.2", "The line is too long (RFC 5321 4.5.3.1.4)")
-CONTROLS = Reply.own(500, "5.2", "The line holds control octets or is not text")
-NOT_CRLF = Reply.own(500, "5.2", "Lines end with CR LF (RFC 5321 2.3.8); closing")
-OUT_OF_STEP = Reply.own(554, "5.0", "Out of step: input came before the reply that it depends on; closing")
-NOT_SMTP = Reply.own(554, "5.1", "This is an SMTP port; closing")
-NOT_ALLOWED = Reply.own(550, "7.1", "Relaying is not allowed from this address")
-TOO_LARGE = Reply.own(552, "3.4", "The message is larger than this relay takes")
-TOO_MANY_RECIPIENTS = Reply.own(452, "5.3", "Too many recipients: send the rest in another transaction")
-TOO_MANY_ERRORS = Reply.own(421, "7.0", "Too many errors; closing")
-IDLE_COMMANDS = Reply.own(421, "7.0", "Too many commands without a message; closing")
-TIMEOUT = Reply.own(421, "4.2", "Silent for too long; closing")
-TOO_SLOW = Reply.own(421, "4.2", "The message comes too slowly; closing")
-DRAINING = Reply.own(421, "3.2", "The relay is shutting down; closing")
 
 _HTTP_VERBS = frozenset(
     (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH")
@@ -115,7 +89,7 @@ class Session(smtp.SMTP):
         self._listener = listener
         self._state = State.COMMANDS
         self._replies = Replies(self._write)
-        self._input = b""
+        self._input = Lines()
         self._advancing = False
         self._greeted = False
         self._answer_data: Callable[[Reply], None] = self._replies.say
@@ -153,14 +127,11 @@ class Session(smtp.SMTP):
 
     def data_received(self, data: bytes) -> None:
         """Take input: commands or content, as the state says."""
-        if self._state is State.CONTENT and not self._input:
-            self._input = data
-        elif self._state is State.AWAITS_354:
+        if self._state is State.AWAITS_354:
             self._out_of_step()
-            return
         elif self._state not in (State.ENDING, State.CLOSED):
-            self._input += data
-        self._advance()
+            self._input.feed(data)
+            self._advance()
 
     def eof_received(self) -> bool:
         """Take note that the client will send no more; what is under way is still answered."""
@@ -176,7 +147,7 @@ class Session(smtp.SMTP):
         del error
         self._state = State.CLOSED
         self.transport = None
-        self._input = b""
+        self._input.clear()
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
             transaction.client_gone()
@@ -212,7 +183,7 @@ class Session(smtp.SMTP):
             if self._eof:
                 self._close()
             elif self._reception.draining and self._transaction is None:
-                self._end(DRAINING, "draining")
+                self._end(answers.DRAINING, "draining")
         self._regulate()
 
     def _step(self) -> bool:
@@ -223,53 +194,36 @@ class Session(smtp.SMTP):
             return False
         if self._slowed or len(self._replies) >= MAX_OWED:
             return False
-        return self._take_commands()
+        return self._take_command()
 
-    def _take_commands(self) -> bool:
-        """Take command lines until one must wait; the loop works on offsets, not on copies."""
-        data = self._input
-        start = 0
-        while self._state is State.COMMANDS and not self._slowed and len(self._replies) < MAX_OWED:
-            end = data.find(b"\r\n", start)
-            if end < 0:
-                self._input = data[start:]
-                self._check_unfinished_line()
-                return False
-            if not self._command(data[start:end], more=end + 2 < len(data)):
-                break
-            start = end + 2
-        if self._state not in (State.ENDING, State.CLOSED):
-            self._input = data[start:]
-        return start > 0
-
-    def _check_unfinished_line(self) -> None:
-        if b"\n" in self._input or b"\r" in self._input[:-1]:
-            self._end(NOT_CRLF, "out_of_step")
-        elif len(self._input) > MAX_LINE:
-            self._end(LINE_TOO_LONG, "out_of_step")
-
-    def _command(self, line: bytes, *, more: bool) -> bool:
-        """Act on one command line; False when it must wait until the replies before it are known."""
-        if b"\n" in line or b"\r" in line:
-            self._end(NOT_CRLF, "out_of_step")
-            return True
+    def _take_command(self) -> bool:
+        """Act on the next command line; False if it is not complete, or must wait for replies before it."""
+        try:
+            line = self._input.next()
+        except NotCrlfError:
+            self._end(answers.NOT_CRLF, "out_of_step")
+            return False
+        except EndlessLineError:
+            self._end(answers.ENDLESS_LINE, "out_of_step")
+            return False
+        if line is None:
+            return False
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
+        if self._replies and self._must_wait(verb):
+            self._input.back()
+            return False
         act = self._VERBS.get(verb)
         if act is None:
             self._not_known(verb)
             return True
-        if self._replies and self._must_wait(verb):
-            return False
         self._last_moved = self.loop.time()
         if self._reception.draining and self._transaction is None:
-            self._end(DRAINING, "draining")
+            self._end(answers.DRAINING, "draining")
         elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
-            self._error(LINE_TOO_LONG)
+            self._error(answers.LINE_TOO_LONG)
         elif not is_text(line):
-            self._error(CONTROLS)
-        elif verb == b"DATA":
-            self._data(argument, more=more)
+            self._error(answers.CONTROLS)
         else:
             act(self, argument)
         return True
@@ -280,9 +234,9 @@ class Session(smtp.SMTP):
 
     def _not_known(self, verb: bytes) -> None:
         if verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
-            self._end(NOT_SMTP, "out_of_step")
+            self._end(answers.NOT_SMTP, "out_of_step")
         else:
-            self._error(UNKNOWN)
+            self._error(answers.UNKNOWN)
 
     # Commands
 
@@ -297,7 +251,7 @@ class Session(smtp.SMTP):
     def _hello(self, argument: bytes) -> bool:
         """RFC 5321 4.1.4: a new EHLO ends the open transaction, as RSET does."""
         if not argument.strip():
-            self._error(NEEDS_NAME)
+            self._error(answers.NEEDS_NAME)
             return False
         self._reset()
         self._greeted = True
@@ -305,10 +259,10 @@ class Session(smtp.SMTP):
 
     def _mail(self, argument: bytes) -> None:
         if not self._greeted:
-            self._error(START)
+            self._error(answers.START)
             return
         if self._transaction is not None:
-            self._error(NESTED)
+            self._error(answers.NESTED)
             return
         try:
             mail = parse_mail(argument)
@@ -334,19 +288,18 @@ class Session(smtp.SMTP):
     def _refusal(self, size: int | None) -> tuple[Reply, str] | None:
         """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
         if not self._may_relay:
-            return NOT_ALLOWED, "not_allowed"
+            return answers.NOT_ALLOWED, "not_allowed"
         limit = self._reception.max_message_size
         if size is not None and limit and size > limit:
-            return TOO_LARGE, "too_large"
-        reason = self._reception.services.recorder.refusal()
-        if reason is not None:
-            return Reply.own(451, "3.0", "The relay cannot keep its records now, try again later"), "records"
+            return answers.TOO_LARGE, "too_large"
+        if self._reception.services.recorder.refusal() is not None:
+            return answers.NO_RECORDS, "records"
         return None
 
     def _rcpt(self, argument: bytes) -> None:
         transaction = self._open_transaction()
         if transaction is None:
-            self._error(NO_TRANSACTION)
+            self._error(answers.NO_TRANSACTION)
             return
         try:
             rcpt = parse_rcpt(argument, smtputf8=self._smtputf8)
@@ -355,22 +308,22 @@ class Session(smtp.SMTP):
             return
         if len(transaction.envelope.recipients) >= self._reception.max_recipients:
             self._reception.metrics.rejected("too_many_recipients")
-            self._replies.say(TOO_MANY_RECIPIENTS)
+            self._replies.say(answers.TOO_MANY_RECIPIENTS)
             return
         transaction.rcpt(b"RCPT " + argument + b"\r\n", rcpt.forward_path, self._owe())
 
-    def _data(self, argument: bytes, *, more: bool = False) -> None:
+    def _data(self, argument: bytes) -> None:
         transaction = self._open_transaction()
-        if more:
+        if self._input:
             # What follows DATA in the same breath is meant as text: it must not run as commands, and the
             # client has not waited for the 354 that it needs (RFC 2920 3.1).
             self._out_of_step()
         elif argument:
-            self._error(NO_ARGUMENT)
+            self._error(answers.NO_ARGUMENT)
         elif transaction is None:
-            self._error(NO_TRANSACTION)
+            self._error(answers.NO_TRANSACTION)
         elif not transaction.envelope.recipients:
-            self._error(NO_RCPT)
+            self._error(answers.NO_RCPT)
         else:
             self._give_data(transaction)
 
@@ -388,35 +341,35 @@ class Session(smtp.SMTP):
 
     def _rset(self, argument: bytes) -> None:
         if argument:
-            self._error(NO_ARGUMENT)
+            self._error(answers.NO_ARGUMENT)
             return
         self._reset()
         if self._not_idle():
-            self._replies.say(OK)
+            self._replies.say(answers.OK)
 
     def _noop(self, argument: bytes) -> None:
         del argument
         if self._not_idle():
-            self._replies.say(OK)
+            self._replies.say(answers.OK)
 
     def _vrfy(self, argument: bytes) -> None:
         del argument
         if self._not_idle():
-            self._replies.say(VRFY)
+            self._replies.say(answers.VRFY)
 
     def _help(self, argument: bytes) -> None:
         del argument
         if self._not_idle():
-            self._replies.say(HELP)
+            self._replies.say(answers.HELP)
 
     def _not_available(self, argument: bytes) -> None:
         del argument
-        self._error(NOT_HERE)
+        self._error(answers.NOT_HERE)
 
     def _quit(self, argument: bytes) -> None:
         del argument
         self._reset()
-        self._replies.say(BYE)
+        self._replies.say(answers.BYE)
         self._close()
 
     def _sender(self) -> Sender:
@@ -437,24 +390,23 @@ class Session(smtp.SMTP):
         self._idle_commands += 1
         if self._idle_commands <= MAX_IDLE_COMMANDS:
             return True
-        self._end(IDLE_COMMANDS, "too_many_errors")
+        self._end(answers.IDLE_COMMANDS, "too_many_errors")
         return False
 
     # Content
 
     def _take_content(self) -> bool:
         transaction = cast("Transaction", self._transaction)
-        block, self._input = self._input, b""
         self._last_moved = self.loop.time()
-        rest = transaction.feed(block)
+        rest = transaction.feed(self._input.take())
         body = transaction.body
         if rest is None:
             if body is not None and body.hopeless:
-                self._end(TOO_LARGE, "too_large")
+                self._end(answers.TOO_LARGE, "too_large")
             return False
         if body is not None and body.fault is not None:
             self._reception.metrics.rejected(body.fault.value)
-        self._input = rest
+        self._input.feed(rest)
         self._state = State.SETTLING
         self._flow_paused = False
         transaction.finish(self._settled)
@@ -516,7 +468,7 @@ class Session(smtp.SMTP):
         """Answer a command that is wrong; errors slow a session, and in the end finish it."""
         self._errors += 1
         if self._errors >= ERRORS_END:
-            self._end(TOO_MANY_ERRORS, "too_many_errors")
+            self._end(answers.TOO_MANY_ERRORS, "too_many_errors")
             return
         self._replies.say(reply)
         if self._errors >= ERRORS_SLOW:
@@ -528,12 +480,12 @@ class Session(smtp.SMTP):
         self._advance()
 
     def _out_of_step(self) -> None:
-        self._end(OUT_OF_STEP, "out_of_step")
+        self._end(answers.OUT_OF_STEP, "out_of_step")
 
     def _unforeseen(self, error: Exception) -> None:
-        transaction_id = self._transaction.task_id if self._transaction is not None else uuid7()
-        maillog.unforeseen("session", str(transaction_id), error)
-        self._end(Reply.own(451, "3.0", f"Internal error, reported as {transaction_id}; closing"), "internal")
+        identity = self._transaction.task_id if self._transaction is not None else uuid7()
+        maillog.unforeseen("session", identity, error)
+        self._end(answers.internal(identity), "internal")
 
     def _end(self, reply: Reply, reason: str) -> None:
         """Finish the session from our side: `reply` is the last word, after those that are still owed."""
@@ -543,7 +495,7 @@ class Session(smtp.SMTP):
         maillog.session_refused(self._peer, self._listener, reason)
         answer = self._answer_data if self._state is State.AWAITS_354 else self._replies.say
         self._state = State.ENDING
-        self._input = b""
+        self._input.clear()
         self._last_moved = self.loop.time()
         answer(reply)
         if not self._replies:
@@ -554,7 +506,7 @@ class Session(smtp.SMTP):
         if self._state is State.CLOSED:
             return
         self._state = State.CLOSED
-        self._input = b""
+        self._input.clear()
         self._last_moved = self.loop.time()
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
@@ -586,21 +538,21 @@ class Session(smtp.SMTP):
         took = now - self._content_began
         received = transaction.body.received if transaction.body is not None else 0
         if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
-            self._end(TOO_SLOW, "slow")
+            self._end(answers.TOO_SLOW, "slow")
         else:
             self._check_silence(now)
 
     def _check_silence(self, now: float) -> None:
         silence = now - self._last_moved
         if silence > self._reception.idle_timeout:
-            self._end(TIMEOUT, "timeout")
+            self._end(answers.TIMEOUT, "timeout")
         elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
             self._transaction.silent()
 
     def drain(self) -> None:
         """Say 421 if nothing is under way; what is under way is finished first."""
         if self._state is State.COMMANDS and self._transaction is None and not self._replies:
-            self._end(DRAINING, "draining")
+            self._end(answers.DRAINING, "draining")
 
     def cut(self) -> None:
         """Drop the connection; nothing more is said."""

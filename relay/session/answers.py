@@ -1,0 +1,46 @@
+"""What the relay itself says to clients: fitting code, enhanced code, and a text that names the reason."""
+
+from __future__ import annotations
+
+from relay.reply import Reply
+
+OK = Reply.own(250, "0.0", "OK")
+BYE = Reply.own(221, "0.0", "Bye")
+VRFY = Reply.own(252, "5.2", "Cannot VRFY, but the address can be tried with RCPT")
+HELP = Reply.own(214, "0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT (RFC 5321)")
+
+# Commands that are wrong
+START = Reply.own(503, "5.1", "Say EHLO or HELO first")
+NESTED = Reply.own(503, "5.1", "A transaction is open: RSET ends it")
+NO_TRANSACTION = Reply.own(503, "5.1", "MAIL comes first")
+NO_RCPT = Reply.own(503, "5.1", "RCPT comes first")
+NO_ARGUMENT = Reply.own(501, "5.4", "This command takes no argument")
+NEEDS_NAME = Reply.own(501, "5.4", "A host name is missing")
+UNKNOWN = Reply.own(500, "5.1", "Command not known here")
+NOT_HERE = Reply.own(502, "5.1", "Command not available here")
+LINE_TOO_LONG = Reply.own(500, "5.2", "The line is too long (RFC 5321 4.5.3.1.4)")
+CONTROLS = Reply.own(500, "5.2", "The line holds control octets or is not text")
+
+# Policy
+NOT_ALLOWED = Reply.own(550, "7.1", "Relaying is not allowed from this address")
+TOO_LARGE = Reply.own(552, "3.4", "The message is larger than this relay takes")
+NO_RECORDS = Reply.own(451, "3.0", "The relay cannot keep its records now, try again later")
+TOO_MANY_RECIPIENTS = Reply.own(452, "5.3", "Too many recipients: send the rest in another transaction")
+
+# The last word of a session
+NOT_CRLF = Reply.own(500, "5.2", "Lines end with CR LF (RFC 5321 2.3.8); closing")
+ENDLESS_LINE = Reply.own(500, "5.2", "The line does not end; closing")
+OUT_OF_STEP = Reply.own(554, "5.0", "Out of step: input came before the reply that it depends on; closing")
+NOT_SMTP = Reply.own(554, "5.1", "This is an SMTP port; closing")
+TOO_MANY_ERRORS = Reply.own(421, "7.0", "Too many errors; closing")
+IDLE_COMMANDS = Reply.own(421, "7.0", "Too many commands without a message; closing")
+TIMEOUT = Reply.own(421, "4.2", "Silent for too long; closing")
+TOO_SLOW = Reply.own(421, "4.2", "The message comes too slowly; closing")
+DRAINING = Reply.own(421, "3.2", "The relay is shutting down; closing")
+TOO_MANY_CONNECTIONS = Reply.own(421, "7.0", "Too many connections, try again later")
+TOO_MANY_FROM_CLIENT = Reply.own(421, "7.0", "Too many connections from your address, try again later")
+
+
+def internal(identity: object) -> Reply:
+    """An error of ours: the client gets the id under which the log has the cause."""
+    return Reply.own(451, "3.0", f"Internal error, reported as {identity}; closing")

@@ -1,0 +1,72 @@
+"""Command lines out of the octets that a client sends. No I/O.
+
+Rules: a line ends with CRLF and with nothing else (RFC 5321 2.3.8). A bare CR or LF, or a line that does not
+end, is out of step at once, however TCP cut the octets: a lenient reader would let one side see two
+commands where the other sees one. The octets are walked by offset, not copied line by line.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MAX_LINE", "EndlessLineError", "Lines", "NotCrlfError"]
+
+MAX_LINE = 2048
+"""Octets after which a line without end is no command line, whatever follows."""
+
+
+class NotCrlfError(Exception):
+    """A bare CR or LF stands in a command line."""
+
+
+class EndlessLineError(Exception):
+    """More than MAX_LINE octets came without the end of a line."""
+
+
+class Lines:
+    """Input that waits, and the lines in it."""
+
+    __slots__ = ("_at", "_before", "_octets")
+
+    def __init__(self) -> None:
+        self._octets = b""
+        self._at = 0
+        self._before = 0
+
+    def __len__(self) -> int:
+        """How many octets wait."""
+        return len(self._octets) - self._at
+
+    def feed(self, octets: bytes) -> None:
+        """Take input."""
+        self._octets = self._octets[self._at :] + octets if len(self) else octets
+        self._at = 0
+
+    def next(self) -> bytes | None:
+        """Return the next line without its CRLF, or None as long as it is not complete.
+
+        Raises NotCrlfError or EndlessLineError; there is no going on after either.
+        """
+        end = self._octets.find(b"\r\n", self._at)
+        line = self._octets[self._at : end] if end >= 0 else self._octets[self._at :].removesuffix(b"\r")
+        if b"\n" in line or b"\r" in line:
+            raise NotCrlfError
+        if len(line) > MAX_LINE:
+            raise EndlessLineError
+        if end < 0:
+            return None
+        self._before, self._at = self._at, end + 2
+        return line
+
+    def back(self) -> None:
+        """Put the line that `next` returned last back: it has to wait."""
+        self._at = self._before
+
+    def take(self) -> bytes:
+        """Return all input that waits as it is: content, not lines."""
+        octets = self._octets[self._at :] if self._at else self._octets
+        self.clear()
+        return octets
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._octets = b""
+        self._at = 0
