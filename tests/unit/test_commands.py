@@ -1,0 +1,114 @@
+"""Command lines as values: what safety needs is checked, and not one octet is changed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.session.commands import CommandError, is_text, parse_mail, parse_rcpt
+
+PATHS = [
+    b"a@example.test",
+    b"a..b@example.test",
+    b"user+tag=x@example.test",
+    b'"quoted string"@example.test',
+    b'"a>b"@example.test',
+    b'"a\\"b\\\\c"@example.test',
+    b"@one.test,@two.test:user@example.test",
+    b"user@[192.0.2.1]",
+    b"user@[IPv6:2001:db8::1]",
+    b"user%host@example.test",
+    b"host!user",
+    b"a@b@example.test",
+    b"Postmaster",
+    b"!#$%&'*+-/=?^_`{|}~@example.test",
+    b"x" * 64 + b"@" + b"y" * 180,
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_taken_octet_for_octet(path: bytes) -> None:
+    assert parse_mail(b"FROM:<" + path + b">").reverse_path == path
+    assert parse_rcpt(b"to: <" + path + b"> NOTIFY=NEVER", smtputf8=False).forward_path == path
+
+
+def test_the_null_reverse_path_is_a_path_and_a_null_recipient_is_not() -> None:
+    assert parse_mail(b"FROM:<>").reverse_path == b""
+    with pytest.raises(CommandError):
+        parse_rcpt(b"TO:<>", smtputf8=False)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        b"",
+        b"FROM",
+        b"FROM:",
+        b"TO:<a@b>",
+        b"FROM:a@b",
+        b"FROM:<a@b",
+        b"FROM:a@b>",
+        b"FROM:<a@b> <c@d>",
+        b"FROM:<a@b><c@d>",
+        b"FROM:<a b@c>",
+        b"FROM:<a\tb@c>",
+        b"FROM:<a\\>b@c>",
+        b'FROM:<"a@b>',
+        b'FROM:<"a\x01b"@c>',
+        b"FROM:<a\x00@b>",
+        b"FROM:<a\x7f@b>",
+        b"FROM:<a@b>SIZE=1",
+        b"FROM:<a@b> =",
+        b"FROM:<a@b> =1",
+        b"FROM:<a@b> SIZE=",
+        b"FROM:<a@b> SIZE=1 size=2",
+        b"FROM:<a@b> SIZE=-1",
+        b"FROM:<a@b> SIZE=abc",
+        b"FROM:<a@b> SIZE",
+        b"FROM:<a@b> SIZE=\xc2\xb2",
+        b"FROM:<a@b> SIZE=" + b"9" * 21,
+        b"FROM:<a@b> BODY=BINARYMIME",
+        b"FROM:<a@b> body=BinaryMime",
+        b"FROM:<a@b> -X=1",
+        b"FROM:<a@b> X_Y=1",
+        b"FROM:<\xc3\xa9@b>",
+        b"FROM:<\xff@b> SMTPUTF8",
+        b"FROM:<\xc0\xaf@b> SMTPUTF8",
+        b"FROM:<a\xc2\x85b@c> SMTPUTF8",
+        b"FROM:<a\xe2\x80\xa8b@c> SMTPUTF8",
+    ],
+)
+def test_what_is_no_path_or_parameter_is_refused_for_good(argument: bytes) -> None:
+    with pytest.raises(CommandError) as refused:
+        parse_mail(argument)
+    assert refused.value.reply.permanent
+    assert refused.value.reply.enhanced is not None
+
+
+def test_mail_tells_what_the_relay_needs() -> None:
+    mail = parse_mail(b"from:<\xc3\xa9@example.test> SIZE=1234 BODY=8BITMIME smtputf8 ENVID=a+2Bb AUTH=<>")
+    assert (mail.size, mail.smtputf8) == (1234, True)
+    assert parse_mail(b"FROM:<a@b>").size is None
+
+
+def test_utf8_recipients_need_smtputf8_on_mail() -> None:
+    with pytest.raises(CommandError) as refused:
+        parse_rcpt("TO:<josé@example.test>".encode(), smtputf8=False)
+    assert refused.value.reply.code == 553
+    assert (
+        parse_rcpt("TO:<josé@example.test>".encode(), smtputf8=True).forward_path
+        == "josé@example.test".encode()
+    )
+
+
+@given(st.binary(max_size=80))
+def test_whatever_passes_holds_no_control_and_is_as_it_was(octets: bytes) -> None:
+    argument = b"TO:<" + octets + b">"
+    try:
+        rcpt = parse_rcpt(argument, smtputf8=True)
+    except CommandError:
+        return
+    assert b"<" + rcpt.forward_path + b">" in argument
+    assert is_text(rcpt.forward_path)
+    assert rcpt.forward_path.decode("utf-8").isprintable() or not rcpt.forward_path.isascii()

@@ -1,0 +1,31 @@
+"""Replies go out in the order of their commands."""
+
+from __future__ import annotations
+
+from relay.reply import Reply
+from relay.session.replies import Replies
+
+ONE, TWO, THREE = (Reply.own(250, "0.0", word) for word in ("one", "two", "three"))
+
+
+def test_a_reply_that_is_known_early_waits_for_those_before_it() -> None:
+    written: list[bytes] = []
+    replies = Replies(written.append)
+    first, second = replies.owe(), replies.owe()
+    replies.say(THREE)
+    second(TWO)
+    assert written == []
+    assert len(replies) == 3
+    first(ONE)
+    assert written == [ONE.wire + TWO.wire + THREE.wire]
+    assert len(replies) == 0
+
+
+def test_a_place_is_filled_once() -> None:
+    written: list[bytes] = []
+    replies = Replies(written.append)
+    answer = replies.owe()
+    answer(ONE)
+    answer(TWO)
+    replies.say(THREE)
+    assert written == [ONE.wire, THREE.wire]
