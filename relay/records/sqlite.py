@@ -35,6 +35,8 @@ CHECKPOINT_PAGES = 4000
 """Pages in the write-ahead log before they are carried into the file: one written often is carried once."""
 CACHE_KIB = 32 * 1024
 """Memory for pages, at most: the indexes are written all over, and the default (2 MiB) reads them again."""
+SMALLEST = 512
+"""Octets of the smallest database: SQLite takes a shorter file for an empty one, and would write over it."""
 RETRY_EVERY_S = 0.02
 
 _OUR_NAMES = (VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state")
@@ -203,6 +205,8 @@ def _find(path: Path, *, create: bool) -> None:
             _make(path)
         if not path.is_file():
             raise StoreError(f"{path}: is not a file; name a file in records.url")
+        if 0 < path.stat().st_size < SMALLEST:
+            raise StoreError(f"{path}: {_ADVICE[sqlite3.SQLITE_NOTADB]}")
     except OSError as error:
         raise StoreError(
             f"{path}: {error.strerror}; change records.url, or the rights of its path"
@@ -215,7 +219,7 @@ def _find(path: Path, *, create: bool) -> None:
 
 
 def _make(path: Path) -> None:
-    """Make an empty file, here and not by SQLite, for its mode: the files beside it (-wal, -shm) take it over."""
+    """Make an empty file; here and not by SQLite for its mode, which the files beside it take over."""
     path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
     # EXCL: a file that exists is never opened here, since to close it would drop the locks that SQLite holds
     # on it elsewhere in this process (POSIX locks work so). If it has come up just now, another made it.

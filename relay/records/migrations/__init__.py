@@ -8,6 +8,7 @@ old revision says changed.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -16,6 +17,9 @@ from alembic.config import Config
 from sqlalchemy.pool import StaticPool
 
 __all__ = ["alembic_config", "upgrade"]
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Alembic keeps what it works on in globals."""
 
 
 def alembic_config() -> Config:
@@ -31,17 +35,16 @@ def upgrade(connection: sqlite3.Connection) -> None:
     """Bring the schema to the newest version, wholly or not at all.
 
     Of two processes that come at once, one waits for the other and then finds nothing to do. Raises
-    `sqlite3.OperationalError` when the wait for the lock takes longer than the connection's timeout.
+    `sqlite3.Error`, also when the wait for the lock takes longer than the connection's timeout.
     """
-    connection.execute("BEGIN IMMEDIATE")
+    engine = sa.create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
+    config = alembic_config()
     try:
-        engine = sa.create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
-        # SQLAlchemy begins nothing of its own here: it takes part in the transaction begun above, and
-        # the end of this block commits that, or rolls it back.
-        with engine.begin() as adopted:
-            config = alembic_config()
+        # SQLAlchemy itself begins nothing in SQLite, but the end of this block commits what was begun, or
+        # rolls it back. It also rolls back as it connects: no transaction can be begun before that.
+        with _ONE_AT_A_TIME, engine.begin() as adopted:
+            adopted.exec_driver_sql("BEGIN IMMEDIATE")
             config.attributes["connection"] = adopted
             command.upgrade(config, "head")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+    except sa.exc.DBAPIError as error:
+        raise (error.orig or error) from error

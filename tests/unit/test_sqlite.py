@@ -1,0 +1,340 @@
+"""Opening: what is made, what is left alone, and what the operator is told."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from relay.records.errors import StoreError
+from relay.records.retention import Retention
+from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
+from relay.records.sqlite import Database, path_of
+from relay.records.store import Store
+
+ROOT = Path(__file__).parents[2]
+RETENTION = Retention(timedelta(days=30))
+
+
+async def open_error(path, **options):
+    """Open what cannot be opened; return what the operator is told."""
+    with pytest.raises(StoreError) as caught:
+        await Store.open(f"sqlite:///{path}", RETENTION, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def unprivileged():
+    """A directory of a user whom file modes hold for (they do not for root), and that user to work as."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if os.geteuid() != 0:
+            yield directory
+            directory.chmod(0o700)
+            return
+        os.chown(directory, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            yield directory
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///data/task_done.db", "data/task_done.db"),
+        ("sqlite:////var/lib/relay/task_done.db", "/var/lib/relay/task_done.db"),
+        ("sqlite:///a%20b#c.db", "a%20b#c.db"),
+    ],
+)
+def test_three_slashes_are_relative_and_four_absolute(url, path):
+    assert path_of(url) == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://relay:hush@db/relay", "postgresql is not available in this version"),
+        ("postgresql+asyncpg://relay:hush@db/relay", "postgresql is not available in this version"),
+        ("mysql://relay:hush@db/relay", "only sqlite:///PATH is known"),
+        ("data/hush.db", "only sqlite:///PATH is known"),
+        ("sqlite://hush.db", "three slashes"),
+        ("sqlite:///", "path of a file"),
+        ("sqlite:///:memory:", "path of a file"),
+        ("sqlite:///hush.db?mode=ro", "path of a file"),
+    ],
+)
+def test_other_urls_are_refused_without_being_repeated(url, reason):
+    with pytest.raises(StoreError, match=reason) as caught:
+        path_of(url)
+    assert "hush" not in str(caught.value)
+
+
+async def test_a_new_file_is_made_with_its_directory_and_not_for_everyone(tmp_path):
+    path = tmp_path / "a" / "b" / "task_done.db"
+    before = os.umask(0)
+    try:
+        database = await Database.open(path, create=True, busy_timeout=1)
+        modes = [stat.S_IMODE(file.stat().st_mode) for file in sorted(path.parent.iterdir())]
+    finally:
+        os.umask(before)
+    assert len(modes) == 3  # with -wal and -shm
+    assert all(mode == 0o640 for mode in modes)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o750
+    await database.close()
+
+
+async def test_a_tighter_umask_is_respected(tmp_path):
+    before = os.umask(0o077)
+    try:
+        database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "t.db").stat().st_mode) == 0o600
+    await database.close()
+
+
+async def test_a_path_with_characters_that_mean_something_in_a_uri(tmp_path):
+    path = tmp_path / "50%25 of?#ü.db"
+    database = await Database.open(path, create=True, busy_timeout=1)
+    await database.close()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+async def test_the_pragmas_hold(tmp_path):
+    database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1.5)
+
+    def ask(raw):
+        names = ("journal_mode", "synchronous", "foreign_keys", "auto_vacuum", "busy_timeout")
+        return {name: raw.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
+
+    assert await database.run(ask) == {
+        "journal_mode": "wal",
+        "synchronous": 2,  # FULL
+        "foreign_keys": 1,
+        "auto_vacuum": 2,  # INCREMENTAL
+        "busy_timeout": 1500,
+    }
+    await database.close()
+
+
+async def test_a_reading_command_makes_nothing(tmp_path):
+    text = await open_error(tmp_path / "sub" / "t.db", create=False)
+    assert text.startswith(f"{tmp_path}/sub/t.db: no such file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"x", b"x" * 511, b"mail\n" * 1000, b"SQLite format 3\0" + b"\xff" * 5000]
+)
+async def test_a_file_that_is_no_database_is_left_alone(tmp_path, content):
+    path = tmp_path / "t.db"
+    path.write_bytes(content)
+    text = await open_error(path)
+    assert str(path) in text
+    assert path.read_bytes() == content
+
+
+async def test_a_database_with_another_task_done_is_left_alone(tmp_path):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("CREATE TABLE task_done (id INTEGER PRIMARY KEY, data TEXT)")
+        raw.commit()
+    before = digest(path)
+    assert "task_done that the relay did not make" in await open_error(path)
+    assert digest(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+async def test_a_database_of_someone_else_keeps_its_tables(tmp_path):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(
+            "CREATE TABLE alembic_version (version_num TEXT); INSERT INTO alembic_version VALUES ('f00');"
+        )
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [("f00",)]
+        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [(SCHEMA_VERSION,)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (f"UPDATE {VERSION_TABLE} SET version_num = '9999'", "newer version of the relay"),
+        ("ALTER TABLE task_done RENAME COLUMN upstream TO server", "has no column upstream"),
+        ("DROP VIEW task_done_send", "task_done_send has no column"),
+    ],
+)
+async def test_a_schema_that_is_not_of_this_version_is_left_alone(tmp_path, change, reason):
+    path = tmp_path / "t.db"
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute(change)
+        raw.commit()
+    before = digest(path)
+    assert reason in await open_error(path)
+    assert digest(path) == before
+
+
+async def test_a_directory_in_the_files_place(tmp_path):
+    assert "is not a file" in await open_error(tmp_path)
+
+
+async def test_a_file_in_the_directorys_place(tmp_path):
+    (tmp_path / "data").write_text("")
+    assert "File exists" in await open_error(tmp_path / "data" / "t.db")
+
+
+async def test_a_file_that_cannot_be_written(unprivileged):
+    path = unprivileged / "t.db"
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+    path.chmod(0o440)
+    assert f"{path}: cannot be written" in await open_error(path)
+
+
+async def test_a_directory_that_cannot_be_written(unprivileged):
+    path = unprivileged / "t.db"
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+    unprivileged.chmod(0o500)
+    assert f"{unprivileged}: cannot be written" in await open_error(path)
+    assert "Permission denied" in await open_error(unprivileged / "other.db")
+    unprivileged.chmod(0o000)
+    assert "Permission denied" in await open_error(path)
+
+
+async def test_a_file_that_another_process_holds(tmp_path):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("BEGIN EXCLUSIVE")
+        assert "locked by another process for more than 0.05 s" in await open_error(path, busy_timeout=0.05)
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+
+
+async def test_an_error_in_the_middle_of_a_migration_leaves_nothing(tmp_path):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path)) as raw:
+        # The name of an index of ours, on a table that is not: the third or so of the statements fails.
+        raw.executescript("CREATE TABLE other (x); CREATE INDEX ix_task_done_sender ON other (x);")
+    assert "ix_task_done_sender already exists" in await open_error(path)
+    with closing(sqlite3.connect(path)) as raw:
+        names = [row[0] for row in raw.execute("SELECT name FROM sqlite_schema ORDER BY name")]
+    assert names == ["ix_task_done_sender", "other"]
+
+
+OPENER = textwrap.dedent("""
+    import asyncio, sys
+    from datetime import timedelta
+    import relay.records.migrations
+    from relay.records.retention import Retention
+    from relay.records.store import Store
+
+    async def main():
+        sys.stdin.readline()
+        store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+        print(await store.count())
+        await store.close()
+
+    asyncio.run(main())
+""")
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_processes_that_open_a_new_file_at_the_same_time(tmp_path, attempt):
+    path = tmp_path / "t.db"
+    openers = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPENER, str(path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for opener in openers:
+        opener.stdin.write("\n")
+        opener.stdin.flush()
+    for opener in openers:
+        out, err = opener.communicate(timeout=50)
+        assert (opener.returncode, out, err) == (0, "0\n", "")
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+async def test_stores_that_open_a_new_file_at_the_same_time_in_one_process(tmp_path):
+    url = f"sqlite:///{tmp_path}/t.db"
+    for store in await asyncio.gather(*(Store.open(url, RETENTION) for _ in range(4))):
+        assert await store.count() == 0
+        await store.close()
+
+
+def test_a_start_with_nothing_to_migrate_does_not_load_alembic(tmp_path):
+    script = textwrap.dedent("""
+        import asyncio, sys
+        from datetime import timedelta
+        from relay.records.retention import Retention
+        from relay.records.store import Store
+
+        async def main():
+            store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+            await store.close()
+
+        asyncio.run(main())
+        print("alembic" in sys.modules)
+    """)
+    run = [sys.executable, "-c", script, str(tmp_path / "t.db")]
+    answers = [
+        subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert answers == ["True\n", "False\n"]
+
+
+async def test_a_transaction_that_fails_is_undone(tmp_path):
+    database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)
+
+    def fail(raw):
+        raw.execute("INSERT INTO task_done_state (name, value) VALUES ('a', 'b')")
+        raise LookupError("on purpose")
+
+    with pytest.raises(LookupError):
+        await database.transaction(fail)
+    assert await database.run(lambda raw: raw.in_transaction) is False
+    assert await database.read(lambda raw: raw.execute("SELECT * FROM task_done_state").fetchall()) == []
+    await database.close()
+
+
+async def test_a_reader_cannot_write(tmp_path):
+    database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)
+    with pytest.raises(StoreError, match="SQLITE_READONLY"):
+        await database.read(lambda raw: raw.execute("DELETE FROM task_done"))
+    await database.close()
+
+
+async def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "t.db"
+    await (await Database.open(path, create=True, busy_timeout=1)).close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096 * 8)
+    assert f"{path}: is damaged" in await open_error(path)
