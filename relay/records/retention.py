@@ -40,12 +40,12 @@ class Retention:
         named = {name: period for name, period in self.by_type.items() if period != self.default}
         return orjson.dumps(
             {
-                "default": _microseconds(self.default),
-                "by_type": {name: _microseconds(period) for name, period in named.items()},
+                "default": _text(self.default),
+                "by_type": {name: _text(period) for name, period in named.items()},
             },
             option=orjson.OPT_SORT_KEYS,
         ).decode()
 
 
-def _microseconds(period: timedelta | None) -> int | None:
-    return None if period is None else period // timedelta(microseconds=1)
+def _text(period: timedelta | None) -> str:
+    return "never" if period is None else str(period)

@@ -1,0 +1,359 @@
+"""Expiry, of the store and of the loop: what goes, what stays, who is let through, what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+
+from relay.records import store as store_module
+from relay.records.expiry import ExpiryLoop
+from relay.records.model import Record
+from relay.records.retention import Retention
+from relay.records.store import ExpiryBusyError, Store, StoreError
+
+NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+DAY = timedelta(days=1)
+DAILY = Retention(DAY)
+
+
+def record(number, expires_at, **changes):
+    values = {
+        "task_id": UUID(int=number),
+        "task_type": "mention",
+        "sender": "alice@example.com",
+        "client": "127.0.0.1",
+        "sent_at": expires_at - DAY,
+        "upstream": "primary",
+        "upstream_reply": "250 Ok",
+        "size": 4096,
+        "duration_ms": 12,
+        "recipients": ("bob@example.net", "carol@example.net"),
+    }
+    return Record(**(values | changes))
+
+
+class Clock:
+    def __init__(self):
+        self.now = NOW
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "t.db"
+
+
+@pytest.fixture
+async def store(path, clock):
+    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    yield store
+    await store.close()
+
+
+def rows(path, query):
+    with closing(sqlite3.connect(path)) as raw:
+        return raw.execute(query).fetchall()
+
+
+def left(path):
+    return [UUID(row[0]).int for row in rows(path, "SELECT task_id FROM task_done ORDER BY task_id")]
+
+
+def lease(path):
+    return rows(path, "SELECT value FROM task_done_state WHERE name = 'expiry'")
+
+
+async def test_what_has_expired_goes_and_what_has_not_stays(store, path):
+    tick = timedelta(microseconds=1)
+    ends = [NOW - 2 * SECOND, NOW - SECOND, NOW, NOW + tick, NOW + SECOND]
+    await store.write([record(number, end) for number, end in enumerate(ends)])
+    assert await store.expire(NOW, 5000, dry_run=True) == 3
+    assert left(path) == [0, 1, 2, 3, 4]
+    assert await store.expire(NOW, 5000) == 3
+    assert left(path) == [3, 4]
+    recipients = rows(path, "SELECT task_id, count(*) FROM task_done_send GROUP BY task_id")
+    assert [count for _, count in recipients] == [2, 2]
+    assert rows(path, "SELECT count(*) FROM task_done_recipient") == [(4,)]
+    assert await store.expire(NOW, 5000) == 0
+    assert lease(path) == []
+
+
+async def test_rows_that_never_expire_stay(path, clock):
+    store = await Store.open(f"sqlite:///{path}", Retention(None), clock=clock)
+    await store.write([record(1, NOW)])
+    assert await store.expire(NOW + 36500 * DAY, 5000) == 0
+    assert left(path) == [1]
+    await store.close()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 120, 1000])
+async def test_no_batch_is_larger_than_asked_for(store, batch_size):
+    await store.write([record(number, NOW) for number in range(123)])
+    batches = []
+    assert await store.expire(NOW, batch_size, on_batch=batches.append) == 123
+    assert sum(batches) == 123
+    assert max(batches) <= batch_size
+
+
+async def test_a_batch_ends_early_rather_than_hold_the_lock_for_long(store, monkeypatch):
+    monkeypatch.setattr(store_module, "SHORT_S", 0.0)
+    await store.write([record(number, NOW) for number in range(120)])
+    batches = []
+    await store.expire(NOW, 5000, on_batch=batches.append)
+    assert batches == [50, 50, 20]
+
+
+async def test_writes_come_in_between_the_batches(store, path):
+    await store.write([record(number, NOW) for number in range(1000)])
+    seen = []
+
+    async def write_meanwhile():
+        for number in range(5000, 5005):
+            await store.write([record(number, NOW + DAY)])
+            seen.append(
+                rows(
+                    path,
+                    "SELECT count(*) FROM task_done WHERE task_id < '00000000-0000-0000-0000-00000000138'",
+                )
+            )
+
+    deleted, _ = await asyncio.gather(store.expire(NOW, 20), write_meanwhile())
+    assert deleted == 1000
+    assert left(path) == list(range(5000, 5005))
+    assert all(count > 0 for ((count,),) in seen)
+
+
+async def test_space_is_given_back(store, path):
+    for start in range(0, 4000, 500):
+        await store.write(
+            [record(number, NOW, data={"x": "x" * 1000}) for number in range(start, start + 500)]
+        )
+    await store.write([record(4000, NOW + DAY)])
+    await store._database.run(lambda raw: raw.execute("PRAGMA wal_checkpoint").fetchall())
+    before = path.stat().st_size
+    await store.expire(NOW, 5000)
+    assert rows(path, "PRAGMA freelist_count") == [(0,)]
+    assert path.stat().st_size < before / 10
+    assert left(path) == [4000]
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_space_that_cannot_be_given_back_ends_no_run(path, clock):
+    """A file restored by other means may have lost its setting; free pages are then used again."""
+    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    await store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE")
+        raw.execute("PRAGMA auto_vacuum = NONE")
+        raw.execute("VACUUM")
+    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    await store.write([record(number, NOW, data={"x": "x" * 1000}) for number in range(500)])
+    assert await store.expire(NOW, 5000) == 500
+    assert rows(path, "PRAGMA freelist_count") != [(0,)]
+    await store.close()
+
+
+async def test_it_never_runs_twice_at_once(store, path, clock):
+    other = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    await store.write([record(number, NOW) for number in range(100)])
+    running = asyncio.create_task(store.expire(NOW, 1))
+    while not lease(path):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for either in (store, other):
+        with pytest.raises(ExpiryBusyError, match="another process"):
+            await either.expire(NOW, 5000)
+    assert await running == 100
+    assert await other.expire(NOW, 5000) == 0
+    await other.close()
+
+
+async def test_the_lease_of_a_run_that_died_ends_and_one_that_was_asleep_stops(store, path, clock):
+    other = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    await store.write([record(number, NOW) for number in range(100)])
+    batches = []
+
+    def sleep_for_a_minute(rows):
+        """As if the process had been stopped after its first batch: by then another has the lease."""
+        batches.append(rows)
+        with closing(sqlite3.connect(path)) as raw:
+            raw.execute("UPDATE task_done_state SET value = 'another' WHERE name = 'expiry'")
+            raw.commit()
+
+    assert await store.expire(NOW, 10, on_batch=sleep_for_a_minute) == 10
+    assert lease(path) == [("another",)]
+    clock.now = NOW + 59 * SECOND
+    with pytest.raises(ExpiryBusyError):
+        await other.expire(NOW, 5000)
+    clock.now = NOW + 60 * SECOND
+    assert await other.expire(NOW, 5000) == 90
+    assert lease(path) == []
+    await other.close()
+
+
+async def test_a_cancelled_run_gives_its_lease_back(store, path):
+    await store.write([record(number, NOW) for number in range(1000)])
+    begun = asyncio.Event()
+    running = asyncio.create_task(store.expire(NOW, 1, on_batch=lambda _: begun.set()))
+    await begun.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert lease(path) == []
+    assert 0 < len(left(path)) < 1000
+    await store.expire(NOW, 5000)
+    assert left(path) == []
+
+
+# The loop
+
+
+class Metrics:
+    def __init__(self):
+        self.rows = 0
+        self.errors = 0
+        self.runs = []
+
+    def expired(self, rows):
+        self.rows += rows
+
+    def expiry_run(self, finished_at, seconds):
+        self.runs.append((finished_at, seconds))
+
+    def record_error(self):
+        self.errors += 1
+
+
+class Reports:
+    """What the loop tells, to be waited for."""
+
+    def __init__(self):
+        self.runs = asyncio.Queue()
+        self.errors = asyncio.Queue()
+
+    def on_run(self, rows, seconds):
+        self.runs.put_nowait(rows)
+
+    def on_error(self, error):
+        self.errors.put_nowait(error)
+
+
+@pytest.fixture
+async def make_loop(store, clock):
+    loops = []
+
+    def make(interval):
+        metrics, reports = Metrics(), Reports()
+        loop = ExpiryLoop(
+            store, metrics, interval, 10, clock, on_run=reports.on_run, on_error=reports.on_error
+        )
+        loops.append(loop)
+        return loop, metrics, reports
+
+    yield make
+    for loop in loops:
+        await loop.stop()
+
+
+async def test_the_loop_runs_at_once_and_again(store, clock, make_loop):
+    await store.write([record(1, NOW), record(2, NOW + SECOND)])
+    loop, metrics, reports = make_loop(0.001)
+    loop.start()
+    assert await reports.runs.get() == 1
+    clock.now = NOW + SECOND
+    while metrics.rows < 2:
+        await reports.runs.get()
+    await loop.stop()
+    assert await store.count() == 0
+    assert metrics.errors == 0
+    assert {finished_at for finished_at, _ in metrics.runs} == {NOW.timestamp(), (NOW + SECOND).timestamp()}
+    assert all(seconds > 0 for _, seconds in metrics.runs)
+
+
+async def test_the_loop_waits_its_interval(make_loop):
+    loop, metrics, reports = make_loop(3600)
+    loop.start()
+    await reports.runs.get()
+    await asyncio.sleep(0.05)
+    assert len(metrics.runs) == 1
+    await loop.stop()
+
+
+async def test_the_loop_survives_its_errors(store, path, make_loop):
+    await store.write([record(1, NOW)])
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute(
+            "CREATE TRIGGER broken BEFORE DELETE ON task_done BEGIN SELECT raise(FAIL, 'on purpose'); END"
+        )
+        raw.commit()
+        loop, metrics, reports = make_loop(0.001)
+        loop.start()
+        for _ in range(2):
+            error = await reports.errors.get()
+            assert isinstance(error, StoreError)
+            assert "on purpose" in str(error)
+        assert metrics.errors >= 2
+        assert metrics.runs == []
+        raw.execute("DROP TRIGGER broken")
+        raw.commit()
+    while not metrics.rows:
+        await reports.runs.get()
+    assert await store.count() == 0
+
+
+async def test_a_run_of_another_process_is_no_error(store, path, make_loop):
+    await store.write([record(1, NOW)])
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("INSERT INTO task_done_state VALUES ('expiry', 'another', '2026-11-23 07:47:00.000000')")
+        raw.commit()
+    loop, metrics, _ = make_loop(3600)
+    await loop.run_once()
+    assert (metrics.errors, metrics.runs, metrics.rows) == (0, [], 0)
+    assert left(path) == [1]
+
+
+async def test_rows_of_a_run_that_fails_later_are_counted(store, path, make_loop):
+    await store.write(
+        [record(number, NOW + number * timedelta(microseconds=1) - DAY) for number in range(30)]
+    )
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute(
+            "CREATE TRIGGER broken BEFORE DELETE ON task_done WHEN old.id = 25 "
+            "BEGIN SELECT raise(FAIL, 'on purpose'); END"
+        )
+        raw.commit()
+    loop, metrics, reports = make_loop(3600)
+    await loop.run_once()
+    assert (metrics.rows, metrics.errors, metrics.runs) == (20, 1, [])
+    assert reports.errors.qsize() == 1
+    assert await store.count() == 10
+
+
+async def test_stop_in_the_middle_of_a_run_leaves_the_rest(store, path, make_loop):
+    await store.write([record(number, NOW) for number in range(1000)])
+    loop, metrics, _ = make_loop(3600)
+    loop.start()
+    while not metrics.rows:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await loop.stop()
+    await loop.stop()
+    assert len(left(path)) in {1000 - metrics.rows, 990 - metrics.rows}
+    assert lease(path) == []
+
+
+async def test_stop_without_start(make_loop):
+    loop, metrics, _ = make_loop(1)
+    await loop.stop()
+    assert metrics.runs == []

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import re
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+import sqlalchemy as sa
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from relay.records import schema
+from relay.records.migrations import alembic_config, upgrade
+
+
+@pytest.fixture
+def migrated():
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
+        upgrade(raw)
+        yield raw
+
+
+def definitions(raw):
+    """Every table and index as SQLite keeps it, whatever the spacing."""
+    found = raw.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND type <> 'view'")
+    return {name: re.sub(r"\s+", "", sql).lower() for name, sql in found if name != schema.VERSION_TABLE}
+
+
+def test_the_migrations_make_what_the_metadata_says(migrated):
+    with closing(sqlite3.connect(":memory:")) as raw:
+        engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=sa.StaticPool)
+        schema.metadata.create_all(engine)
+        assert definitions(migrated) == definitions(raw)
+
+
+def test_the_view_has_the_columns_that_the_metadata_says(migrated):
+    columns = [row[1] for row in migrated.execute("PRAGMA table_info(task_done_send)")]
+    assert columns == [column.name for column in schema.task_done_send.columns]
+
+
+def test_the_newest_revision_is_the_schema_version():
+    revisions = list(ScriptDirectory.from_config(alembic_config()).walk_revisions())
+    assert revisions[0].revision == schema.SCHEMA_VERSION
+    assert all(re.fullmatch("[0-9]{4}", revision.revision) for revision in revisions)
+
+
+def test_to_migrate_again_changes_nothing(migrated):
+    before = definitions(migrated)
+    upgrade(migrated)
+    assert definitions(migrated) == before
+    assert not migrated.in_transaction
+
+
+def test_the_columns_are_those_of_the_contract():
+    assert [column.name for column in schema.task_done.columns] == [
+        *("id", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "sent_at"),
+        *("expires_at", "upstream", "upstream_reply", "message_id", "size", "duration_ms", "data"),
+    ]
+    assert [column.name for column in schema.task_done_recipient.columns] == [
+        *("task_done_id", "ordinal", "recipient", "recipient_domain", "sent_at")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        ("task_done WHERE lower(sender) = lower('A@b') AND sent_at > '2026'", "ix_task_done_sender"),
+        ("task_done WHERE sender_domain = 'b' AND sent_at > '2026'", "ix_task_done_sender_domain"),
+        ("task_done WHERE client = 'c' AND sent_at > '2026'", "ix_task_done_client"),
+        ("task_done WHERE task_type = 't' AND sent_at > '2026'", "ix_task_done_task_type"),
+        ("task_done WHERE message_id = '<m>'", "ix_task_done_message_id"),
+        ("task_done WHERE client_task_id = 'c'", "ix_task_done_client_task_id"),
+        ("task_done WHERE expires_at <= '2026' ORDER BY expires_at", "ix_task_done_expires_at"),
+        ("task_done WHERE task_id = 't'", "sqlite_autoindex_task_done_1"),
+        (
+            "task_done_recipient WHERE lower(recipient) = lower('A@b') AND sent_at > '2026'",
+            "ix_task_done_recipient_recipient",
+        ),
+        (
+            "task_done_send WHERE recipient_domain = 'b'",
+            "ix_task_done_recipient_recipient_domain",
+        ),
+        ("task_done_send WHERE lower(recipient) = 'a@b'", "ix_task_done_recipient_recipient"),
+    ],
+)
+def test_each_search_has_its_index(migrated, query, index):
+    plan = [row[3] for row in migrated.execute(f"EXPLAIN QUERY PLAN SELECT * FROM {query}")]
+    assert any(re.search(rf"USING (COVERING )?INDEX {index} \(", step) for step in plan), plan
+    assert not any("TEMP B-TREE" in step for step in plan)
+
+
+def test_the_same_metadata_makes_postgresql_tables():
+    dialect = postgresql.dialect()
+    table = str(CreateTable(schema.task_done).compile(dialect=dialect))
+    assert "id BIGSERIAL" in table
+    assert "task_id UUID" in table
+    assert "sent_at TIMESTAMP WITH TIME ZONE" in table
+    assert "data JSONB" in table
+    indexes = {index.name: index for index in schema.task_done.indexes}
+    assert str(CreateIndex(indexes["ix_task_done_expires_at"]).compile(dialect=dialect)).endswith(
+        "(expires_at) WHERE expires_at IS NOT NULL"
+    )
+
+
+@pytest.mark.parametrize(
+    ("moment", "text"),
+    [
+        (datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC), "2026-11-23 07:46:00.123456"),
+        (datetime(2026, 11, 23, 7, 46, tzinfo=UTC), "2026-11-23 07:46:00.000000"),
+        (datetime(2026, 11, 23, 0, 30, tzinfo=timezone(timedelta(hours=2))), "2026-11-22 22:30:00.000000"),
+        (datetime.max.replace(tzinfo=UTC), "9999-12-31 23:59:59.999999"),
+    ],
+)
+def test_times_are_utc_text_of_fixed_width(moment, text):
+    assert schema.utc_text(moment) == text
+
+
+def test_a_time_without_a_zone_is_refused():
+    with pytest.raises(ValueError, match="without a zone"):
+        schema.utc_text(datetime(2026, 11, 23))  # noqa: DTZ001
+
+
+def test_sqlalchemy_reads_and_compares_what_utc_text_wrote(migrated):
+    moment = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
+    migrated.execute(
+        "INSERT INTO task_done_state VALUES ('a', 'b', ?), ('c', 'd', NULL)", (schema.utc_text(moment),)
+    )
+    engine = sa.create_engine("sqlite://", creator=lambda: migrated, poolclass=sa.StaticPool)
+    state = schema.task_done_state
+    elsewhere = moment.astimezone(timezone(timedelta(hours=-5)))
+    with engine.connect() as connection:
+        assert connection.scalars(sa.select(state.c.expires_at).order_by(state.c.name)).all() == [
+            moment,
+            None,
+        ]
+        assert connection.scalars(sa.select(state.c.name).where(state.c.expires_at == elsewhere)).all() == [
+            "a"
+        ]
+        with pytest.raises(sa.exc.StatementError, match="without a zone"):
+            connection.execute(sa.select(state).where(state.c.expires_at == datetime(2026, 11, 23)))  # noqa: DTZ001
+
+
+def test_postgresql_keeps_the_zone_and_returns_utc():
+    kind = schema.UtcDateTime()
+    dialect = postgresql.dialect()
+    moment = datetime(2026, 11, 23, 7, 46, tzinfo=timezone(timedelta(hours=2)))
+    assert kind.process_bind_param(moment, dialect) == moment
+    assert kind.process_bind_param(None, dialect) is None
+    assert kind.process_result_value(moment, dialect).tzinfo is UTC

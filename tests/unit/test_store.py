@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from uuid import UUID
+
+import orjson
+import pytest
+
+from relay.records.model import Record
+from relay.records.retention import Retention
+from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, domain_of
+
+ROOT = Path(__file__).parents[2]
+NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
+DAY = timedelta(days=1)
+MONTH = Retention(30 * DAY)
+
+
+def record(number=0, **changes):
+    values = {
+        "task_id": UUID(int=number),
+        "task_type": "mention",
+        "sender": "Alice@Example.COM",
+        "client": "127.0.0.1",
+        "sent_at": NOW,
+        "upstream": "primary",
+        "upstream_reply": "250 2.0.0 Ok: queued as 4F3A",
+        "size": 4096,
+        "duration_ms": 12,
+        "recipients": ("bob@example.net",),
+    }
+    return Record(**(values | changes))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "t.db"
+
+
+@pytest.fixture
+async def open_store(path):
+    """Opens stores on one file and closes them after the test."""
+    opened = []
+
+    async def opening(retention=MONTH, **options):
+        store = await Store.open(f"sqlite:///{path}", retention, **{"clock": lambda: NOW} | options)
+        opened.append(store)
+        return store
+
+    yield opening
+    for store in opened:
+        await store.close()
+
+
+@pytest.fixture
+async def store(open_store):
+    return await open_store()
+
+
+def rows(path, query, *parameters):
+    with closing(sqlite3.connect(path)) as raw:
+        return raw.execute(query, parameters).fetchall()
+
+
+# Writing
+
+
+async def test_a_row_says_what_the_record_says(store, path):
+    data = {"headers": {"Message-ID": '<"ü\\n🦉>'}, "n": [1, 1.5, None, True], "empty": {}}
+    await store.write(
+        [
+            record(
+                0x0192_F5B4_7C3A_7ABC_8DEF_0123_4567_89AB,
+                client_task_id="job-1",
+                message_id="<m@example.com>",
+                recipients=("Bob@Example.NET", '"a@b"@Ex.org', "postmaster"),
+                data=data,
+            )
+        ]
+    )
+    with closing(sqlite3.connect(path)) as raw:
+        raw.row_factory = sqlite3.Row
+        row = dict(raw.execute("SELECT * FROM task_done").fetchone())
+    assert orjson.loads(row.pop("data")) == data
+    assert row == {
+        "id": 1,
+        "task_id": "0192f5b4-7c3a-7abc-8def-0123456789ab",
+        "client_task_id": "job-1",
+        "task_type": "mention",
+        "sender": "Alice@Example.COM",
+        "sender_domain": "example.com",
+        "client": "127.0.0.1",
+        "sent_at": "2026-11-23 07:46:00.123456",
+        "expires_at": "2026-12-23 07:46:00.123456",
+        "upstream": "primary",
+        "upstream_reply": "250 2.0.0 Ok: queued as 4F3A",
+        "message_id": "<m@example.com>",
+        "size": 4096,
+        "duration_ms": 12,
+    }
+    assert rows(path, "SELECT * FROM task_done_recipient") == [
+        (1, 0, "Bob@Example.NET", "example.net", "2026-11-23 07:46:00.123456"),
+        (1, 1, '"a@b"@Ex.org', "ex.org", "2026-11-23 07:46:00.123456"),
+        (1, 2, "postmaster", "", "2026-11-23 07:46:00.123456"),
+    ]
+    flat = "SELECT task_id, sender, recipient FROM task_done_send ORDER BY ordinal"
+    assert [row[1:] for row in rows(path, flat)] == [
+        ("Alice@Example.COM", "Bob@Example.NET"),
+        ("Alice@Example.COM", '"a@b"@Ex.org'),
+        ("Alice@Example.COM", "postmaster"),
+    ]
+
+
+async def test_every_column_has_the_type_that_readers_expect(store, path):
+    await store.write([record(message_id="5", client_task_id="007", sender="", upstream_reply="1e5")])
+    texts = (
+        "client_task_id",
+        "message_id",
+        "sender",
+        "sender_domain",
+        "upstream_reply",
+        "data",
+        "expires_at",
+    )
+    kinds = ", ".join(f"typeof({column})" for column in (*texts, "size", "duration_ms"))
+    assert rows(path, f"SELECT {kinds} FROM task_done") == [("text",) * 7 + ("integer",) * 2]
+    assert rows(path, "SELECT client_task_id, message_id, sender, data FROM task_done") == [
+        ("007", "5", "", "{}")
+    ]
+    assert rows(path, "SELECT datetime(sent_at), date(expires_at) FROM task_done") == [
+        ("2026-11-23 07:46:00", "2026-12-23")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ü",
+        "🦉",
+        "\x01\x1f\x7f",
+        '"\\',
+        "\\u0041",
+        "a\tb\r\nc",
+        "\u2028\ufeff\uffff",
+        "x" * 100_000,
+        "'; DROP TABLE",
+    ],
+)
+async def test_text_comes_back_as_it_went(store, path, text):
+    await store.write([record(sender=text, upstream_reply=text, data={text: text}, recipients=(text,))])
+    assert rows(path, "SELECT sender, upstream_reply, recipient FROM task_done_send") == [(text, text, text)]
+    assert orjson.loads(rows(path, "SELECT data FROM task_done")[0][0]) == {text: text}
+
+
+async def test_a_time_in_another_zone_is_stored_as_utc(store, path):
+    await store.write([record(sent_at=NOW.astimezone(timezone(timedelta(hours=9))))])
+    assert rows(path, "SELECT sent_at, expires_at FROM task_done") == [
+        ("2026-11-23 07:46:00.123456", "2026-12-23 07:46:00.123456")
+    ]
+
+
+async def test_never_is_null(open_store, path):
+    store = await open_store(Retention(None, {"digest": DAY}))
+    await store.write([record(1), record(2, task_type="digest")])
+    assert rows(path, "SELECT expires_at FROM task_done ORDER BY task_id") == [
+        (None,),
+        ("2026-11-24 07:46:00.123456",),
+    ]
+
+
+async def test_to_write_again_changes_nothing(store, path):
+    batch = [record(number, recipients=("a@x", "b@x")) for number in range(5)]
+    await store.write(batch)
+    before = rows(path, "SELECT * FROM task_done_send")
+    await store.write(batch)
+    await store.write([record(4, sender="other@x", recipients=("c@x",))])
+    assert rows(path, "SELECT * FROM task_done_send") == before
+
+
+async def test_a_batch_that_is_there_in_part_is_completed(store, path):
+    batch = [record(number, recipients=("a@x", "b@x")) for number in range(5)]
+    await store.write(batch[1:4:2])
+    await store.write([*batch, batch[4]])
+    assert await store.count() == 5
+    counts = "SELECT task_id, count(*) FROM task_done_send GROUP BY task_id ORDER BY task_id"
+    assert [count for _, count in rows(path, counts)] == [2, 2, 2, 2, 2]
+
+
+async def test_an_empty_batch_is_nothing(store):
+    await store.write([])
+    assert await store.count() == 0
+
+
+async def test_a_thousand_recipients(store, path):
+    recipients = tuple(f"user{number}@example.net" for number in range(1000))
+    await store.write([record(recipients=recipients)])
+    found = rows(path, "SELECT recipient FROM task_done_send ORDER BY ordinal")
+    assert tuple(row[0] for row in found) == recipients
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sender": "\udc80@example.com"},
+        {"recipients": ("ok@x", "\udcff@x")},
+        {"data": {"n": 2**70}},
+        {"data": {"x": "\ud800"}},
+        {"data": {"x": object()}},
+        {"size": 2**64},
+        {"upstream": None},
+        {"recipients": (None,)},
+        {"sent_at": datetime(2026, 11, 23)},  # noqa: DTZ001
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+async def test_data_that_will_never_fit_refuses_the_whole_batch_and_no_other(store, path, bad):
+    with pytest.raises(RejectedRecordError) as caught:
+        await store.write([record(1), record(2, **bad), record(3)])
+    assert "\n" not in str(caught.value)
+    assert rows(path, "SELECT * FROM task_done_recipient") == []
+    await store.write([record(1), record(3)])
+    assert await store.count() == 2
+
+
+async def test_writes_at_the_same_time_all_arrive(store):
+    await asyncio.gather(
+        *(store.write([record(number * 10 + row) for row in range(10)]) for number in range(30))
+    )
+    assert await store.count() == 300
+
+
+async def test_a_cancelled_write_is_finished_and_leaves_no_transaction_open(store, path):
+    writes = [asyncio.create_task(store.write([record(number)])) for number in range(20)]
+    await asyncio.sleep(0)
+    for write in writes:
+        write.cancel()
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert any(isinstance(result, asyncio.CancelledError) for result in results)
+    await store.write([record(100)])
+    assert await store.count() == 21
+
+
+async def test_after_close_the_store_says_so(store):
+    await store.write([record()])
+    await store.close()
+    await store.close()
+    for use in (store.write([record()]), store.count(), store.expire(NOW, 10), store.follow_retention()):
+        with pytest.raises(StoreError, match="closed") as caught:
+            await use
+        assert not isinstance(caught.value, RejectedRecordError)
+
+
+async def test_close_finishes_what_was_asked_for(store, path):
+    write = asyncio.create_task(store.write([record()]))
+    await asyncio.sleep(0)
+    await store.close()
+    await write
+    assert rows(path, "SELECT count(*) FROM task_done") == [(1,)]
+
+
+async def test_two_stores_on_one_file_do_not_mix_their_recipients(open_store, path):
+    stores = [await open_store(busy_timeout=30) for _ in range(2)]
+    await asyncio.gather(
+        *(
+            stores[number % 2].write([record(number, sender=f"{number}@x", recipients=(f"{number}@x",))])
+            for number in range(60)
+        )
+    )
+    assert rows(path, "SELECT count(*) FROM task_done_send WHERE sender = recipient") == [(60,)]
+
+
+@pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+async def test_a_lock_of_another_process_is_an_error_after_the_timeout_and_then_over(open_store, path, begin):
+    store = await open_store(busy_timeout=0.1)
+    script = (
+        "import sqlite3, sys; raw = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "raw.execute(sys.argv[2]); print('held', flush=True); sys.stdin.readline(); raw.execute('ROLLBACK')"
+    )
+    holder = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", script, str(path), begin),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert await holder.stdout.readline() == b"held\n"
+    with pytest.raises(StoreError, match=r"t\.db: locked by another process") as caught:
+        await store.write([record()])
+    assert not isinstance(caught.value, RejectedRecordError)
+    await holder.communicate(b"\n")
+    await store.write([record()])
+    assert await store.count() == 1
+
+
+async def test_a_full_disk_is_an_error_and_when_there_is_room_again_it_is_over(store, path):
+    def limit(pages):
+        return store._database.run(lambda raw: raw.execute(f"PRAGMA max_page_count = {pages}").fetchall())
+
+    await store.write([record()])
+    await limit(1)  # no less than it has
+    with pytest.raises(StoreError, match=r"t\.db: the disk is full") as caught:
+        await store.write([record(number) for number in range(1, 1000)])
+    assert not isinstance(caught.value, RejectedRecordError)
+    assert await store.count() == 1
+    await limit(1_000_000)
+    await store.write([record(number) for number in range(1, 1000)])
+    assert await store.count() == 1000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=False).returncode != 0:
+        pytest.skip("no right to mount a small file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(path):
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+async def test_a_disk_that_is_really_full(small_disk):
+    store = await Store.open(f"sqlite:///{small_disk}/t.db", MONTH)
+    await store.write([record()])
+    with pytest.raises(OSError, match="No space left"):
+        fill(small_disk / "filler")
+    with pytest.raises(StoreError, match=r"disk is full|reading or writing failed") as caught:
+        await store.write([record(number, data={"x": "x" * 1000}) for number in range(1, 1000)])
+    assert not isinstance(caught.value, RejectedRecordError)
+    assert await store.count() == 1
+    (small_disk / "filler").unlink()
+    await store.write([record(2)])
+    assert await store.count() == 2
+    await store.close()
+
+
+WRITER = textwrap.dedent("""
+    import asyncio, sys
+    from datetime import UTC, datetime, timedelta
+    from uuid import uuid4
+    from relay.records.model import Record
+    from relay.records.retention import Retention
+    from relay.records.store import Store
+
+    def record(batch):
+        return Record(
+            task_id=uuid4(), task_type="t", sender="a@x", client=batch, sent_at=datetime.now(UTC),
+            upstream="u", upstream_reply="250", size=1, duration_ms=1, recipients=("b@x", "c@x"),
+        )
+
+    async def main():
+        store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+        while True:
+            batch = str(uuid4())
+            await store.write([record(batch) for _ in range(200)])
+            print(batch, flush=True)
+
+    asyncio.run(main())
+""")
+
+
+@pytest.mark.parametrize("after", [1, 2, 4, 7])
+def test_a_killed_process_leaves_whole_batches_and_every_one_that_it_was_told_of(path, after):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with writer:
+        told = [writer.stdout.readline().strip() for _ in range(after)]
+        writer.send_signal(signal.SIGKILL)
+        told += writer.stdout.read().split()
+    found = dict(rows(path, "SELECT client, count(*) FROM task_done_send GROUP BY client"))
+    assert set(found.values()) == {400}
+    assert set(told) <= set(found)
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize(
+    ("address", "domain"),
+    [("a@B.c", "b.c"), ("", ""), ("postmaster", ""), ('"x@y"@Z', "z"), ("@r:a@[1.2.3.4]", "[1.2.3.4]")],
+)
+def test_the_domain_is_what_follows_the_last_at(address, domain):
+    assert domain_of(address) == domain
+
+
+# Retention
+
+
+def ends(path):
+    return dict(rows(path, "SELECT client, expires_at FROM task_done"))
+
+
+async def test_rows_follow_changed_settings(open_store, path):
+    store = await open_store(Retention(30 * DAY, {"digest": DAY}))
+    await store.follow_retention()
+    await store.write(
+        [
+            record(1, client="m"),
+            record(2, client="d", task_type="digest"),
+            record(3, client="r", task_type="r"),
+        ]
+    )
+    store = await open_store(Retention(60 * DAY, {"mention": None, "r": 30 * DAY}))
+    assert await store.follow_retention() == 2
+    assert ends(path) == {
+        "m": None,
+        "d": "2027-01-22 07:46:00.123456",
+        "r": "2026-12-23 07:46:00.123456",
+    }
+    store = await open_store(Retention(timedelta(microseconds=1)))
+    assert await store.follow_retention() == 3
+    assert set(ends(path).values()) == {"2026-11-23 07:46:00.123457"}
+
+
+async def test_unchanged_settings_touch_nothing(open_store, path):
+    store = await open_store()
+    await store.follow_retention()
+    await store.write([record()])
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("UPDATE task_done SET expires_at = 'left alone'")
+        raw.commit()
+    assert await (await open_store(Retention(timedelta(hours=720)))).follow_retention() == 0
+    assert rows(path, "SELECT expires_at FROM task_done") == [("left alone",)]
+
+
+async def test_a_shortening_says_first_how_many_rows_become_due(open_store, path):
+    store = await open_store(Retention(None, {"digest": 10 * DAY}))
+    await store.follow_retention()
+    ages = {"mention": [0, 2, 3, 4], "digest": [0, 4, 6, 11], "receipt": [5, 100]}
+    await store.write(
+        [
+            record(number * 100 + age, task_type=task_type, sent_at=NOW - age * DAY)
+            for number, (task_type, some) in enumerate(ages.items())
+            for age in some
+        ]
+    )
+    # Due: mentions of 3 and 4 days, the digest of 6 days (that of 11 was due before), no receipt.
+    store = await open_store(Retention(3 * DAY, {"digest": 5 * DAY, "receipt": None}))
+    told = []
+
+    def note(due):
+        told.append((due, rows(path, "SELECT count(*) FROM task_done WHERE expires_at <= ?", str(NOW)[:26])))
+
+    await store.follow_retention(on_due=note)
+    assert told == [(3, [(1,)])]
+    assert await store.expire(NOW, 100, dry_run=True) == 4
+
+
+@pytest.mark.parametrize("period", [timedelta.max, 60 * DAY, None])
+async def test_a_lengthening_has_nothing_to_say(open_store, period):
+    store = await open_store()
+    await store.follow_retention()
+    await store.write([record(sent_at=NOW - 29 * DAY)])
+    told = []
+    assert await (await open_store(Retention(period))).follow_retention(on_due=told.append) == 1
+    assert told == []
+
+
+async def test_many_rows_follow_in_steps_that_let_writes_through(open_store, path):
+    store = await open_store()
+    await store.follow_retention()
+    await store.write([record(number) for number in range(2500)])
+    store = await open_store(Retention(DAY))
+    seen = []
+
+    async def write_meanwhile():
+        for number in range(10_000, 10_003):
+            await store.write([record(number, client="new")])
+            seen.append(rows(path, "SELECT count(*) FROM task_done WHERE expires_at < '2026-12-01'")[0][0])
+
+    changed, _ = await asyncio.gather(store.follow_retention(), write_meanwhile())
+    assert changed == 2500
+    assert rows(path, "SELECT count(*) FROM task_done WHERE expires_at < '2026-12-01'") == [(2503,)]
+    assert seen[0] < 2500
+
+
+async def test_a_run_that_was_cut_short_is_taken_up_where_it_was(open_store, path):
+    store = await open_store()
+    await store.follow_retention()
+    await store.write([record(number) for number in range(2500)])
+    store = await open_store(Retention(DAY))
+    following = asyncio.create_task(store.follow_retention())
+    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    following.cancel()
+    await asyncio.wait([following])
+    done = rows(path, "SELECT count(*) FROM task_done WHERE expires_at < '2026-12-01'")[0][0]
+    assert following.cancelled()
+    with pytest.raises(ExpiryBusyError, match="retention"):
+        await store.expire(NOW + 40 * DAY, 100)
+    rest = await (await open_store(Retention(DAY))).follow_retention()
+    assert 0 < rest <= 2500 - done
+    assert rows(path, "SELECT count(*) FROM task_done WHERE expires_at < '2026-12-01'") == [(2500,)]
+    assert await store.expire(NOW + 2 * DAY, 100) == 2500
+
+
+async def test_of_two_with_different_settings_the_later_takes_over(open_store, path):
+    store = await open_store()
+    await store.follow_retention()
+    await store.write([record(number) for number in range(2500)])
+    stores = [await open_store(Retention(days * DAY)) for days in (1, 2)]
+    await asyncio.gather(*(store.follow_retention() for store in stores))
+    assert rows(path, "SELECT DISTINCT expires_at FROM task_done") == [("2026-11-25 07:46:00.123456",)]
