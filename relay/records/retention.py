@@ -18,10 +18,6 @@ class Retention:
     default: timedelta | None
     by_type: Mapping[str, timedelta | None] = field(default_factory=dict)
 
-    def period(self, task_type: str) -> timedelta | None:
-        """Return how long a row of this type is kept; None: for ever."""
-        return self.by_type.get(task_type, self.default)
-
     def expires_at(self, task_type: str, sent_at: datetime) -> datetime | None:
         """Return when a row of this type, sent at `sent_at`, may be deleted; None: never.
 

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import JSONB, UUID
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SCHEMA_VERSIONS",
     "VERSION_TABLE",
     "UtcDateTime",
     "metadata",
@@ -27,8 +28,9 @@ __all__ = [
     "utc_text",
 ]
 
-SCHEMA_VERSION = "0001"
-"""The newest revision in `migrations`. Revisions are numbers of four digits, so that text sorts them."""
+SCHEMA_VERSIONS = ("0001",)
+"""Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
+SCHEMA_VERSION = SCHEMA_VERSIONS[-1]
 VERSION_TABLE = "task_done_version"
 """Where the revision stands. Not Alembic's default name: an application's own may be in the same database."""
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from relay.records.errors import RejectedRecordError, StoreError
-from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE, task_done, task_done_send
+from relay.records.schema import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE, task_done, task_done_send
 
 __all__ = ["Database", "path_of"]
 
@@ -75,6 +75,7 @@ class Database:
         self._connection = connection
         self._busy_timeout = busy_timeout
         self._closed = False
+        self._file: tuple[int, int] | None = None
 
     @classmethod
     async def open(cls, path: Path, *, create: bool, busy_timeout: float) -> Database:
@@ -93,6 +94,7 @@ class Database:
             raise database.error(error) from error
         try:
             await database.run(lambda raw: _set_up(path, raw, busy_timeout))
+            database._file = _identity(path)
         except BaseException:
             await database.close()
             raise
@@ -129,6 +131,9 @@ class Database:
                 raise
             return result
 
+        if _identity(self.path) != self._file:
+            # SQLite would go on writing to the file that nobody can find any more, without an error.
+            raise StoreError(f"{self.path}: was removed or replaced while it was in use; restart the relay")
         return await self.run(whole)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -144,10 +149,7 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        try:
-            await self._connection.close()
-        except sqlite3.Error as error:
-            raise self.error(error) from error
+        await self._connection.close()
 
     def error(self, error: sqlite3.Error) -> StoreError:
         """Say in one line what sqlite3's error means for the operator."""
@@ -194,6 +196,14 @@ async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.C
     return await execute(work, connection._conn)  # noqa: SLF001
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _find(path: Path, *, create: bool) -> None:
     """Make sure that there is a file that can be written, as far as the file system can tell."""
     try:
@@ -230,6 +240,8 @@ def _make(path: Path) -> None:
 def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
     """Look at the file, then make it ours."""
     version = _version(path, raw)
+    if version == SCHEMA_VERSION:
+        _check_columns(path, raw)
     if version is None:
         # Only before the first page is written; it lets expiry give space back piece by piece.
         raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -257,24 +269,21 @@ def _version(path: Path, raw: sqlite3.Connection) -> str | None:
             f"{path}: has a table or view {min(names)} that the relay did not make; "
             "name another file in records.url"
         )
-    version = str(raw.execute(_NEWEST).fetchone()[0])
-    if version > SCHEMA_VERSION:
+    version = raw.execute(_NEWEST).fetchone()[0]
+    if version not in SCHEMA_VERSIONS:
         raise StoreError(
-            f"{path}: made by a newer version of the relay (schema {version}, known here: {SCHEMA_VERSION}); "
-            "install that version again"
+            f"{path}: has schema version {version}, and this version of the relay knows none after "
+            f"{SCHEMA_VERSION}; install the newer version again"
         )
-    if version == SCHEMA_VERSION:
-        for name, wanted in (
-            (task_done.name, task_done.columns),
-            (task_done_send.name, task_done_send.columns),
-        ):
-            found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (name,))}
-            missing = sorted({column.name for column in wanted} - found)
-            if missing:
-                raise StoreError(
-                    f"{path}: {name} has no column {missing[0]}; put a backup in the file's place"
-                )
-    return version
+    return str(version)
+
+
+def _check_columns(path: Path, raw: sqlite3.Connection) -> None:
+    for name, columns in ((task_done.name, task_done.columns), (task_done_send.name, task_done_send.columns)):
+        found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (name,))}
+        missing = sorted({column.name for column in columns} - found)
+        if missing:
+            raise StoreError(f"{path}: {name} has no column {missing[0]}; put a backup in the file's place")
 
 
 def _write_ahead(raw: sqlite3.Connection, busy_timeout: float) -> None:

@@ -40,10 +40,10 @@ def test_the_view_has_the_columns_that_the_metadata_says(migrated):
     assert columns == [column.name for column in schema.task_done_send.columns]
 
 
-def test_the_newest_revision_is_the_schema_version():
-    revisions = list(ScriptDirectory.from_config(alembic_config()).walk_revisions())
-    assert revisions[0].revision == schema.SCHEMA_VERSION
-    assert all(re.fullmatch("[0-9]{4}", revision.revision) for revision in revisions)
+def test_the_revisions_are_the_schema_versions():
+    newest_first = ScriptDirectory.from_config(alembic_config()).walk_revisions()
+    assert [script.revision for script in newest_first] == list(reversed(schema.SCHEMA_VERSIONS))
+    assert schema.SCHEMA_VERSIONS[-1] == schema.SCHEMA_VERSION
 
 
 def test_to_migrate_again_changes_nothing(migrated):

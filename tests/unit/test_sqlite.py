@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.records.errors import StoreError
+from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
 from relay.records.sqlite import Database, path_of
@@ -179,7 +179,9 @@ async def test_a_database_of_someone_else_keeps_its_tables(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (f"UPDATE {VERSION_TABLE} SET version_num = '9999'", "newer version of the relay"),
+        (f"UPDATE {VERSION_TABLE} SET version_num = '9999'", "has schema version 9999"),
+        (f"UPDATE {VERSION_TABLE} SET version_num = '0000'", "has schema version 0000"),
+        (f"DELETE FROM {VERSION_TABLE}", "has schema version None"),
         ("ALTER TABLE task_done RENAME COLUMN upstream TO server", "has no column upstream"),
         ("DROP VIEW task_done_send", "task_done_send has no column"),
     ],
@@ -338,3 +340,44 @@ async def test_a_damaged_file_is_named(tmp_path):
         file.seek(4096)
         file.write(b"\xff" * 4096 * 8)
     assert f"{path}: is damaged" in await open_error(path)
+
+
+@pytest.fixture
+def someone_reads(tmp_path):
+    """A database of someone else who is reading it: it cannot be switched to write-ahead logging now."""
+    with closing(sqlite3.connect(tmp_path / "t.db", isolation_level=None)) as raw:
+        raw.execute("CREATE TABLE other (x)")
+        raw.execute("BEGIN")
+        raw.execute("SELECT * FROM other").fetchall()
+        yield raw
+
+
+async def test_the_switch_to_write_ahead_logging_waits_as_long_as_any_lock(tmp_path, someone_reads):
+    assert "locked by another process" in await open_error(tmp_path / "t.db", busy_timeout=0.05)
+    opening = asyncio.create_task(Database.open(tmp_path / "t.db", create=True, busy_timeout=30))
+    await asyncio.sleep(0.05)
+    someone_reads.execute("ROLLBACK")
+    await (await opening).close()
+
+
+async def test_a_path_that_is_too_long_for_sqlite(tmp_path):
+    assert "cannot be opened" in await open_error(tmp_path.joinpath(*["d" * 200] * 3, "t.db"))
+
+
+async def test_a_value_that_sqlite3_cannot_bind_is_rejected(tmp_path):
+    database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)
+    with pytest.raises(RejectedRecordError):
+        await database.run(lambda raw: raw.execute("SELECT ?", (object(),)))
+    await database.close()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+async def test_a_file_that_was_removed_or_replaced_takes_no_more_rows(tmp_path, replace):
+    path = tmp_path / "t.db"
+    database = await Database.open(path, create=True, busy_timeout=1)
+    path.rename(tmp_path / "moved.db")
+    if replace:
+        path.write_bytes(b"")
+    with pytest.raises(StoreError, match="was removed or replaced"):
+        await database.transaction(lambda raw: raw.execute("DELETE FROM task_done_state"))
+    await database.close()

@@ -17,7 +17,7 @@ import pytest
 
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, domain_of
+from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, domain_of, utc_now
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
@@ -511,6 +511,14 @@ async def test_of_two_with_different_settings_the_later_takes_over(open_store, p
     store = await open_store()
     await store.follow_retention()
     await store.write([record(number) for number in range(2500)])
-    stores = [await open_store(Retention(days * DAY)) for days in (1, 2)]
-    await asyncio.gather(*(store.follow_retention() for store in stores))
+    earlier, later = [await open_store(Retention(days * DAY)) for days in (1, 2)]
+    following = asyncio.create_task(earlier.follow_retention())
+    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await later.follow_retention()
+    await following
     assert rows(path, "SELECT DISTINCT expires_at FROM task_done") == [("2026-11-25 07:46:00.123456",)]
+
+
+def test_the_clock_is_utc():
+    assert abs(utc_now() - datetime.now(UTC)) < timedelta(minutes=1)

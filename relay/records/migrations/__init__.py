@@ -1,8 +1,8 @@
 """Schema versions: brings a SQLite file to the newest one, in one transaction, with nothing for the operator.
 
 Imported only when there is something to do: Alembic is slow to load, and most starts have nothing to do.
-A new revision is a file in `versions`, numbered on, with `schema.SCHEMA_VERSION` raised and nothing that an
-old revision says changed.
+A new revision is a file in `versions`; its number comes at the end of `schema.SCHEMA_VERSIONS`; what an older
+one says is never changed.
 """
 
 from __future__ import annotations
