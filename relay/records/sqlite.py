@@ -86,12 +86,11 @@ class Database:
         """
         # Two or three system calls, once, before anything is served.
         _find(path, create=create)
-        connection = _connection(path, "rw", busy_timeout)
-        database = cls(path, connection, busy_timeout)
         try:
-            await connection
+            connection = await _connect(path, "rw", busy_timeout)
         except sqlite3.Error as error:
-            raise database.error(error) from error
+            raise _explained(error, path, busy_timeout) from error
+        database = cls(path, connection, busy_timeout)
         try:
             await database.run(lambda raw: _set_up(path, raw, busy_timeout))
             database._file = _identity(path)
@@ -110,7 +109,7 @@ class Database:
         try:
             return await _on_thread(self._connection, work)
         except sqlite3.Error as error:
-            raise self.error(error) from error
+            raise _explained(error, self.path, self._busy_timeout) from error
 
     async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` as `run` does, within one transaction: durable on return, undone whole on any error."""
@@ -139,10 +138,13 @@ class Database:
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on a connection of its own that cannot write: it may take long and holds nobody up."""
         try:
-            async with _connection(self.path, "ro", self._busy_timeout) as connection:
+            connection = await _connect(self.path, "ro", self._busy_timeout)
+            try:
                 return await _on_thread(connection, work)
+            finally:
+                await connection.close()
         except sqlite3.Error as error:
-            raise self.error(error) from error
+            raise _explained(error, self.path, self._busy_timeout) from error
 
     async def close(self) -> None:
         """Finish what was asked for, then close the file. Again: nothing happens."""
@@ -151,21 +153,21 @@ class Database:
         self._closed = True
         await self._connection.close()
 
-    def error(self, error: sqlite3.Error) -> StoreError:
-        """Say in one line what sqlite3's error means for the operator."""
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is None:  # found by the sqlite3 module, not by SQLite: a value that has no place in a column
-            return RejectedRecordError(f"{self.path}: {error}")
-        primary = code & 0xFF
-        if primary in _DATA_ERRORS:
-            return RejectedRecordError(f"{self.path}: {error}")
-        if primary in _LOCKED:
-            return StoreError(
-                f"{self.path}: locked by another process for more than {self._busy_timeout:g} s; "
-                "find what holds it open (fuser) and end that"
-            )
-        advice = _ADVICE.get(primary)
-        return StoreError(f"{self.path}: {advice or error} ({error.sqlite_errorname})")
+
+def _explained(error: sqlite3.Error, path: Path, busy_timeout: float) -> StoreError:
+    """Say in one line what sqlite3's error means for the operator."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # found by the sqlite3 module, not by SQLite: a value that has no place in a column
+        return RejectedRecordError(f"{path}: {error}")
+    primary = code & 0xFF
+    if primary in _DATA_ERRORS:
+        return RejectedRecordError(f"{path}: {error}")
+    if primary in _LOCKED:
+        return StoreError(
+            f"{path}: locked by another process for more than {busy_timeout:g} s; "
+            "find what holds it open (fuser) and end that"
+        )
+    return StoreError(f"{path}: {_ADVICE.get(primary, error)} ({error.sqlite_errorname})")
 
 
 _ADVICE = {
@@ -179,11 +181,26 @@ _ADVICE = {
 }
 
 
-def _connection(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Connection:
-    # As a URI, since only so can SQLite be told never to make the file (with its own idea of a mode).
-    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
-    # isolation_level None: no transaction but those that are begun in so many words.
-    return aiosqlite.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+async def _connect(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Connection:
+    failed: list[sqlite3.Error] = []
+
+    def connector() -> sqlite3.Connection:
+        # As a URI, since only so can SQLite be told never to make the file (with its own idea of a mode).
+        uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+        try:
+            # isolation_level None: no transaction but those that are begun in so many words.
+            return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+        except sqlite3.Error as error:
+            # aiosqlite does not wait for its thread after a connector that raised, and the thread then
+            # speaks to an event loop that may be closed: give it something that can be closed in order.
+            failed.append(error)
+            return sqlite3.connect(":memory:")
+
+    connection = await aiosqlite.Connection(connector, iter_chunk_size=1)
+    if failed:
+        await connection.close()
+        raise failed[0]
+    return connection
 
 
 async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -289,8 +306,8 @@ def _check_columns(path: Path, raw: sqlite3.Connection) -> None:
 def _write_ahead(raw: sqlite3.Connection, busy_timeout: float) -> None:
     """Switch the file to write-ahead logging, if it is not yet.
 
-    Two processes that switch a new file at once may each be told that it is locked, without the wait of
-    `busy_timeout` (a wait there could last for ever), so the wait is here.
+    SQLite does not wait for `busy_timeout` when another process is about to write just then (each could
+    wait for the other for ever), as when two switch a new file at once, so the wait is here.
     """
     deadline = time.monotonic() + busy_timeout
     while True:

@@ -342,22 +342,19 @@ async def test_a_damaged_file_is_named(tmp_path):
     assert f"{path}: is damaged" in await open_error(path)
 
 
-@pytest.fixture
-def someone_reads(tmp_path):
-    """A database of someone else who is reading it: it cannot be switched to write-ahead logging now."""
-    with closing(sqlite3.connect(tmp_path / "t.db", isolation_level=None)) as raw:
-        raw.execute("CREATE TABLE other (x)")
-        raw.execute("BEGIN")
-        raw.execute("SELECT * FROM other").fetchall()
-        yield raw
-
-
-async def test_the_switch_to_write_ahead_logging_waits_as_long_as_any_lock(tmp_path, someone_reads):
-    assert "locked by another process" in await open_error(tmp_path / "t.db", busy_timeout=0.05)
-    opening = asyncio.create_task(Database.open(tmp_path / "t.db", create=True, busy_timeout=30))
-    await asyncio.sleep(0.05)
-    someone_reads.execute("ROLLBACK")
-    await (await opening).close()
+@pytest.mark.parametrize("begin", ["BEGIN", "BEGIN IMMEDIATE"])
+async def test_the_switch_to_write_ahead_logging_waits_as_long_as_for_any_lock(tmp_path, begin):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as someone_else:
+        someone_else.execute("CREATE TABLE other (x)")
+        someone_else.execute(begin)
+        someone_else.execute("SELECT * FROM other").fetchall()
+        assert "locked by another process" in await open_error(path, busy_timeout=0.05)
+        opening = asyncio.create_task(Database.open(path, create=True, busy_timeout=30))
+        await asyncio.sleep(0.05)
+        assert not opening.done()
+        someone_else.execute("ROLLBACK")
+        await (await opening).close()
 
 
 async def test_a_path_that_is_too_long_for_sqlite(tmp_path):
