@@ -1,0 +1,97 @@
+"""The architecture as it is drawn in the documentation: who may import whom, and who alone knows a library."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "relay"
+
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"app"},
+    {"session", "web", "dev"},
+    {"transaction"},
+    {"upstream", "records"},
+    {"metrics", "maillog", "body", "classify", "policy", "settings"},
+    {"records.identity", "records.model", "envelope"},
+    {"reply", "outcome"},
+]
+"""From the top: a module may import from layers below its own, and from its own package."""
+
+DOORS = {
+    "aiosmtpd": {"session", "dev"},
+    "aiosmtplib": {"upstream"},
+    "aiosqlite": {"records"},
+    "sqlite3": {"records"},
+    "sqlalchemy": {"records"},
+    "alembic": {"records"},
+    "prometheus_client": {"metrics"},
+    "aiohttp": {"web"},
+    "structlog": {"maillog"},
+    "pydantic": {"settings"},
+    "typer": {"cli"},
+}
+"""Libraries that one package alone may import."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file and for whatever reason."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def layer_of(module: str) -> int | None:
+    """The layer of a module, by the longest part of its name that is listed."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        for depth, layer in enumerate(LAYERS):
+            if ".".join(parts[:length]) in layer:
+                return depth
+    return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=[name_of(path) or "relay" for path in FILES])
+def test_imports_point_down(path: Path) -> None:
+    module = name_of(path)
+    if not module:
+        assert not [name for name in imports_of(path) if name.startswith("relay")]
+        return
+    own = layer_of(module)
+    assert own is not None, f"{module} has no layer"
+    for imported in imports_of(path):
+        other = imported.removeprefix("relay.")
+        if other == imported or other.partition(".")[0] == module.partition(".")[0]:
+            continue
+        depth = layer_of(other)
+        assert depth is None or depth > own, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=[name_of(path) or "relay" for path in FILES])
+def test_each_library_has_one_door(path: Path) -> None:
+    package = name_of(path).partition(".")[0]
+    for imported in imports_of(path):
+        library = imported.partition(".")[0]
+        assert package in DOORS.get(library, {package}), f"{name_of(path)} imports {library}"
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    names = {path.stem for path in FILES}
+    assert not names & {"utils", "util", "helpers", "common", "misc", "base"}
