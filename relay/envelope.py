@@ -23,6 +23,11 @@ class Recipient:
         """Whether the upstream took this recipient."""
         return self.reply is not None and self.reply.positive
 
+    @property
+    def negative(self) -> bool:
+        """Whether this recipient got a negative reply."""
+        return self.reply is not None and not self.reply.positive
+
 
 @dataclass(slots=True)
 class Envelope:
@@ -39,7 +44,7 @@ class Envelope:
     @property
     def refused(self) -> list[Recipient]:
         """The recipients that got a negative reply."""
-        return [each for each in self.recipients if each.reply is not None and not each.reply.positive]
+        return [recipient for recipient in self.recipients if recipient.negative]
 
 
 def text(octets: bytes) -> str:

@@ -15,37 +15,35 @@ the only place where an outcome is counted and logged, once for each transaction
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
 from relay import maillog
+from relay.account import Account, Sender, negative_outcome
 from relay.body import Body, Fault
-from relay.envelope import Envelope, Recipient, text
+from relay.envelope import Envelope, Recipient
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
-from relay.records.model import Record
 from relay.reply import Reply
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.pool import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from uuid import UUID
 
     from relay.classify import Classification, Classifier
     from relay.metrics import Metrics
-    from relay.records.model import Json
     from relay.records.recorder import Recorder
     from relay.upstream.pool import Pool
 
-__all__ = ["MAX_RECEIVED", "Sender", "Services", "Transaction", "refused_at_mail"]
+__all__ = ["MAX_RECEIVED", "Services", "Transaction", "refused_at_mail"]
 
 MAX_RECEIVED = 50
 """Received fields that a message may carry before it is taken to be in a loop (RFC 5321 6.3)."""
 
 LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
-IN_DOUBT = Reply.own(451, "4.2", "No answer from the upstream server: the message may have been sent")
 SILENT = Reply.own(451, "4.2", "Silent for too long: the upstream connection was given up, try again")
 NO_RECIPIENTS = Reply.own(554, "5.1", "No valid recipients")
 NO_MAIL = Reply.own(503, "5.1", "MAIL was not accepted")
@@ -55,6 +53,12 @@ FAULTS = {
     Fault.NUL: Reply.own(550, "6.0", "The message holds a NUL octet (RFC 5321 4.1.1.4)"),
 }
 LOOP = Reply.own(554, "4.6", f"Mail loop: more than {MAX_RECEIVED} Received fields")
+
+
+def in_doubt(task_id: UUID) -> Reply:
+    """No verdict after the end of data: the client may send again, and the log has the rest under the id."""
+    text = f"The upstream server did not answer: the message may have been sent, see {task_id}"
+    return Reply.own(451, "4.2", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +74,6 @@ class Services:
     """Transactions between their end of data and their outcome; a shutdown waits for them."""
     running: set[asyncio.Task[None]]
     """Keeps the tasks of transactions alive."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """Who sends: the client's name in the record (its address), and the listener it came by."""
-
-    client: str
-    listener: str
 
 
 @dataclass(slots=True)
@@ -102,7 +98,7 @@ class Transaction:
         """Called with True when the client must stop sending content, with False when it may go on."""
         self._services = services
         self._pool = pool
-        self._sender = sender
+        self._account = Account(self.task_id, sender, pool.name, self.envelope)
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._connection: Connection | None = None
@@ -114,11 +110,7 @@ class Transaction:
         self._broken: Reply | None = None
         self._broken_as = Outcome.UNAVAILABLE
         self._last_content = b""
-        self._waited = 0.0
-        self._classification: Classification | None = None
         self._answer_verdict: Callable[[Reply], None] = _ignore
-        self._client_heard: Reply | None = None
-        self._client_gone = False
         self._verdict_due = 0.0
 
     # Commands, as the client gives them
@@ -177,8 +169,8 @@ class Transaction:
             self._leased(connection)
 
     def _leased(self, connection: Connection) -> None:
-        self._waited = self._loop.time() - self._began
-        self._pool.metrics.waited(self._waited)
+        self._account.waited_s = self._loop.time() - self._began
+        self._pool.metrics.waited(self._account.waited_s)
         self._connection = connection
         connection.lessee = self
         connection.transactions += 1
@@ -291,7 +283,7 @@ class Transaction:
         """
         body = cast("Body", self.body)
         content = body.feed(block)
-        if body.header_complete and self._classification is None:
+        if body.header_complete and self._account.found is None:
             self._classify(body.header)
         if body.fault is not None and self._broken is None:
             self._refuse(FAULTS[body.fault])
@@ -303,8 +295,8 @@ class Transaction:
         return None
 
     def _classify(self, header: bytes) -> None:
-        self._classification = self._services.classifier.classify(header, self.envelope.reverse_path)
-        if self._classification.received > MAX_RECEIVED:
+        self._account.found = self._services.classifier.classify(header, self.envelope.reverse_path)
+        if self._account.found.received > MAX_RECEIVED:
             self._refuse(LOOP)
 
     def _refuse(self, reply: Reply) -> None:
@@ -345,59 +337,34 @@ class Transaction:
 
     async def _settle(self, connection: Connection) -> None:
         """Await the verdict, record an acceptance, answer the client, and say what became of it."""
-        verdict_began = self._loop.time()
+        account, began = self._account, self._loop.time()
         verdict = await self._verdict
-        upstream_s = self._loop.time() - verdict_began
+        account.upstream_s = self._loop.time() - began
         if isinstance(verdict, Failure):
-            self._tell(IN_DOUBT)
-            self._conclude(Outcome.IN_DOUBT, None, cause=verdict.reason, upstream_s=upstream_s)
+            self._tell(in_doubt(self.task_id))
+            self._conclude(Outcome.IN_DOUBT, verdict.reason)
             return
         self._connection = None
         self._pool.release(connection, reset=False)
         if not verdict.positive:
             self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
-            self._conclude(_outcome(verdict), verdict, upstream_s=upstream_s)
+            self._conclude(negative_outcome(verdict), verdict)
             return
-        commit_began = self._loop.time()
+        await self._record(verdict)
+        self._tell(verdict)
+        self._conclude(Outcome.ACCEPTED, verdict)
+
+    async def _record(self, verdict: Reply) -> None:
+        """Make the row durable; accepted means accepted, so no failure here may say otherwise."""
+        account, began = self._account, self._loop.time()
         try:
-            await self._services.recorder.record(self._record(verdict))
+            self._take_stock()
+            found = cast("Classification", account.found)
+            await self._services.recorder.record(account.record(found, verdict))
         except Exception as error:
             self._services.metrics.record_error()
-            maillog.unforeseen("record", str(self.task_id), error)
-        commit_s = self._loop.time() - commit_began
-        self._tell(verdict)
-        self._conclude(Outcome.ACCEPTED, verdict, upstream_s=upstream_s, commit_s=commit_s)
-
-    def _record(self, verdict: Reply) -> Record:
-        body, found = cast("Body", self.body), cast("Classification", self._classification)
-        data: dict[str, Json] = {}
-        if found.headers:
-            data["headers"] = found.headers
-        if found.tags:
-            data["tags"] = list(found.tags)
-        if self.envelope.refused:
-            data["refused"] = [
-                {"recipient": text(each.path), "reply": str(each.reply)} for each in self.envelope.refused
-            ]
-        if self._client_heard is not None:
-            data["client_reply"] = str(self._client_heard)
-        elif self._client_gone:
-            data["client_reply"] = None
-        return Record(
-            task_id=self.task_id,
-            client_task_id=found.client_task_id,
-            task_type=found.task_type,
-            sender=text(self.envelope.reverse_path),
-            client=self._sender.client,
-            sent_at=datetime.now(UTC),
-            upstream=self._pool.name,
-            upstream_reply=str(verdict),
-            message_id=found.message_id,
-            size=body.size,
-            duration_ms=round((self._loop.time() - self._began) * 1000),
-            recipients=tuple(text(each.path) for each in self.envelope.accepted),
-            data=data,
-        )
+            maillog.unforeseen("record", self.task_id, error)
+        account.commit_s = self._loop.time() - began
 
     def _verdict_failed(self, failure: Failure) -> None:
         if not self._verdict.done():
@@ -405,8 +372,8 @@ class Transaction:
 
     def check(self, now: float) -> None:
         """Tell the client 451 if the verdict is overdue; it is still awaited, and recorded when it comes."""
-        if self.settling and now > self._verdict_due and self._client_heard is None:
-            self._tell(IN_DOUBT)
+        if self.settling and now > self._verdict_due:
+            self._tell(in_doubt(self.task_id))
 
     def give_up(self) -> None:
         """Stop awaiting the verdict: the relay ends. The message is in doubt."""
@@ -416,15 +383,15 @@ class Transaction:
 
     def _tell(self, reply: Reply) -> None:
         """Answer the client, once; a later verdict than the one it was told goes to the record alone."""
-        if self._client_heard is None and not self._client_gone:
-            self._client_heard = reply
+        if self._account.client_heard is None and not self._account.client_gone:
+            self._account.client_heard = reply
             self._answer_verdict(reply)
 
     # Other ends
 
     def client_gone(self) -> None:
         """The client has disconnected."""
-        self._client_gone = True
+        self._account.client_gone = True
         if not self.settling:
             self.abandon()
 
@@ -464,9 +431,9 @@ class Transaction:
         if self._broken is not None:
             return self._broken_as
         if self._mail_reply is not None and not self._mail_reply.positive:
-            return _outcome(self._mail_reply)
+            return negative_outcome(self._mail_reply)
         if self._data_reply is not None and self._data_reply.code >= 400:
-            return _outcome(self._data_reply)
+            return negative_outcome(self._data_reply)
         refused = self.envelope.refused
         if refused and len(refused) == len(self.envelope.recipients):
             transient = any(each.reply is not None and each.reply.transient for each in refused)
@@ -475,93 +442,27 @@ class Transaction:
 
     # The one place where the outcome is said
 
-    def _conclude(
-        self,
-        outcome: Outcome,
-        reply: Reply | None,
-        *,
-        cause: str | None = None,
-        upstream_s: float = 0.0,
-        commit_s: float = 0.0,
-    ) -> None:
+    def _conclude(self, outcome: Outcome, said: object) -> None:
         if self.concluded:
             return
         self.concluded = True
         self.settling = False
         self._services.settling.discard(self)
-        total_s = self._loop.time() - self._began
-        recipients = Counter(self._recipient_outcome(each, outcome) for each in self.envelope.recipients)
-        metrics = self._services.metrics
-        label = "none" if outcome is Outcome.REFUSED else self._pool.name
-        metrics.upstreams[label].transaction(outcome, total_s, recipients)
-        size = self.body.size if self.body is not None else 0
+        self._take_stock()
+        self._account.close(self._services.metrics, outcome, None if said is None else str(said))
+
+    def _take_stock(self) -> None:
+        """Bring the account up to date."""
+        account = self._account
+        account.total_s = self._loop.time() - self._began
         if self.body is not None:
-            metrics.message_in(self.body.received)
-        if outcome is Outcome.ACCEPTED:
-            metrics.message_out(size)
-            metrics.message_size(size)
-        found = self._classification
-        maillog.transaction(
-            outcome,
-            task_id=self.task_id,
-            client=self._sender.client,
-            listener=self._sender.listener,
-            sender=self.envelope.reverse_path,
-            recipients=[each.path for each in self.envelope.recipients if not _negative(each)],
-            refused=[(each.path, str(each.reply)) for each in self.envelope.refused],
-            task_type=found.task_type if found is not None else None,
-            message_id=found.message_id if found is not None else None,
-            size=size,
-            upstream=self._pool.name,
-            reply=str(reply) if reply is not None else cause,
-            client_reply=str(self._client_heard) if self._client_heard is not None else None,
-            client_gone=self._client_gone,
-            wait_s=self._waited,
-            upstream_s=upstream_s,
-            commit_s=commit_s,
-            total_s=total_s,
-        )
-
-    @staticmethod
-    def _recipient_outcome(recipient: Recipient, outcome: Outcome) -> Outcome:
-        """A recipient shares the message's outcome, unless the upstream refused it on its own."""
-        if recipient.reply is None or recipient.reply.positive or outcome is Outcome.UNAVAILABLE:
-            return outcome
-        return _outcome(recipient.reply)
+            account.received, account.size = self.body.received, self.body.size
 
 
-def refused_at_mail(services: Services, sender: Sender, reverse_path: bytes, reply: Reply) -> None:
+def refused_at_mail(metrics: Metrics, sender: Sender, reverse_path: bytes, reply: Reply) -> None:
     """Count and log a transaction that the relay's own policy refused at MAIL."""
-    services.metrics.upstreams["none"].transaction(Outcome.REFUSED, 0.0, {})
-    maillog.transaction(
-        Outcome.REFUSED,
-        task_id=uuid7(),
-        client=sender.client,
-        listener=sender.listener,
-        sender=reverse_path,
-        recipients=(),
-        refused=(),
-        task_type=None,
-        message_id=None,
-        size=0,
-        upstream=None,
-        reply=None,
-        client_reply=str(reply),
-        client_gone=False,
-        wait_s=0.0,
-        upstream_s=0.0,
-        commit_s=0.0,
-        total_s=0.0,
-    )
-
-
-def _outcome(reply: Reply) -> Outcome:
-    """What a definite negative reply of the upstream makes of the message."""
-    return Outcome.DEFERRED if reply.transient else Outcome.REJECTED
-
-
-def _negative(recipient: Recipient) -> bool:
-    return recipient.reply is not None and not recipient.reply.positive
+    account = Account(uuid7(), sender, None, Envelope(reverse_path), client_heard=reply)
+    account.close(metrics, Outcome.REFUSED, None)
 
 
 def _ignore(_: object) -> None:

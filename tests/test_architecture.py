@@ -16,7 +16,7 @@ LAYERS = [
     {"app"},
     {"session", "web", "dev"},
     {"transaction"},
-    {"upstream", "records"},
+    {"upstream", "records", "account"},
     {"metrics", "maillog", "body", "classify", "policy", "settings"},
     {"records.identity", "records.model", "envelope"},
     {"reply", "outcome"},

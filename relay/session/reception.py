@@ -19,6 +19,7 @@ from relay.session import answers
 from relay.session.session import Session
 
 if TYPE_CHECKING:
+    from relay.account import Sender
     from relay.settings import Settings
     from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
@@ -85,22 +86,22 @@ class Reception:
 
     # Coming and going
 
-    def admit(self, session: Session, client: str, listener: str) -> Reply | None:
+    def admit(self, session: Session, sender: Sender) -> Reply | None:
         """Count a session in; return the refusal if there are too many."""
         self._sessions.add(session)
-        self._clients[client] += 1
-        self.metrics.session_opened(listener)
+        self._clients[sender.client] += 1
+        self.metrics.session_opened(sender.listener)
         server = self._settings.server
         if self.draining:
             reply, reason = answers.DRAINING, "draining"
         elif len(self._sessions) > server.max_connections:
             reply, reason = answers.TOO_MANY_CONNECTIONS, "too_many_connections"
-        elif self._clients[client] > server.max_connections_per_client:
+        elif self._clients[sender.client] > server.max_connections_per_client:
             reply, reason = answers.TOO_MANY_FROM_CLIENT, "too_many_client_connections"
         else:
             return None
         self.metrics.rejected(reason)
-        maillog.session_refused(client, listener, reason)
+        maillog.session_refused(sender.client, sender.listener, reason)
         return reply
 
     def leave(self, session: Session, client: str) -> None:

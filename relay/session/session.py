@@ -1,82 +1,34 @@
-"""One client session, from the greeting to QUIT: commands in, replies out, in order.
+"""One client connection: what goes over the wire, and when it is cut. What is said is the dialogue's.
 
-Rules: a command is acted on only when whatever it depends on is known; until then it stays in the input, and
-what is in the input is bounded by not reading more. A client that is out of step (input where it must
-wait, something that is not SMTP, line ends that are not CRLF) is out: what it meant as text must never
-run as commands. An error of ours is 451 with the transaction's id; its cause is for the log alone.
+Rules: what is written is bounded, since nothing is read from a client that does not take its replies; a
+client that takes neither them nor our close is cut off. The last octets from a client that has gone are
+not acted on.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 from aiosmtpd import smtp
 
-from relay import maillog
+from relay.account import Sender
 from relay.policy import client_address, may_relay
-from relay.records.identity import uuid7
-from relay.reply import Reply
-from relay.session import answers
-from relay.session.commands import (
-    DEFAULT_LINE_LIMIT,
-    LINE_LIMITS,
-    CommandError,
-    is_text,
-    parse_mail,
-    parse_rcpt,
-)
-from relay.session.lines import EndlessLineError, Lines, NotCrlfError
-from relay.session.replies import Replies
-from relay.transaction import Sender, Transaction, refused_at_mail
+from relay.session.dialogue import Dialogue
 
 if TYPE_CHECKING:
     from relay.session.reception import Reception
 
 __all__ = ["Session"]
 
-MAX_INPUT = 64 * 1024
-"""Octets of input that may wait before reading stops."""
-MAX_OWED = 100
-"""Replies that may be outstanding before the next command is looked at."""
-ERRORS_SLOW = 10
-"""Errors after which each further one costs the client a wait."""
-ERRORS_END = 20
-"""Errors that end the session."""
-ERROR_WAIT = 0.25
-"""Seconds of that wait."""
-MAX_IDLE_COMMANDS = 100
-"""Commands other than a transaction's in a row; a session is for sending mail."""
-DATA_RATE_GRACE = 30.0
-"""Seconds before the minimum data rate of the content counts."""
 LINGER = 10.0
-"""Seconds that a closing session gets to take its last reply."""
+"""Seconds that a client gets to take the last reply and leave."""
 WRITE_TIMEOUT = 60.0
 """Seconds after which a client that does not read its replies is cut off."""
 
-_HTTP_VERBS = frozenset(
-    (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH")
-)
-
-_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
-"""Commands that end a transaction: they wait until all of its replies have been given."""
-
-
-class State(Enum):
-    """What the session does with input."""
-
-    COMMANDS = "commands"
-    AWAITS_354 = "awaits_354"
-    CONTENT = "content"
-    SETTLING = "settling"
-    ENDING = "ending"
-    CLOSED = "closed"
-
 
 class Session(smtp.SMTP):
-    """One client connection.
+    """One client session.
 
     The protocol class is aiosmtpd's; the command loop, the parsing, DATA and the replies are ours. Its
     constructor is not called: it inspects itself anew for each connection, which costs more than a message.
@@ -85,495 +37,96 @@ class Session(smtp.SMTP):
     def __init__(self, reception: Reception, listener: str) -> None:
         self.loop = reception.loop
         self.transport: asyncio.BaseTransport | None = None
+        self.choked = False
         self._reception = reception
         self._listener = listener
-        self._state = State.COMMANDS
-        self._replies = Replies(self._write)
-        self._input = Lines()
-        self._advancing = False
-        self._greeted = False
-        self._answer_data: Callable[[Reply], None] = self._replies.say
-        self._smtputf8 = False
-        self._transaction: Transaction | None = None
-        self._errors = 0
-        self._idle_commands = 0
-        self._slowed = False
-        self._last_moved = self.loop.time()
-        self._content_began = 0.0
-        self._reading_paused = False
-        self._flow_paused = False
-        self._write_paused_since: float | None = None
-        self._eof = False
-        self._peer = ""
-        self._may_relay = False
-
-    # The connection
+        self._dialogue: Dialogue
+        self._client = ""
+        self._held = False
+        self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet the client, or turn it away."""
         self.transport = transport
         peername = transport.get_extra_info("peername")
-        self._peer = peername[0] if peername else "unix"
-        address = client_address(self._peer)
-        if address is not None:
-            self._peer = str(address)
-        self._may_relay = may_relay(address, self._reception.allow)
-        refusal = self._reception.admit(self, self._peer, self._listener)
-        if refusal is not None:
-            self._write(refusal.wire)
-            self._close()
-        else:
-            self._write(self._reception.greeting.wire)
+        address = client_address(peername[0]) if peername else None
+        self._client = str(address) if address is not None else "unix"
+        sender = Sender(self._client, self._listener)
+        self._dialogue = Dialogue(
+            self, self._reception, sender, may_relay=may_relay(address, self._reception.allow)
+        )
+        self._dialogue.begin(self._reception.admit(self, sender))
 
     def data_received(self, data: bytes) -> None:
-        """Take input: commands or content, as the state says."""
-        if self._state is State.AWAITS_354:
-            self._out_of_step()
-        elif self._state not in (State.ENDING, State.CLOSED):
-            self._input.feed(data)
-            self._advance()
+        """Give what the client sent to the dialogue."""
+        self._dialogue.take(data)
 
     def eof_received(self) -> bool:
-        """Take note that the client will send no more; what is under way is still answered."""
-        self._eof = True
-        if self._state is State.CONTENT:
-            self._close()
-        else:
-            self._advance()
-        return not self._over_tls()
+        """Keep a half-closed connection open: the client may still wait for its replies."""
+        self._dialogue.end_of_input()
+        return self.transport is not None and self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Note that the client is gone: an end of data that went up is still settled, all else ends."""
+        """The connection is gone."""
         del error
-        self._state = State.CLOSED
         self.transport = None
-        self._input.clear()
-        transaction, self._transaction = self._transaction, None
-        if transaction is not None:
-            transaction.client_gone()
-        self._reception.leave(self, self._peer)
+        self._dialogue.client_gone()
+        self._reception.leave(self, self._client)
 
     def pause_writing(self) -> None:
-        """Note that the client does not read its replies."""
-        self._write_paused_since = self.loop.time()
+        """The client does not read its replies."""
+        self.choked = True
+        self._since = self.loop.time()
 
     def resume_writing(self) -> None:
-        """Note that the client reads again."""
-        self._write_paused_since = None
-        self._advance()
+        """The client reads again."""
+        self.choked = False
+        self._dialogue.advance()
 
-    def _over_tls(self) -> bool:
-        return self.transport is not None and self.transport.get_extra_info("sslcontext") is not None
+    # What the dialogue asks for
 
-    # Input
+    def write(self, octets: bytes) -> None:
+        """Send to the client."""
+        if self.transport is not None:
+            cast("asyncio.Transport", self.transport).write(octets)
 
-    def _advance(self) -> None:
-        """Act on the input as far as can be done now."""
-        if self._advancing:
+    def hold(self, pause: bool) -> None:
+        """Stop reading from the client, or go on."""
+        if pause is self._held or self.transport is None:
             return
-        self._advancing = True
-        try:
-            while self._input and self._step():
-                pass
-        except Exception as error:
-            self._unforeseen(error)
-        finally:
-            self._advancing = False
-        if self._state is State.COMMANDS and not self._replies:
-            if self._eof:
-                self._close()
-            elif self._reception.draining and self._transaction is None:
-                self._end(answers.DRAINING, "draining")
-        self._regulate()
-
-    def _step(self) -> bool:
-        """Take one command line or block of content; False when nothing can be taken now."""
-        if self._state is State.CONTENT:
-            return self._take_content()
-        if self._state is not State.COMMANDS or self._write_paused_since is not None:
-            return False
-        if self._slowed or len(self._replies) >= MAX_OWED:
-            return False
-        return self._take_command()
-
-    def _take_command(self) -> bool:
-        """Act on the next command line; False if it is not complete, or must wait for replies before it."""
-        try:
-            line = self._input.next()
-        except NotCrlfError:
-            self._end(answers.NOT_CRLF, "out_of_step")
-            return False
-        except EndlessLineError:
-            self._end(answers.ENDLESS_LINE, "out_of_step")
-            return False
-        if line is None:
-            return False
-        verb, _, argument = line.partition(b" ")
-        verb = verb.upper()
-        if self._replies and self._must_wait(verb):
-            self._input.back()
-            return False
-        act = self._VERBS.get(verb)
-        if act is None:
-            self._not_known(verb)
-            return True
-        self._last_moved = self.loop.time()
-        if self._reception.draining and self._transaction is None:
-            self._end(answers.DRAINING, "draining")
-        elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
-            self._error(answers.LINE_TOO_LONG)
-        elif not is_text(line):
-            self._error(answers.CONTROLS)
-        else:
-            act(self, argument)
-        return True
-
-    def _must_wait(self, verb: bytes) -> bool:
-        """Whether the command changes what the replies still owed are about."""
-        return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
-
-    def _not_known(self, verb: bytes) -> None:
-        if verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
-            self._end(answers.NOT_SMTP, "out_of_step")
-        else:
-            self._error(answers.UNKNOWN)
-
-    # Commands
-
-    def _ehlo(self, argument: bytes) -> None:
-        if self._hello(argument):
-            self._replies.say(self._reception.ehlo())
-
-    def _helo(self, argument: bytes) -> None:
-        if self._hello(argument):
-            self._replies.say(self._reception.helo)
-
-    def _hello(self, argument: bytes) -> bool:
-        """RFC 5321 4.1.4: a new EHLO ends the open transaction, as RSET does."""
-        if not argument.strip():
-            self._error(answers.NEEDS_NAME)
-            return False
-        self._reset()
-        self._greeted = True
-        return self._not_idle()
-
-    def _mail(self, argument: bytes) -> None:
-        if not self._greeted:
-            self._error(answers.START)
-            return
-        if self._transaction is not None:
-            self._error(answers.NESTED)
-            return
-        try:
-            mail = parse_mail(argument)
-        except CommandError as error:
-            self._error(error.reply)
-            return
-        refusal = self._refusal(mail.size)
-        if refusal is not None:
-            reply, reason = refusal
-            self._reception.metrics.rejected(reason)
-            refused_at_mail(self._reception.services, self._sender(), mail.reverse_path, reply)
-            self._replies.say(reply)
-            return
-        self._idle_commands = 0
-        self._smtputf8 = mail.smtputf8
-        transaction = Transaction(
-            self._reception.services, self._reception.pool, self._sender(), mail.reverse_path
-        )
-        self._transaction = transaction
-        transaction.on_flow = self._on_flow
-        transaction.mail(b"MAIL " + argument + b"\r\n", self._owe())
-
-    def _refusal(self, size: int | None) -> tuple[Reply, str] | None:
-        """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
-        if not self._may_relay:
-            return answers.NOT_ALLOWED, "not_allowed"
-        limit = self._reception.max_message_size
-        if size is not None and limit and size > limit:
-            return answers.TOO_LARGE, "too_large"
-        if self._reception.services.recorder.refusal() is not None:
-            return answers.NO_RECORDS, "records"
-        return None
-
-    def _rcpt(self, argument: bytes) -> None:
-        transaction = self._open_transaction()
-        if transaction is None:
-            self._error(answers.NO_TRANSACTION)
-            return
-        try:
-            rcpt = parse_rcpt(argument, smtputf8=self._smtputf8)
-        except CommandError as error:
-            self._error(error.reply)
-            return
-        if len(transaction.envelope.recipients) >= self._reception.max_recipients:
-            self._reception.metrics.rejected("too_many_recipients")
-            self._replies.say(answers.TOO_MANY_RECIPIENTS)
-            return
-        transaction.rcpt(b"RCPT " + argument + b"\r\n", rcpt.forward_path, self._owe())
-
-    def _data(self, argument: bytes) -> None:
-        transaction = self._open_transaction()
-        if self._input:
-            # What follows DATA in the same breath is meant as text: it must not run as commands, and the
-            # client has not waited for the 354 that it needs (RFC 2920 3.1).
-            self._out_of_step()
-        elif argument:
-            self._error(answers.NO_ARGUMENT)
-        elif transaction is None:
-            self._error(answers.NO_TRANSACTION)
-        elif not transaction.envelope.recipients:
-            self._error(answers.NO_RCPT)
-        else:
-            self._give_data(transaction)
-
-    def _give_data(self, transaction: Transaction) -> None:
-        self._state = State.AWAITS_354
-        self._answer_data = answer = self._owe()
-
-        def answered(reply: Reply) -> None:
-            if self._state is State.AWAITS_354:
-                self._state = State.COMMANDS if transaction.body is None else State.CONTENT
-                self._content_began = self.loop.time()
-            answer(reply)
-
-        transaction.data(answered)
-
-    def _rset(self, argument: bytes) -> None:
-        if argument:
-            self._error(answers.NO_ARGUMENT)
-            return
-        self._reset()
-        if self._not_idle():
-            self._replies.say(answers.OK)
-
-    def _noop(self, argument: bytes) -> None:
-        del argument
-        if self._not_idle():
-            self._replies.say(answers.OK)
-
-    def _vrfy(self, argument: bytes) -> None:
-        del argument
-        if self._not_idle():
-            self._replies.say(answers.VRFY)
-
-    def _help(self, argument: bytes) -> None:
-        del argument
-        if self._not_idle():
-            self._replies.say(answers.HELP)
-
-    def _not_available(self, argument: bytes) -> None:
-        del argument
-        self._error(answers.NOT_HERE)
-
-    def _quit(self, argument: bytes) -> None:
-        del argument
-        self._reset()
-        self._replies.say(answers.BYE)
-        self._close()
-
-    def _sender(self) -> Sender:
-        return Sender(self._peer, self._listener)
-
-    def _open_transaction(self) -> Transaction | None:
-        """The transaction that RCPT and DATA belong to: open, or about to be (MAIL not answered yet)."""
-        transaction = self._transaction
-        return None if transaction is None or transaction.refused else transaction
-
-    def _reset(self) -> None:
-        transaction, self._transaction = self._transaction, None
-        if transaction is not None:
-            transaction.abandon()
-
-    def _not_idle(self) -> bool:
-        """Count a command that brings no message nearer; False when there were too many."""
-        self._idle_commands += 1
-        if self._idle_commands <= MAX_IDLE_COMMANDS:
-            return True
-        self._end(answers.IDLE_COMMANDS, "too_many_errors")
-        return False
-
-    # Content
-
-    def _take_content(self) -> bool:
-        transaction = cast("Transaction", self._transaction)
-        self._last_moved = self.loop.time()
-        rest = transaction.feed(self._input.take())
-        body = transaction.body
-        if rest is None:
-            if body is not None and body.hopeless:
-                self._end(answers.TOO_LARGE, "too_large")
-            return False
-        if body is not None and body.fault is not None:
-            self._reception.metrics.rejected(body.fault.value)
-        self._input.feed(rest)
-        self._state = State.SETTLING
-        self._flow_paused = False
-        transaction.finish(self._settled)
-        return True
-
-    def _settled(self, reply: Reply) -> None:
-        """Give the verdict to the client; what it sent behind the end of data is next."""
-        self._transaction = None
-        self._state = State.COMMANDS
-        self._replies.say(reply)
-        self._moved()
-
-    def _on_flow(self, pause: bool) -> None:
-        self._flow_paused = pause
-        self._regulate()
-
-    def _regulate(self) -> None:
-        """Read on, or not: content waits for the upstream, and waiting input is bounded."""
-        pause = self._flow_paused or len(self._input) > MAX_INPUT
-        if self.transport is None or self._state is State.CLOSED or pause is self._reading_paused:
-            return
-        self._reading_paused = pause
+        self._held = pause
         transport = cast("asyncio.Transport", self.transport)
         if pause:
             transport.pause_reading()
         else:
             transport.resume_reading()
 
-    # Replies
-
-    def _owe(self) -> Callable[[Reply], None]:
-        answer = self._replies.owe()
-
-        def answered(reply: Reply) -> None:
-            answer(reply)
-            self._moved()
-
-        return answered
-
-    def _moved(self) -> None:
-        """A reply has been given: the client's turn begins, and what waited for the reply may go on."""
-        self._last_moved = self.loop.time()
-        transaction = self._transaction
-        if transaction is not None and transaction.refused and transaction.quiet:
-            self._reset()
-        if self._state is State.ENDING:
-            if not self._replies:
-                self._close()
-            return
-        self._advance()
-
-    def _write(self, wire: bytes) -> None:
-        if self.transport is not None:
-            cast("asyncio.Transport", self.transport).write(wire)
-
-    # Errors and ends
-
-    def _error(self, reply: Reply) -> None:
-        """Answer a command that is wrong; errors slow a session, and in the end finish it."""
-        self._errors += 1
-        if self._errors >= ERRORS_END:
-            self._end(answers.TOO_MANY_ERRORS, "too_many_errors")
-            return
-        self._replies.say(reply)
-        if self._errors >= ERRORS_SLOW:
-            self._slowed = True
-            self.loop.call_later(ERROR_WAIT, self._resume)
-
-    def _resume(self) -> None:
-        self._slowed = False
-        self._advance()
-
-    def _out_of_step(self) -> None:
-        self._end(answers.OUT_OF_STEP, "out_of_step")
-
-    def _unforeseen(self, error: Exception) -> None:
-        identity = self._transaction.task_id if self._transaction is not None else uuid7()
-        maillog.unforeseen("session", identity, error)
-        self._end(answers.internal(identity), "internal")
-
-    def _end(self, reply: Reply, reason: str) -> None:
-        """Finish the session from our side: `reply` is the last word, after those that are still owed."""
-        if self._state in (State.ENDING, State.CLOSED):
-            return
-        self._reception.metrics.rejected(reason)
-        maillog.session_refused(self._peer, self._listener, reason)
-        answer = self._answer_data if self._state is State.AWAITS_354 else self._replies.say
-        self._state = State.ENDING
-        self._input.clear()
-        self._last_moved = self.loop.time()
-        answer(reply)
-        if not self._replies:
-            self._close()
-
-    def _close(self) -> None:
-        """Close after what has been written; the transaction goes on only if its end of data went up."""
-        if self._state is State.CLOSED:
-            return
-        self._state = State.CLOSED
-        self._input.clear()
-        self._last_moved = self.loop.time()
-        transaction, self._transaction = self._transaction, None
-        if transaction is not None:
-            transaction.client_gone()
-        if self.transport is not None:
+    def close(self) -> None:
+        """Close after what has been written."""
+        if self.transport is not None and not self.transport.is_closing():
+            self._since = self.loop.time()
             self.transport.close()
 
-    # Time
-
-    def check(self, now: float, elapsed: float) -> None:
-        """Look at the session's waits (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
-        if self._state in (State.ENDING, State.CLOSED):
-            if now - self._last_moved > LINGER:
-                self.cut()
-        elif self._write_paused_since is not None and now - self._write_paused_since > WRITE_TIMEOUT:
-            self._reception.metrics.rejected("timeout")
-            self.cut()
-        elif self._state is State.CONTENT:
-            self._check_content(now, elapsed)
-        elif self._state is State.COMMANDS and not self._replies and not self._slowed:
-            self._check_silence(now)
-
-    def _check_content(self, now: float, elapsed: float) -> None:
-        if self._flow_paused:  # it is the upstream that takes its time
-            self._content_began += elapsed
-            self._last_moved = now
-            return
-        transaction = cast("Transaction", self._transaction)
-        took = now - self._content_began
-        received = transaction.body.received if transaction.body is not None else 0
-        if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
-            self._end(answers.TOO_SLOW, "slow")
-        else:
-            self._check_silence(now)
-
-    def _check_silence(self, now: float) -> None:
-        silence = now - self._last_moved
-        if silence > self._reception.idle_timeout:
-            self._end(answers.TIMEOUT, "timeout")
-        elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
-            self._transaction.silent()
-
-    def drain(self) -> None:
-        """Say 421 if nothing is under way; what is under way is finished first."""
-        if self._state is State.COMMANDS and self._transaction is None and not self._replies:
-            self._end(answers.DRAINING, "draining")
-
     def cut(self) -> None:
-        """Drop the connection; nothing more is said."""
+        """Drop the connection; what has not gone out is not sent any more."""
         if self.transport is not None:
             cast("asyncio.Transport", self.transport).abort()
 
-    _VERBS: ClassVar[dict[bytes, Callable[[Session, bytes], None]]] = {
-        b"EHLO": _ehlo,
-        b"HELO": _helo,
-        b"MAIL": _mail,
-        b"RCPT": _rcpt,
-        b"DATA": _data,
-        b"RSET": _rset,
-        b"NOOP": _noop,
-        b"VRFY": _vrfy,
-        b"HELP": _help,
-        b"QUIT": _quit,
-        b"EXPN": _not_available,
-        b"TURN": _not_available,
-        b"ETRN": _not_available,
-        b"BDAT": _not_available,
-        b"AUTH": _not_available,
-        b"STARTTLS": _not_available,
-    }
+    # What the reception asks for
+
+    def check(self, now: float, elapsed: float) -> None:
+        """Look at the waits for this client; called every `elapsed` seconds."""
+        if self.transport is None:
+            return
+        if self.transport.is_closing():
+            if now - self._since > LINGER:
+                self.cut()
+        elif self.choked and now - self._since > WRITE_TIMEOUT:
+            self._reception.metrics.rejected("timeout")
+            self.cut()
+        else:
+            self._dialogue.check(now, elapsed)
+
+    def drain(self) -> None:
+        """Say goodbye if nothing is under way; what is under way is finished first."""
+        self._dialogue.drain()

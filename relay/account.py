@@ -1,0 +1,139 @@
+"""The account of a transaction: its row, its count, its line in the log, all from the same facts.
+
+Rules: `Account` fills while the transaction goes and decides nothing. One outcome drives the metric's label,
+the log's event and whether there is a row, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from relay import maillog
+from relay.envelope import Envelope, Recipient, text
+from relay.outcome import Outcome
+from relay.records.model import Json, Record
+
+if TYPE_CHECKING:
+    from relay.classify import Classification
+    from relay.metrics import Metrics
+    from relay.reply import Reply
+
+__all__ = ["Account", "Sender", "negative_outcome"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sends: the client's name in the record (its address), and the listener it came by."""
+
+    client: str
+    listener: str
+
+
+@dataclass(slots=True)
+class Account:
+    """What is known of one transaction. Times ending in `_s` are in seconds, sizes in octets."""
+
+    task_id: UUID
+    sender: Sender
+    upstream: str | None
+    envelope: Envelope
+    waited_s: float = 0.0
+    """Until there was a connection to the upstream."""
+    upstream_s: float = 0.0
+    """From the end of data to the upstream's verdict."""
+    commit_s: float = 0.0
+    """Until the row was durable."""
+    total_s: float = 0.0
+    """From MAIL to now."""
+    received: int = 0
+    """Octets of content that the client sent."""
+    size: int = 0
+    """Octets of the message as RFC 1870 counts them."""
+    found: Classification | None = None
+    """What the header section said; None if none came."""
+    client_heard: Reply | None = None
+    """The reply to the end of data that the client was given."""
+    client_gone: bool = False
+    """Whether the client left before it could be given one."""
+
+    def record(self, found: Classification, verdict: Reply) -> Record:
+        """Return the row of a message that the upstream has just accepted with `verdict`."""
+        return Record(
+            task_id=self.task_id,
+            client_task_id=found.client_task_id,
+            task_type=found.task_type,
+            sender=text(self.envelope.reverse_path),
+            client=self.sender.client,
+            sent_at=datetime.now(UTC),
+            upstream=self.upstream or "",
+            upstream_reply=str(verdict),
+            message_id=found.message_id,
+            size=self.size,
+            duration_ms=round(self.total_s * 1000),
+            recipients=tuple(text(each.path) for each in self.envelope.accepted),
+            data=self._data(found),
+        )
+
+    def _data(self, found: Classification) -> dict[str, Json]:
+        """Everything that has no column of its own."""
+        data: dict[str, Json] = {}
+        if found.headers:
+            data["headers"] = found.headers
+        if found.tags:
+            data["tags"] = list(found.tags)
+        refused = self.envelope.refused
+        if refused:
+            data["refused"] = [{"recipient": text(each.path), "reply": str(each.reply)} for each in refused]
+        if self.client_heard is not None:  # before the verdict: it was late
+            data["client_reply"] = str(self.client_heard)
+        elif self.client_gone:
+            data["client_reply"] = None
+        return data
+
+    def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:
+        """Count the transaction and write its line; `said`: the upstream's last word, or why it said none."""
+        upstream = "none" if outcome is Outcome.REFUSED or self.upstream is None else self.upstream
+        recipients = Counter(_recipient_outcome(each, outcome) for each in self.envelope.recipients)
+        metrics.upstreams[upstream].transaction(outcome, self.total_s, recipients)
+        if self.received:
+            metrics.message_in(self.received)
+        if outcome is Outcome.ACCEPTED:
+            metrics.message_out(self.size)
+            metrics.message_size(self.size)
+        refused = self.envelope.refused
+        maillog.transaction(
+            outcome,
+            task_id=self.task_id,
+            client=self.sender.client,
+            listener=self.sender.listener,
+            sender=self.envelope.reverse_path,
+            recipients=[each.path for each in self.envelope.recipients if not each.negative],
+            refused=[(each.path, str(each.reply)) for each in refused],
+            task_type=self.found.task_type if self.found is not None else None,
+            message_id=self.found.message_id if self.found is not None else None,
+            size=self.size,
+            upstream=self.upstream,
+            reply=said,
+            client_reply=str(self.client_heard) if self.client_heard is not None else None,
+            client_gone=self.client_gone,
+            wait_s=self.waited_s,
+            upstream_s=self.upstream_s,
+            commit_s=self.commit_s,
+            total_s=self.total_s,
+        )
+
+
+def negative_outcome(reply: Reply) -> Outcome:
+    """Return what a negative reply of the upstream makes of that which it answers."""
+    return Outcome.DEFERRED if reply.transient else Outcome.REJECTED
+
+
+def _recipient_outcome(recipient: Recipient, outcome: Outcome) -> Outcome:
+    """A recipient shares the message's outcome, unless the upstream refused it on its own."""
+    if recipient.reply is None or recipient.reply.positive or outcome is Outcome.UNAVAILABLE:
+        return outcome
+    return negative_outcome(recipient.reply)

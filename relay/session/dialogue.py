@@ -1,0 +1,559 @@
+"""The SMTP dialogue of one session: commands and content in, replies out, in order. No sockets.
+
+Rules: a command is acted on only when whatever it depends on is known; until then it stays in the input, and
+what is in the input is bounded by not reading more. A client that is out of step (input where it must
+wait, something that is not SMTP, line ends that are not CRLF) is out: what it meant as text must never
+run as commands. An error of ours is 451 with the transaction's id; its cause is for the log alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+
+from relay import maillog
+from relay.records.identity import uuid7
+from relay.reply import Reply
+from relay.session import answers
+from relay.session.commands import (
+    DEFAULT_LINE_LIMIT,
+    LINE_LIMITS,
+    CommandError,
+    is_text,
+    parse_mail,
+    parse_rcpt,
+)
+from relay.session.lines import EndlessLineError, Lines, NotCrlfError
+from relay.session.replies import Replies
+from relay.transaction import Transaction, refused_at_mail
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from relay.account import Sender
+    from relay.session.reception import Reception
+
+__all__ = ["Dialogue", "Wire"]
+
+MAX_INPUT = 64 * 1024
+"""Octets of input that may wait before reading stops."""
+MAX_OWED = 100
+"""Replies that may be outstanding before the next command is looked at."""
+ERRORS_SLOW = 10
+"""Errors after which each further one costs the client a wait."""
+ERRORS_END = 20
+"""Errors that end the session."""
+ERROR_WAIT = 0.25
+"""Seconds of that wait."""
+MAX_IDLE_COMMANDS = 100
+"""Commands other than a transaction's in a row; a session is for sending mail."""
+DATA_RATE_GRACE = 30.0
+"""Seconds before the minimum data rate of the content counts."""
+
+_HTTP_VERBS = frozenset(
+    (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH")
+)
+
+_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
+"""Commands that end a transaction: they wait until all of its replies have been given."""
+
+
+class State(Enum):
+    """What the session does with input."""
+
+    COMMANDS = "commands"
+    AWAITS_354 = "awaits_354"
+    CONTENT = "content"
+    SETTLING = "settling"
+    ENDING = "ending"
+    CLOSED = "closed"
+
+
+class Wire(Protocol):
+    """The connection that a dialogue is held over."""
+
+    choked: bool
+    """Whether the client does not read what has been written."""
+
+    def write(self, octets: bytes) -> None:
+        """Send to the client."""
+
+    def hold(self, pause: bool) -> None:
+        """Stop reading from the client, or go on."""
+
+    def close(self) -> None:
+        """Close after what has been written."""
+
+
+class Dialogue:
+    """One SMTP dialogue, from the greeting to the last word."""
+
+    __slots__ = (
+        "_advancing",
+        "_answer_data",
+        "_content_began",
+        "_eof",
+        "_errors",
+        "_flow_paused",
+        "_greeted",
+        "_idle_commands",
+        "_input",
+        "_last_moved",
+        "_loop",
+        "_may_relay",
+        "_reception",
+        "_replies",
+        "_sender",
+        "_slowed",
+        "_smtputf8",
+        "_state",
+        "_transaction",
+        "_wire",
+    )
+
+    def __init__(self, wire: Wire, reception: Reception, sender: Sender, *, may_relay: bool) -> None:
+        """Begin; `sender` is who is at the other end, `may_relay` whether the policy lets it relay."""
+        self._wire = wire
+        self._reception = reception
+        self._sender = sender
+        self._may_relay = may_relay
+        self._loop: asyncio.AbstractEventLoop = reception.loop
+        self._state = State.COMMANDS
+        self._replies = Replies(wire.write)
+        self._input = Lines()
+        self._advancing = False
+        self._greeted = False
+        self._answer_data: Callable[[Reply], None] = self._replies.say
+        self._smtputf8 = False
+        self._transaction: Transaction | None = None
+        self._errors = 0
+        self._idle_commands = 0
+        self._slowed = False
+        self._last_moved = self._loop.time()
+        self._content_began = 0.0
+        self._flow_paused = False
+        self._eof = False
+
+    # What happens on the wire
+
+    def begin(self, refusal: Reply | None) -> None:
+        """Greet the client, or turn it away."""
+        if refusal is None:
+            self._wire.write(self._reception.greeting.wire)
+        else:
+            self._wire.write(refusal.wire)
+            self._close()
+
+    def take(self, octets: bytes) -> None:
+        """Take input: commands or content, as the state says."""
+        if self._state is State.AWAITS_354:
+            self._out_of_step()
+        elif not self.over:
+            self._input.feed(octets)
+            self.advance()
+
+    def end_of_input(self) -> None:
+        """The client will send no more; what is under way is still answered."""
+        self._eof = True
+        if self._state is State.CONTENT:
+            self._close()
+        else:
+            self.advance()
+
+    def client_gone(self) -> None:
+        """The connection is gone: an end of data that went up is still settled, all else ends."""
+        self._state = State.CLOSED
+        self._let_go()
+
+    @property
+    def over(self) -> bool:
+        """Whether the last word has been said, or is about to be."""
+        return self._state in (State.ENDING, State.CLOSED)
+
+    # Input
+
+    def advance(self) -> None:
+        """Act on the input as far as can be done now."""
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._input and self._step():
+                pass
+        except Exception as error:
+            self._unforeseen(error)
+        finally:
+            self._advancing = False
+        if self._state is State.COMMANDS and not self._replies:
+            if self._eof:
+                self._close()
+            elif self._reception.draining and self._transaction is None:
+                self._end(answers.DRAINING, "draining")
+        self._regulate()
+
+    def _step(self) -> bool:
+        """Take one command line or block of content; False when nothing can be taken now."""
+        if self._state is State.CONTENT:
+            return self._take_content()
+        if self._state is not State.COMMANDS or self._wire.choked:
+            return False
+        if self._slowed or len(self._replies) >= MAX_OWED:
+            return False
+        return self._take_command()
+
+    def _take_command(self) -> bool:
+        """Act on the next command line; False if it is not complete, or must wait for replies before it."""
+        try:
+            line = self._input.next()
+        except NotCrlfError:
+            self._end(answers.NOT_CRLF, "out_of_step")
+            return False
+        except EndlessLineError:
+            self._end(answers.ENDLESS_LINE, "out_of_step")
+            return False
+        if line is None:
+            return False
+        verb, _, argument = line.partition(b" ")
+        verb = verb.upper()
+        if self._replies and self._must_wait(verb):
+            self._input.back()
+            return False
+        act = self._VERBS.get(verb)
+        if act is None:
+            self._not_known(verb)
+            return True
+        self._last_moved = self._loop.time()
+        if self._reception.draining and self._transaction is None:
+            self._end(answers.DRAINING, "draining")
+        elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
+            self._error(answers.LINE_TOO_LONG)
+        elif not is_text(line):
+            self._error(answers.CONTROLS)
+        else:
+            act(self, argument)
+        return True
+
+    def _must_wait(self, verb: bytes) -> bool:
+        """Whether the command changes what the replies still owed are about."""
+        return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
+
+    def _not_known(self, verb: bytes) -> None:
+        if verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
+            self._end(answers.NOT_SMTP, "out_of_step")
+        else:
+            self._error(answers.UNKNOWN)
+
+    # Commands
+
+    def _ehlo(self, argument: bytes) -> None:
+        if self._hello(argument):
+            self._replies.say(self._reception.ehlo())
+
+    def _helo(self, argument: bytes) -> None:
+        if self._hello(argument):
+            self._replies.say(self._reception.helo)
+
+    def _hello(self, argument: bytes) -> bool:
+        """RFC 5321 4.1.4: a new EHLO ends the open transaction, as RSET does."""
+        if not argument.strip():
+            self._error(answers.NEEDS_NAME)
+            return False
+        self._reset()
+        self._greeted = True
+        return self._not_idle()
+
+    def _mail(self, argument: bytes) -> None:
+        if not self._greeted:
+            self._error(answers.START)
+            return
+        if self._transaction is not None:
+            self._error(answers.NESTED)
+            return
+        try:
+            mail = parse_mail(argument)
+        except CommandError as error:
+            self._error(error.reply)
+            return
+        refusal = self._refusal(mail.size)
+        if refusal is not None:
+            reply, reason = refusal
+            self._reception.metrics.rejected(reason)
+            refused_at_mail(self._reception.metrics, self._sender, mail.reverse_path, reply)
+            self._replies.say(reply)
+            return
+        self._idle_commands = 0
+        self._smtputf8 = mail.smtputf8
+        transaction = Transaction(
+            self._reception.services, self._reception.pool, self._sender, mail.reverse_path
+        )
+        self._transaction = transaction
+        transaction.on_flow = self._on_flow
+        transaction.mail(b"MAIL " + argument + b"\r\n", self._owe())
+
+    def _refusal(self, size: int | None) -> tuple[Reply, str] | None:
+        """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
+        if not self._may_relay:
+            return answers.NOT_ALLOWED, "not_allowed"
+        limit = self._reception.max_message_size
+        if size is not None and limit and size > limit:
+            return answers.TOO_LARGE, "too_large"
+        if self._reception.services.recorder.refusal() is not None:
+            return answers.NO_RECORDS, "records"
+        return None
+
+    def _rcpt(self, argument: bytes) -> None:
+        transaction = self._open_transaction()
+        if transaction is None:
+            self._error(answers.NO_TRANSACTION)
+            return
+        try:
+            rcpt = parse_rcpt(argument, smtputf8=self._smtputf8)
+        except CommandError as error:
+            self._error(error.reply)
+            return
+        if len(transaction.envelope.recipients) >= self._reception.max_recipients:
+            self._reception.metrics.rejected("too_many_recipients")
+            self._replies.say(answers.TOO_MANY_RECIPIENTS)
+            return
+        transaction.rcpt(b"RCPT " + argument + b"\r\n", rcpt.forward_path, self._owe())
+
+    def _data(self, argument: bytes) -> None:
+        transaction = self._open_transaction()
+        if self._input:
+            # What follows DATA in the same breath is meant as text: it must not run as commands, and the
+            # client has not waited for the 354 that it needs (RFC 2920 3.1).
+            self._out_of_step()
+        elif argument:
+            self._error(answers.NO_ARGUMENT)
+        elif transaction is None:
+            self._error(answers.NO_TRANSACTION)
+        elif not transaction.envelope.recipients:
+            self._error(answers.NO_RCPT)
+        else:
+            self._give_data(transaction)
+
+    def _give_data(self, transaction: Transaction) -> None:
+        self._state = State.AWAITS_354
+        self._answer_data = answer = self._owe()
+
+        def answered(reply: Reply) -> None:
+            if self._state is State.AWAITS_354:
+                self._state = State.COMMANDS if transaction.body is None else State.CONTENT
+                self._content_began = self._loop.time()
+            answer(reply)
+
+        transaction.data(answered)
+
+    def _rset(self, argument: bytes) -> None:
+        if argument:
+            self._error(answers.NO_ARGUMENT)
+            return
+        self._reset()
+        if self._not_idle():
+            self._replies.say(answers.OK)
+
+    def _noop(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(answers.OK)
+
+    def _vrfy(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(answers.VRFY)
+
+    def _help(self, argument: bytes) -> None:
+        del argument
+        if self._not_idle():
+            self._replies.say(answers.HELP)
+
+    def _not_available(self, argument: bytes) -> None:
+        del argument
+        self._error(answers.NOT_HERE)
+
+    def _quit(self, argument: bytes) -> None:
+        del argument
+        self._reset()
+        self._replies.say(answers.BYE)
+        self._close()
+
+    def _open_transaction(self) -> Transaction | None:
+        """The transaction that RCPT and DATA belong to: open, or about to be (MAIL not answered yet)."""
+        transaction = self._transaction
+        return None if transaction is None or transaction.refused else transaction
+
+    def _reset(self) -> None:
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abandon()
+
+    def _not_idle(self) -> bool:
+        """Count a command that brings no message nearer; False when there were too many."""
+        self._idle_commands += 1
+        if self._idle_commands <= MAX_IDLE_COMMANDS:
+            return True
+        self._end(answers.IDLE_COMMANDS, "too_many_errors")
+        return False
+
+    # Content
+
+    def _take_content(self) -> bool:
+        transaction = cast("Transaction", self._transaction)
+        self._last_moved = self._loop.time()
+        rest = transaction.feed(self._input.take())
+        body = transaction.body
+        if rest is None:
+            if body is not None and body.hopeless:
+                self._end(answers.TOO_LARGE, "too_large")
+            return False
+        if body is not None and body.fault is not None:
+            self._reception.metrics.rejected(body.fault.value)
+        self._input.feed(rest)
+        self._state = State.SETTLING
+        self._flow_paused = False
+        transaction.finish(self._settled)
+        return True
+
+    def _settled(self, reply: Reply) -> None:
+        """Give the verdict to the client; what it sent behind the end of data is next."""
+        self._transaction = None
+        if self._state is State.SETTLING:
+            self._state = State.COMMANDS
+        self._replies.say(reply)
+        self._moved()
+
+    def _on_flow(self, pause: bool) -> None:
+        self._flow_paused = pause
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Read on, or not: content waits for the upstream, and waiting input is bounded."""
+        self._wire.hold(self._flow_paused or len(self._input) > MAX_INPUT)
+
+    # Replies
+
+    def _owe(self) -> Callable[[Reply], None]:
+        answer = self._replies.owe()
+
+        def answered(reply: Reply) -> None:
+            answer(reply)
+            self._moved()
+
+        return answered
+
+    def _moved(self) -> None:
+        """A reply has been given: the client's turn begins, and what waited for the reply may go on."""
+        self._last_moved = self._loop.time()
+        transaction = self._transaction
+        if transaction is not None and transaction.refused and transaction.quiet:
+            self._reset()
+        if self._state is State.ENDING:
+            if not self._replies:
+                self._close()
+            return
+        self.advance()
+
+    # Errors and ends
+
+    def _error(self, reply: Reply) -> None:
+        """Answer a command that is wrong; errors slow a session, and in the end finish it."""
+        self._errors += 1
+        if self._errors >= ERRORS_END:
+            self._end(answers.TOO_MANY_ERRORS, "too_many_errors")
+            return
+        self._replies.say(reply)
+        if self._errors >= ERRORS_SLOW:
+            self._slowed = True
+            self._loop.call_later(ERROR_WAIT, self._resume)
+
+    def _resume(self) -> None:
+        self._slowed = False
+        self.advance()
+
+    def _out_of_step(self) -> None:
+        self._end(answers.OUT_OF_STEP, "out_of_step")
+
+    def _unforeseen(self, error: Exception) -> None:
+        identity = self._transaction.task_id if self._transaction is not None else uuid7()
+        maillog.unforeseen("session", identity, error)
+        self._end(answers.internal(identity), "internal")
+
+    def _end(self, reply: Reply, reason: str) -> None:
+        """Finish from our side: `reply` is the last word, after those that are still owed."""
+        if self.over:
+            return
+        self._reception.metrics.rejected(reason)
+        maillog.session_refused(self._sender.client, self._sender.listener, reason)
+        answer = self._answer_data if self._state is State.AWAITS_354 else self._replies.say
+        self._state = State.ENDING
+        self._input.clear()
+        answer(reply)
+        if not self._replies:
+            self._close()
+
+    def _close(self) -> None:
+        """Close after what has been written; the transaction goes on only if its end of data went up."""
+        if self._state is not State.CLOSED:
+            self._state = State.CLOSED
+            self._let_go()
+            self._wire.close()
+
+    def _let_go(self) -> None:
+        self._input.clear()
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.client_gone()
+
+    # Time
+
+    def check(self, now: float, elapsed: float) -> None:
+        """Look at what the client is waited for (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
+        if self._state is State.CONTENT:
+            self._check_content(now, elapsed)
+        elif self._state is State.COMMANDS and not self._replies and not self._slowed:
+            self._check_silence(now)
+
+    def _check_content(self, now: float, elapsed: float) -> None:
+        if self._flow_paused:  # it is the upstream that takes its time
+            self._content_began += elapsed
+            self._last_moved = now
+            return
+        transaction = cast("Transaction", self._transaction)
+        took = now - self._content_began
+        received = transaction.body.received if transaction.body is not None else 0
+        if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
+            self._end(answers.TOO_SLOW, "slow")
+        else:
+            self._check_silence(now)
+
+    def _check_silence(self, now: float) -> None:
+        silence = now - self._last_moved
+        if silence > self._reception.idle_timeout:
+            self._end(answers.TIMEOUT, "timeout")
+        elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
+            self._transaction.silent()
+
+    def drain(self) -> None:
+        """Say 421 if nothing is under way; what is under way is finished first."""
+        if self._state is State.COMMANDS and self._transaction is None and not self._replies:
+            self._end(answers.DRAINING, "draining")
+
+    _VERBS: ClassVar[dict[bytes, Callable[[Dialogue, bytes], None]]] = {
+        b"EHLO": _ehlo,
+        b"HELO": _helo,
+        b"MAIL": _mail,
+        b"RCPT": _rcpt,
+        b"DATA": _data,
+        b"RSET": _rset,
+        b"NOOP": _noop,
+        b"VRFY": _vrfy,
+        b"HELP": _help,
+        b"QUIT": _quit,
+        b"EXPN": _not_available,
+        b"TURN": _not_available,
+        b"ETRN": _not_available,
+        b"BDAT": _not_available,
+        b"AUTH": _not_available,
+        b"STARTTLS": _not_available,
+    }
