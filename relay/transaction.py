@@ -432,12 +432,13 @@ class Transaction:
             return self._broken_as
         if self._mail_reply is not None and not self._mail_reply.positive:
             return negative_outcome(self._mail_reply)
-        if self._data_reply is not None and self._data_reply.code >= 400:
-            return negative_outcome(self._data_reply)
         refused = self.envelope.refused
         if refused and len(refused) == len(self.envelope.recipients):
+            # Whether DATA was sent all the same, and its 554 "no valid recipients" heard, decides nothing.
             transient = any(each.reply is not None and each.reply.transient for each in refused)
             return Outcome.DEFERRED if transient else Outcome.REJECTED
+        if self._data_reply is not None and self._data_reply.code >= 400:
+            return negative_outcome(self._data_reply)
         return Outcome.ABORTED
 
     # The one place where the outcome is said

@@ -190,6 +190,8 @@ class Dialogue:
                 self._close()
             elif self._reception.draining and self._transaction is None:
                 self._end(answers.DRAINING, "draining")
+        elif self._state is State.CONTENT and self._eof:  # FIN came before the 354: there is no content
+            self._close()
         self._regulate()
 
     def _step(self) -> bool:

@@ -29,6 +29,8 @@ __all__ = ["Reception"]
 
 BACKLOG = 4096
 """Connections that the kernel may hold for us: a burst must not wait for SYN retries."""
+COMMIT_TIMEOUT = 5.0
+"""Seconds that rows of the last messages get to become durable before the sessions are cut."""
 MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
 """Extensions that the relay can carry and offers when the upstream has them."""
 
@@ -142,6 +144,7 @@ class Reception:
         A message whose end of data went up unanswered is in doubt when the time is over.
         """
         self.draining = True
+        ends = self.loop.time() + timeout_s
         await self.close()
         maillog.draining(len(self._sessions), timeout_s)
         for session in tuple(self._sessions):
@@ -150,13 +153,17 @@ class Reception:
             self._left.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._left.wait(), timeout_s)
-        settled = [task for task in self.services.running if not task.done()]
+        await self._settled(ends - self.loop.time())  # also those whose client has gone
         for transaction in tuple(self.services.settling):
             transaction.give_up()
-        if settled:
-            await asyncio.wait(settled, timeout=1 + timeout_s)
+        await self._settled(COMMIT_TIMEOUT)
         for session in tuple(self._sessions):
             session.cut()
+
+    async def _settled(self, timeout_s: float) -> None:
+        """Wait until the messages that are settling have their outcome, for `timeout_s` seconds at most."""
+        if self.services.running:
+            await asyncio.wait(tuple(self.services.running), timeout=max(0.0, timeout_s))
 
     def __repr__(self) -> str:
         return f"<Reception: {len(self._sessions)} sessions, {len(self.services.settling)} settling>"
