@@ -43,6 +43,10 @@ __all__ = ["MAX_RECEIVED", "Services", "Transaction", "refused_at_mail"]
 MAX_RECEIVED = 50
 """Received fields that a message may carry before it is taken to be in a loop (RFC 5321 6.3)."""
 
+WRITE_SIZE = 16 * 1024
+"""Octets of content that gather before they are written: a small message then goes up in one piece, for half
+the system calls of one that is passed on segment by segment."""
+
 LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
 SILENT = Reply.own(451, "4.2", "Silent for too long: the upstream connection was given up, try again")
 NO_RECIPIENTS = Reply.own(554, "5.1", "No valid recipients")
@@ -109,7 +113,8 @@ class Transaction:
         self._data_reply: Reply | None = None
         self._broken: Reply | None = None
         self._broken_as = Outcome.UNAVAILABLE
-        self._last_content = b""
+        self._unwritten: list[bytes] = []
+        self._unwritten_size = 0
         self._answer_verdict: Callable[[Reply], None] = _ignore
         self._verdict_due = 0.0
 
@@ -287,12 +292,19 @@ class Transaction:
             self._classify(body.header)
         if body.fault is not None and self._broken is None:
             self._refuse(FAULTS[body.fault])
+        self._unwritten.append(content)
+        self._unwritten_size += len(content)
         if body.ended:
-            self._last_content = content
             return body.rest
-        if content and self._connection is not None:
-            self._connection.write(content)
+        if self._unwritten_size >= WRITE_SIZE:
+            self._write_content()
         return None
+
+    def _write_content(self, *end: bytes) -> None:
+        """Write what has gathered, and `end` with it, in one piece."""
+        gathered, self._unwritten, self._unwritten_size = self._unwritten, [], 0
+        if self._connection is not None:
+            self._connection.write(*gathered, *end)
 
     def _classify(self, header: bytes) -> None:
         self._account.found = self._services.classifier.classify(header, self.envelope.reverse_path)
@@ -303,6 +315,7 @@ class Transaction:
         """Give the message up by the relay's own rule: content is cut off, the client hears at the end."""
         self._cut("content refused")
         self._connection = None
+        self._unwritten.clear()
         self._broken, self._broken_as = reply, Outcome.REFUSED
         self.on_flow(False)
 
@@ -330,7 +343,7 @@ class Transaction:
         self._verdict: asyncio.Future[Reply | Failure] = self._loop.create_future()
         self._verdict_due = self._loop.time() + self._pool.end_of_data_timeout
         connection.expect("end_of_data", self._verdict.set_result)
-        connection.write(self._last_content, b".\r\n")
+        self._write_content(b".\r\n")
         settled = self._loop.create_task(self._settle(connection))
         self._services.running.add(settled)
         settled.add_done_callback(self._services.running.discard)
