@@ -29,9 +29,13 @@ RETENTION = Retention(timedelta(days=30))
 
 async def open_error(path, **options):
     """Open what cannot be opened; return what the operator is told."""
-    with pytest.raises(StoreError) as caught:
-        await Store.open(f"sqlite:///{path}", RETENTION, **options)
-    text = str(caught.value)
+    try:
+        store = await Store.open(f"sqlite:///{path}", RETENTION, **options)
+    except StoreError as error:
+        text = str(error)
+    else:
+        await store.close()
+        pytest.fail("it was opened")
     assert "\n" not in text
     return text
 
