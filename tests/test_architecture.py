@@ -1,4 +1,4 @@
-"""The architecture as it is drawn in the documentation: who may import whom, and who alone knows a library."""
+"""The architecture as the documentation draws it: who may import whom, and who alone knows a library."""
 
 from __future__ import annotations
 

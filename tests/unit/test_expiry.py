@@ -170,7 +170,7 @@ async def test_it_never_runs_twice_at_once(store, path, clock):
     other = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
     await store.write([record(number, NOW) for number in range(100)])
     running = asyncio.create_task(store.expire(NOW, 1))
-    while not lease(path):  # noqa: ASYNC110
+    while not lease(path):
         await asyncio.sleep(0)
     for either in (store, other):
         with pytest.raises(ExpiryBusyError, match="another process"):
@@ -345,7 +345,7 @@ async def test_stop_in_the_middle_of_a_run_leaves_the_rest(store, path, make_loo
     await store.write([record(number, NOW) for number in range(1000)])
     loop, metrics, _ = make_loop(3600)
     loop.start()
-    while not metrics.rows:  # noqa: ASYNC110
+    while not metrics.rows:
         await asyncio.sleep(0)
     await loop.stop()
     await loop.stop()

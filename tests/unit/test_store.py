@@ -493,7 +493,7 @@ async def test_a_run_that_was_cut_short_is_taken_up_where_it_was(open_store, pat
     await store.write([record(number) for number in range(2500)])
     store = await open_store(Retention(DAY))
     following = asyncio.create_task(store.follow_retention())
-    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):  # noqa: ASYNC110
+    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):
         await asyncio.sleep(0)
     following.cancel()
     await asyncio.wait([following])
@@ -513,7 +513,7 @@ async def test_of_two_with_different_settings_the_later_takes_over(open_store, p
     await store.write([record(number) for number in range(2500)])
     earlier, later = [await open_store(Retention(days * DAY)) for days in (1, 2)]
     following = asyncio.create_task(earlier.follow_retention())
-    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):  # noqa: ASYNC110
+    while not rows(path, "SELECT 1 FROM task_done WHERE expires_at < '2026-12-01'"):
         await asyncio.sleep(0)
     await later.follow_retention()
     await following
