@@ -1,0 +1,278 @@
+"""The relay stops: no new session, what is under way is finished, nothing is left running or unrecorded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from relay.app import Relay
+from tests.conftest import Running
+from tests.support.client import Client
+from tests.support.upstream import Delay, ScriptedUpstream, Silence
+from tests.support.watch import counted, eventually, outcomes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from relay.settings import Settings
+
+MAIL = b"MAIL FROM:<a@example.test>"
+RCPT = b"RCPT TO:<b@example.test>"
+CONTENT = b"Subject: one\r\n\r\ntext\r\n"
+LONG = "1h"
+SHORT = "50ms"
+
+
+class Stopping:
+    """A relay that a test starts, begins to stop, and sees end."""
+
+    def __init__(self, settings: Settings, database: Path) -> None:
+        self.relay = Relay(settings)
+        self._database = database
+        self._stop: asyncio.Task[None] | None = None
+        self._before: set[asyncio.Task[Any]] = set()
+        self.running: Running
+
+    async def start(self) -> Running:
+        self._before = asyncio.all_tasks()
+        self._threads = threading.active_count()
+        await self.relay.start()
+        self.running = Running(self.relay, self._database)
+        return self.running
+
+    async def begin(self) -> None:
+        """Begin to stop; return once the relay drains."""
+        self._stop = asyncio.create_task(self.relay.stop())
+        await eventually(lambda: self.relay.reception.draining)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop is not None and self._stop.done()
+
+    async def end(self, upstream: ScriptedUpstream) -> None:
+        """Wait for the end, and fail if anything is left of the relay: a task, a thread, a connection."""
+        assert self._stop is not None
+        async with asyncio.timeout(15):
+            await self._stop
+        assert repr(self.relay.reception) == "<Reception: 0 sessions, 0 settling>"
+        assert repr(self.relay.pool) == "<Pool primary: 0 active, 0 idle, 0 connecting, 0 waiting>"
+        await upstream.wait_for(lambda: not upstream.open_connections)
+        ours = {task for connection in upstream.connections if (task := connection.task) is not None}
+        await eventually(lambda: not (asyncio.all_tasks() - self._before - ours), lambda: asyncio.all_tasks())
+        await eventually(lambda: threading.active_count() <= self._threads, lambda: threading.enumerate())
+
+
+@pytest.fixture
+async def stopping(settings_for: Callable[..., Settings], tmp_path: Path, upstream: ScriptedUpstream) -> Any:
+    """Return a starter of relays that is sure to stop them: `stopping(section={...})`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin(**over: Any) -> Stopping:
+            found = Stopping(settings_for(upstream.port, **over), tmp_path / "rows.db")
+            await found.start()
+            stack.push_async_callback(_stopped, found)
+            return found
+
+        yield begin
+
+
+async def _stopped(found: Stopping) -> None:
+    if not found.stopped:
+        await found.begin()
+
+
+async def say(client: Client, *commands: bytes) -> None:
+    await client.ehlo()
+    for command in commands:
+        await client.command(command)
+
+
+async def test_an_idle_session_hears_421(stopping: Any, upstream: ScriptedUpstream) -> None:
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as silent, Client(relay.running.port) as greeted:
+        await silent.greeting()
+        await greeted.ehlo()
+        await relay.begin()
+        for client in (silent, greeted):
+            assert (await client.expect(421)).text.startswith("4.3.2 ")
+            await client.expect_eof()
+        await relay.end(upstream)
+
+
+async def test_new_connections_are_refused(stopping: Any, upstream: ScriptedUpstream) -> None:
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL)
+        await relay.begin()
+        with pytest.raises(OSError, match="Connect call failed"):
+            await Client.connect(relay.running.port)
+        assert not relay.stopped
+        await client.command("QUIT", 221)
+        await relay.end(upstream)
+
+
+@pytest.mark.parametrize("said", range(1, 4), ids=["after_MAIL", "after_RCPT", "after_DATA"])
+async def test_a_transaction_is_finished_then_421(
+    said: int, stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    relay = await stopping(server={"drain_timeout": LONG})
+    commands = (MAIL, RCPT, b"DATA")
+    async with Client(relay.running.port) as client:
+        await say(client, *commands[:said])
+        await relay.begin()
+        for command in commands[said:]:
+            await client.command(command)
+        await client.send(CONTENT + b".\r\n")
+        await client.expect(250)
+        assert (await client.expect(421)).text.startswith("4.3.2 ")
+        await client.expect_eof()
+        await relay.end(upstream)
+    assert upstream.messages[0].content == CONTENT
+    assert len(relay.running.rows()) == 1
+    assert outcomes(relay.running) == {"accepted": 1}
+
+
+@pytest.mark.parametrize("command", [b"RSET", b"EHLO client.test"])
+async def test_a_transaction_that_is_given_up_is_followed_by_421(
+    command: bytes, stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL)
+        await relay.begin()
+        await client.command(command, 250)
+        await client.expect(421)
+        await client.expect_eof()
+        await relay.end(upstream)
+    assert outcomes(relay.running) == {"aborted": 1}
+
+
+async def test_a_second_message_is_not_begun(stopping: Any, upstream: ScriptedUpstream) -> None:
+    answer = asyncio.Event()
+    upstream.script = {"end_of_data": Delay(answer)}
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL, RCPT, b"DATA")
+        await client.send(CONTENT + b".\r\n" + MAIL + b"\r\n")
+        await upstream.message()
+        await relay.begin()
+        answer.set()
+        await client.expect(250)
+        await client.expect(421)
+        await client.expect_eof()
+        await relay.end(upstream)
+    assert outcomes(relay.running) == {"accepted": 1}
+
+
+async def test_a_verdict_is_awaited(stopping: Any, upstream: ScriptedUpstream) -> None:
+    answer = asyncio.Event()
+    upstream.script = {"end_of_data": Delay(answer)}
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL, RCPT, b"DATA")
+        await client.send(CONTENT + b".\r\n")
+        await upstream.message()
+        await relay.begin()
+        assert not relay.stopped
+        answer.set()
+        await client.expect(250)
+        await client.expect(421)
+        await relay.end(upstream)
+    assert len(relay.running.rows()) == 1
+
+
+async def test_a_verdict_is_awaited_also_when_its_client_has_gone(
+    stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    answer = asyncio.Event()
+    upstream.script = {"end_of_data": Delay(answer)}
+    relay = await stopping(server={"drain_timeout": LONG})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL, RCPT, b"DATA")
+        await client.send(CONTENT + b".\r\n")
+        await upstream.message()
+        client.reset()
+        await eventually(lambda: "0 sessions, 1 settling" in repr(relay.relay.reception))
+        await relay.begin()
+        await asyncio.sleep(0.05)  # the longer it were, the clearer
+        assert not relay.stopped
+        answer.set()
+        await relay.end(upstream)
+    (row,) = relay.running.rows()
+    assert json.loads(row["data"]) == {"client_reply": None}
+    assert outcomes(relay.running) == {"accepted": 1}
+
+
+async def test_a_verdict_that_does_not_come_in_time_is_in_doubt(
+    stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"end_of_data": Silence()}
+    relay = await stopping(server={"drain_timeout": SHORT})
+    async with Client(relay.running.port) as client:
+        await say(client, MAIL, RCPT, b"DATA")
+        await client.send(CONTENT + b".\r\n")
+        await upstream.message()
+        await relay.begin()
+        assert (await client.expect(451)).text.startswith("4.4.2 ")
+        assert (await client.expect_closed())[:10] in (b"421 4.3.2 ", b"")
+        await relay.end(upstream)
+    assert outcomes(relay.running) == {"in_doubt": 1}
+    assert relay.running.rows() == []
+
+
+@pytest.mark.parametrize("said", range(1, 5), ids=["after_MAIL", "after_RCPT", "after_DATA", "in_the_body"])
+async def test_a_client_that_does_not_finish_in_time_is_cut_off(
+    said: int, stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    relay = await stopping(server={"drain_timeout": SHORT})
+    async with Client(relay.running.port) as client:
+        await say(client, *(MAIL, RCPT, b"DATA")[:said])
+        if said == 4:
+            await client.send(CONTENT)
+            await upstream.wait_for(lambda: upstream.incomplete[0].size)
+        await relay.begin()
+        await client.expect_closed()
+        await relay.end(upstream)
+    assert upstream.messages == []
+    assert relay.running.rows() == []
+    await counted(relay.running, aborted=1)
+
+
+async def test_a_client_that_waits_for_a_connection_is_not_waited_for(
+    stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    relay = await stopping(
+        server={"drain_timeout": SHORT}, upstream={"max_connections": 1, "lease_wait_timeout": LONG}
+    )
+    async with Client(relay.running.port) as first, Client(relay.running.port) as second:
+        await say(first, MAIL)
+        await second.ehlo()
+        await second.send(MAIL + b"\r\n")
+        await eventually(lambda: "1 waiting" in repr(relay.relay.pool))
+        await relay.begin()
+        await first.expect_closed()
+        await second.expect_closed()
+        await relay.end(upstream)
+    await counted(relay.running, aborted=2)
+
+
+async def test_the_upstream_hears_quit(stopping: Any, upstream: ScriptedUpstream) -> None:
+    relay = await stopping()
+    await relay.begin()
+    await relay.end(upstream)
+    assert upstream.connections[0].lines[-1] == b"QUIT"
+
+
+async def test_an_upstream_that_does_not_answer_quit_is_not_waited_for_long(
+    stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"QUIT": Silence()}
+    relay = await stopping()
+    await relay.begin()
+    await relay.end(upstream)
