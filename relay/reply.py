@@ -24,7 +24,14 @@ _PRINTABLE = bytes(octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F
 
 
 class MalformedReplyError(ValueError):
-    """The upstream sent octets that are not a reply (RFC 5321 4.2)."""
+    """The upstream sent octets that are not a reply (RFC 5321 4.2).
+
+    `replies` are those that were complete before them in the same octets.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.replies: list[Reply] = []
 
 
 class Reply:
@@ -119,11 +126,19 @@ class ReplyParser:
     def feed(self, octets: bytes) -> list[Reply]:
         """Return the replies that `octets` complete; raise MalformedReplyError at the first bad octet.
 
-        Replies that were complete before the bad octet in the same call are lost with it: an upstream
-        that is out of step is not believed about the step before either.
+        An upstream that is out of step is not believed about the step before either: replies that were
+        complete before the bad octet in the same call are lost to all but a caller who asks the error.
         """
         data = self._rest + octets if self._rest else octets
         replies: list[Reply] = []
+        try:
+            self._take(data, replies)
+        except MalformedReplyError as error:
+            error.replies = replies
+            raise
+        return replies
+
+    def _take(self, data: bytes, replies: list[Reply]) -> None:
         position = 0
         while True:
             match = _LINE.match(data, position)
@@ -136,7 +151,6 @@ class ReplyParser:
         self._rest = data[position:]
         if self._rest:
             self._check_unfinished()
-        return replies
 
     def _line(self, match: re.Match[bytes]) -> Reply | None:
         code, separator, _ = match.groups()

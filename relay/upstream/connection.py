@@ -149,6 +149,8 @@ class Connection(asyncio.Protocol):
         try:
             replies = self._parser.feed(data)
         except MalformedReplyError as error:
+            if error.replies and self._awaits_verdict and _fits(error.replies[0], "end_of_data"):
+                self._answer(error.replies[0])  # a verdict stands, whatever comes behind it
             self._end(Failure(f"out of step: {error}"))
             return
         if self._ahead(replies):
@@ -173,9 +175,13 @@ class Connection(asyncio.Protocol):
         A verdict on the end of data stands all the same (RFC 5321 4.2.1), and a 421 may come unasked.
         """
         surplus = len(replies) - len(self._awaited)
-        if surplus <= 0 or not self._awaited or self._awaited[-1].command == "end_of_data":
+        if surplus <= 0 or not self._awaited or self._awaits_verdict:
             return False
         return surplus > 1 or replies[-1].code != 421
+
+    @property
+    def _awaits_verdict(self) -> bool:
+        return bool(self._awaited) and self._awaited[0].command == "end_of_data"
 
     def _answer(self, reply: Reply) -> None:
         awaited = self._awaited.popleft()
