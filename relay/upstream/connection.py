@@ -95,17 +95,14 @@ class Connection(asyncio.Protocol):
         self.opened_at = self._loop.time()
         self.idle_since = self.opened_at
         self.transactions = 0
+        self.reused = False
+        """Whether it has been in the pool: it may have died there, and only the reply to MAIL will tell."""
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over a transport on which the handshake is done."""
         self._transport = transport
         transport.set_protocol(self)
         transport.resume_reading()
-
-    @property
-    def reused(self) -> bool:
-        """Whether an earlier transaction ran on this connection."""
-        return self.transactions > 1
 
     # Sending
 

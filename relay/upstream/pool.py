@@ -104,6 +104,7 @@ class Pool:
         if self._closing or self._worn(connection, now):
             connection.quit()
             return
+        connection.reused = True
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
