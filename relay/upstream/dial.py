@@ -71,7 +71,7 @@ class Dialer:
             if self._own_token in greeting.message:
                 raise DialError("protocol", "mail loop: the upstream is this relay itself", LOOP)
             stage = "protocol"
-            await client.ehlo()
+            await _greet(client)
             if upstream.tls == "starttls" or (
                 upstream.tls == "opportunistic" and client.supports_extension("starttls")
             ):
@@ -92,6 +92,16 @@ class Dialer:
         except BaseException:
             _discard(client)
             raise
+
+
+async def _greet(client: aiosmtplib.SMTP) -> None:
+    """Say EHLO; to a server that does not know the command, HELO (RFC 5321 3.2)."""
+    try:
+        await client.ehlo()
+    except aiosmtplib.SMTPHeloError as error:
+        if error.code not in (500, 502):
+            raise
+        await client.helo()
 
 
 async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
