@@ -1,0 +1,98 @@
+"""Finding the peers that Debian's and npm's packages bring, and a place where their daemons can work.
+
+Rules: a peer that is missing skips its tests and says what to install; nothing here starts a service of the
+system or touches its configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["AS_ROOT", "NODEMAILER", "Ended", "command", "daemon_directory", "free_port", "needs", "run"]
+
+_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+_HERE = Path(__file__).parent
+NODEMAILER = _HERE / "node_modules" / "nodemailer"
+"""Where `npm install` in this directory puts it."""
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="Postfix starts its daemons as root only")
+
+
+def command(name: str) -> str:
+    """Return the path of a command, sbin directories included; FileNotFoundError if it is not installed."""
+    found = shutil.which(name, path=_PATH)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed")
+    return found
+
+
+def needs(name: str, package: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a test that needs the command `name` from Debian's `package`."""
+    missing = shutil.which(name, path=_PATH) is None
+    reason = f"{name} is not installed: apt-get install {package}"
+    return [pytest.mark.interop, pytest.mark.skipif(missing, reason=reason)]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A program that has run to its end."""
+
+    status: int
+    out: bytes
+    err: bytes
+
+    @property
+    def said(self) -> str:
+        """Everything that it wrote, for people."""
+        return (self.out + self.err).decode("utf-8", "replace")
+
+
+async def run(arguments: Sequence[str], stdin: bytes = b"", *, timeout_s: float = 40.0) -> Ended:
+    """Run a program beside this event loop; one that takes too long is killed and fails the test."""
+    process = await asyncio.create_subprocess_exec(
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate(stdin)
+    except TimeoutError:
+        raise AssertionError(f"{arguments[0]} has not ended within {timeout_s:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return Ended(process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def daemon_directory() -> Iterator[Path]:
+    """Make a directory that a daemon can reach once it has given up root: pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory(prefix="relay-interop-") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago, for peers that cannot choose one and tell it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
