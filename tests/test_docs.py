@@ -1,0 +1,201 @@
+"""The documents tell the truth: their tables equal the code, their links lead somewhere, their commands run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
+from relay.outcome import Outcome
+from relay.settings.model import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+# ------------------------------------------------------------------------------------------- Markdown
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return each heading's own text, by its title without back quotes."""
+    parts = re.split(r"^#+ (.+)$", without_code(text), flags=re.MULTILINE)
+    return {title.replace("`", ""): body for title, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def tables(text: str) -> Iterator[list[list[str]]]:
+    """Return each table as rows of cells, its heading row first, the rule under it left out."""
+    for found in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        rows = [
+            [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in found[0].splitlines()
+        ]
+        yield rows[:1] + rows[2:]
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Return the rows of the one table whose first heading cell is `heading`."""
+    (found,) = [rows[1:] for rows in tables(text) if rows[0][0] == heading]
+    return found
+
+
+def codes(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", text)
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+SCHEMA: dict[str, Any] = Settings.model_json_schema(mode="validation")
+
+
+def key_tables() -> dict[str, type[BaseModel] | None]:
+    """Return the model of each section, by the title that it has in the document."""
+    found: dict[str, type[BaseModel] | None] = {}
+    for name, field in Settings.model_fields.items():
+        model = next((kind for kind in (field.annotation, *get_args(field.annotation)) if is_model(kind)), None)
+        found[f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"] = model
+        for inner, inner_field in model.model_fields.items() if model else ():
+            for kind in get_args(inner_field.annotation):
+                if is_model(kind):
+                    found[f"[[{name}.{inner}]]"] = kind
+    return found
+
+
+def is_model(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def form(schema: dict[str, Any]) -> str:
+    """Say how a value is written, from its JSON Schema."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
+    if len(kinds) == 1:
+        return form(kinds[0])
+    if kinds:
+        return "size"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    pattern = schema.get("pattern", "")
+    if "(ms|s|m|h|d)" in pattern:
+        return "duration or `never`" if "never" in pattern else "duration"
+    if pattern:
+        return "address"
+    if schema["type"] == "string":
+        return {"password": "secret", "path": "file"}.get(schema.get("format", ""), "text")
+    return {"boolean": "true or false", "integer": "number", "array": "list", "object": "table"}[schema["type"]]
+
+
+def default(model: type[BaseModel], key: str) -> str:
+    field = model.model_fields[key]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is None:
+        return "not set"
+    if not value and isinstance(value, str) or (field.default_factory and isinstance(value, str)):
+        return "see meaning"
+    return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
+
+
+def test_every_key_stands_in_the_settings_with_its_default_form_and_meaning() -> None:
+    documented = sections(read("settings.md"))
+    titles = [title for title in documented if title.startswith("[")]
+    assert titles == list(key_tables())
+    for title, model in key_tables().items():
+        if model is None:
+            assert not list(tables(documented[title]))
+            continue
+        properties = SCHEMA["$defs"][model.__name__]["properties"]
+        assert table(documented[title], "key") == [
+            [f"`{key}`", default(model, key), form(properties[key]), field.description]
+            for key, field in model.model_fields.items()
+        ]
+
+
+def test_every_section_has_the_meaning_that_the_model_gives_it() -> None:
+    documented = sections(read("settings.md"))
+    for name, field in Settings.model_fields.items():
+        title = f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"
+        assert documented[title].strip().splitlines()[0] == field.description
+
+
+# -------------------------------------------------------------------------------------------- metrics
+
+
+async def test_every_metric_stands_in_the_metrics(start: Any, upstream: Any) -> None:
+    async with start(upstream.port) as running:
+        families = [
+            family
+            for family in running.relay.metrics.registry.collect()
+            if family.name.startswith("smtp_relay_")
+        ]
+    live = {}
+    for family in families:
+        names = {name for sample in family.samples for name in sample.labels if name != "le"}
+        suffix = "_total" if family.type == "counter" else ""
+        live[family.name + suffix] = [family.type, names]
+    documented = {
+        quoted(name)[0]: [kind, set(quoted(labels))]
+        for name, kind, labels, _ in table(read("metrics.md"), "metric")
+    }
+    assert documented == live
+
+
+async def test_every_label_value_stands_in_the_metrics(start: Any, upstream: Any) -> None:
+    page = read("metrics.md")
+
+    def values(heading: str) -> list[str]:
+        return [quoted(row[0])[0] for row in table(page, heading)]
+
+    assert values("`outcome` of messages and recipients") == [outcome.value for outcome in Outcome]
+    assert values("`outcome` of connects") == list(CONNECT_OUTCOMES)
+    assert values("`reason`") == list(REJECT_REASONS)
+    other = {quoted(label)[0]: quoted(found) for label, found in table(page, "other label")}
+    assert other["command"] == list(REPLY_COMMANDS)
+    async with start(upstream.port) as running:
+        samples = [
+            sample for family in running.relay.metrics.registry.collect() for sample in family.samples
+        ]
+    for label in other:
+        assert set(other[label]) == {
+            sample.labels[label]
+            for sample in samples
+            if label in sample.labels and sample.name.startswith("smtp_relay_")
+        }
+
+
+async def test_buckets(start: Any, upstream: Any) -> None:
+    documented = {
+        quoted(suffix)[0]: [float(bound) for bound in bounds.split()]
+        for suffix, bounds in table(read("metrics.md"), "histograms")
+    }
+    async with start(upstream.port) as running:
+        families = [
+            family for family in running.relay.metrics.registry.collect() if family.type == "histogram"
+        ]
+    assert families
+    for family in families:
+        bounds = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
+        (suffix,) = [end for end in documented if family.name.endswith(end)]
+        assert sorted(bounds - {float("inf")}) == documented[suffix], family.name
+    assert {end for end in documented for family in families if family.name.endswith(end)} == set(documented)
