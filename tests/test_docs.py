@@ -1,22 +1,30 @@
-"""The documents tell the truth: their tables equal the code, their links lead somewhere, their commands run."""
+"""The documents tell the truth: their tables equal the code, their links lead somewhere, what they run runs."""
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
+from relay.classify import Classifier
 from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
-from relay.settings.model import Settings
+from relay.settings.model import Settings, TaskTypeSettings
+from tests.support.client import Client
+from tests.support.script import Delay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.conftest import Running
+    from tests.support.upstream import ScriptedUpstream
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -73,7 +81,9 @@ def key_tables() -> dict[str, type[BaseModel] | None]:
     """Return the model of each section, by the title that it has in the document."""
     found: dict[str, type[BaseModel] | None] = {}
     for name, field in Settings.model_fields.items():
-        model = next((kind for kind in (field.annotation, *get_args(field.annotation)) if is_model(kind)), None)
+        model = next(
+            (kind for kind in (field.annotation, *get_args(field.annotation)) if is_model(kind)), None
+        )
         found[f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"] = model
         for inner, inner_field in model.model_fields.items() if model else ():
             for kind in get_args(inner_field.annotation):
@@ -102,7 +112,9 @@ def form(schema: dict[str, Any]) -> str:
         return "address"
     if schema["type"] == "string":
         return {"password": "secret", "path": "file"}.get(schema.get("format", ""), "text")
-    return {"boolean": "true or false", "integer": "number", "array": "list", "object": "table"}[schema["type"]]
+    return {"boolean": "true or false", "integer": "number", "array": "list", "object": "table"}[
+        schema["type"]
+    ]
 
 
 def default(model: type[BaseModel], key: str) -> str:
@@ -112,7 +124,7 @@ def default(model: type[BaseModel], key: str) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "not set"
-    if not value and isinstance(value, str) or (field.default_factory and isinstance(value, str)):
+    if (not value and isinstance(value, str)) or (field.default_factory and isinstance(value, str)):
         return "see meaning"
     return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
 
@@ -173,11 +185,9 @@ async def test_every_label_value_stands_in_the_metrics(start: Any, upstream: Any
     other = {quoted(label)[0]: quoted(found) for label, found in table(page, "other label")}
     assert other["command"] == list(REPLY_COMMANDS)
     async with start(upstream.port) as running:
-        samples = [
-            sample for family in running.relay.metrics.registry.collect() for sample in family.samples
-        ]
-    for label in other:
-        assert set(other[label]) == {
+        samples = [sample for family in running.relay.metrics.registry.collect() for sample in family.samples]
+    for label, documented in other.items():
+        assert set(documented) == {
             sample.labels[label]
             for sample in samples
             if label in sample.labels and sample.name.startswith("smtp_relay_")
@@ -199,3 +209,101 @@ async def test_buckets(start: Any, upstream: Any) -> None:
         (suffix,) = [end for end in documented if family.name.endswith(end)]
         assert sorted(bounds - {float("inf")}) == documented[suffix], family.name
     assert {end for end in documented for family in families if family.name.endswith(end)} == set(documented)
+
+
+# -------------------------------------------------------------------------------------------- records
+
+
+async def test_every_column_stands_in_the_records(start: Any, upstream: Any) -> None:
+    page = read("records.md")
+    async with start(upstream.port) as running:
+        live = {
+            name: [row["name"] for row in running.rows(f"SELECT name FROM pragma_table_info('{name}')")]
+            for name in ("task_done", "task_done_recipient", "task_done_send")
+        }
+        others = running.rows("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")
+    for name, columns in live.items():
+        documented = [column for row in table(page, f"`{name}`") for column in quoted(row[0])]
+        assert sorted(documented) == sorted(columns)
+    for row in others:
+        assert f"`{row['name']}`" in page
+
+
+def test_every_key_of_data_stands_in_the_records() -> None:
+    tree = ast.parse((ROOT / "relay/transaction.py").read_text())
+    written = {
+        node.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "data"
+        and isinstance(node.slice, ast.Constant)
+    }
+    documented = {quoted(row[0])[0] for row in table(read("records.md"), "key in `data`")}
+    assert documented == written
+
+
+def classifier(**task_type: Any) -> Classifier:
+    found = TaskTypeSettings.model_validate(task_type)
+    return Classifier(
+        headers=found.headers,
+        default=found.default,
+        id_header=found.id_header,
+        rules=[(rule.sender or "<>", rule.type) for rule in found.rules],
+        keep=(),
+    )
+
+
+@pytest.mark.parametrize(
+    "row", table(read("records.md"), "in the message"), ids=lambda row: quoted(row[0])[0]
+)
+def test_task_types(row: list[str]) -> None:
+    header = quoted(row[0])[0].replace("\\r\\n", "\r\n").encode()
+    found = classifier().classify(header + b"\r\n", b"a@example.com")
+    assert [found.task_type] == quoted(row[1])
+    assert found.tags == quoted(row[2])
+
+
+def test_every_form_of_header_is_among_the_examples() -> None:
+    examples = " ".join(row[0] for row in table(read("records.md"), "in the message"))
+    assert all(f"{name}:" in examples for name in TaskTypeSettings().headers)
+
+
+def test_task_types_by_rule() -> None:
+    (rules,) = [found for found in codes(read("records.md"), "toml") if "rules" in found]
+    found = classifier(**tomllib.loads(rules)["task_type"])
+    senders = [b"Digest@example.com", b"bounce+1@example.com", b"", b"else@example.com"]
+    types = [found.classify(b"", sender).task_type for sender in senders]
+    assert types == ["digest", "list", "bounce", "unclassified"]
+
+
+@pytest.mark.parametrize("query", codes(read("records.md"), "sql"))
+async def test_queries(start: Any, upstream: Any, query: str) -> None:
+    async with start(upstream.port) as running:
+        await send_some(running, upstream)
+        assert running.rows(query)
+
+
+async def send_some(running: Running, upstream: ScriptedUpstream) -> None:
+    """Send messages of every kind that a row can tell of: a recipient is refused, a client goes too soon."""
+    client_gone = asyncio.Event()
+    upstream.script = {
+        "RCPT": {"nobody@": b"550 5.1.1 no such user\r\n"},
+        "end_of_data": [None, Delay(client_gone)],
+    }
+    content = b"Message-ID: <1@example.com>\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
+    async with Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        await client.message("a@example.com", ["b@example.org", "nobody@example.org"], content)
+        for command in ("MAIL FROM:<a@example.com>", "RCPT TO:<c@example.org>", "DATA"):
+            await client.command(command)
+        await client.send(content + b".\r\n")
+        await upstream.wait_for(lambda: len(upstream.messages) == 2)
+        client.reset()
+    async with asyncio.timeout(10):
+        while running.metric("client_sessions"):
+            await asyncio.sleep(0.01)
+        client_gone.set()
+        while len(running.rows()) < 2:
+            await asyncio.sleep(0.01)
