@@ -1,24 +1,32 @@
-"""The documents tell the truth: their tables equal the code, their links lead somewhere, what they run runs."""
+"""The documents tell the truth: their tables equal the code, their links work, their commands run."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import io
 import json
 import re
+import shutil
+import subprocess
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from uuid import UUID
 
 import pytest
 from pydantic import BaseModel
 
+from relay import maillog
 from relay.classify import Classifier
 from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
+from relay.records.model import Record
+from relay.records.spool import Spool, encode
 from relay.settings.model import Settings, TaskTypeSettings
 from tests.support.client import Client
-from tests.support.script import Delay
+from tests.support.script import Close, Delay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -307,3 +315,206 @@ async def send_some(running: Running, upstream: ScriptedUpstream) -> None:
         client_gone.set()
         while len(running.rows()) < 2:
             await asyncio.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------------------- operations
+
+
+def calls(name: str, where: str = "**/*.py") -> Iterator[ast.Call]:
+    """Return the calls of `name` (a regular expression) in the product's code."""
+    for path in sorted((ROOT / "relay").glob(where)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.fullmatch(name, ast.unparse(node.func)):
+                yield node
+
+
+def pattern(text: ast.expr) -> str:
+    """Return the regular expression of a text in the code, whatever an f-string puts into it."""
+    if isinstance(text, ast.Constant):
+        return re.escape(str(text.value))
+    assert isinstance(text, ast.JoinedStr)
+    parts = (re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in text.values)
+    return "".join(parts)
+
+
+def test_every_reply_of_the_relay_stands_in_the_operations() -> None:
+    rows = [(code, enhanced, text) for code, enhanced, text, *_ in table(read("operations.md"), "code")]
+    unclaimed = set(rows)
+    found = 0
+    for call in calls(r"Reply\.own"):
+        code, detail, text = call.args
+        assert isinstance(code, ast.Constant)
+        assert isinstance(detail, ast.Constant)
+        enhanced = f"{str(code.value)[0]}.{detail.value}"
+        matching = {
+            row
+            for row in rows
+            if row[:2] == (str(code.value), enhanced) and re.fullmatch(pattern(text), row[2])
+        }
+        assert matching, f"{code.value} {enhanced} {ast.unparse(text)}"
+        unclaimed -= matching
+        found += 1
+    assert found > 40
+    assert not unclaimed
+    assert len(rows) == len(set(rows))
+
+
+def test_every_event_of_the_log_stands_in_the_operations() -> None:
+    used = {
+        name
+        for path in (ROOT / "relay").rglob("*.py")
+        for name in re.findall(r"\bmaillog\.(\w+)", path.read_text())
+    }
+    tree = ast.parse((ROOT / "relay/maillog.py").read_text())
+    logged: dict[str, str] = {}
+    for function in (node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))):
+        if function.name not in used and function.name != "_Output":
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and "_current.log" in ast.unparse(node.func):
+                (event, *_) = node.args
+                if isinstance(event, ast.Constant):
+                    level = ast.unparse(node.func).removeprefix("_current.log.")
+                    logged[str(event.value)] = level if level.isalpha() else "see above"
+    documented = {quoted(event)[0]: level for event, level, _ in table(read("operations.md"), "event")}
+    assert documented == logged
+
+
+def test_every_sentence_of_recorder_and_spool_stands_in_the_operations() -> None:
+    documented = {
+        re.escape(quoted(sentence)[0]).replace("…", ".*"): level
+        for sentence, level, _ in table(read("operations.md"), "sentence")
+    }
+    unclaimed = set(documented)
+    for call in calls(r"_log\.\w+"):
+        (text, *_) = call.args
+        assert isinstance(text, ast.Constant)
+        said = re.sub(r"%[sdr]", "x", str(text.value))
+        matching = {found for found in documented if re.fullmatch(found, said)}
+        assert len(matching) == 1, said
+        level = ast.unparse(call.func).removeprefix("_log.").replace("exception", "error")
+        assert {documented[found] for found in matching} == {level}
+        unclaimed -= matching
+    assert not unclaimed
+
+
+def test_every_field_of_a_message_line_stands_in_the_operations() -> None:
+    tree = ast.parse((ROOT / "relay/maillog.py").read_text())
+    (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "transaction"]
+    (fields,) = [
+        node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "fields"
+    ]
+    assert isinstance(fields, ast.Dict)
+    written = [key.value for key in fields.keys if isinstance(key, ast.Constant)]
+    page = read("operations.md")
+    assert [quoted(row[0])[0] for row in table(page, "field of `message`")] == written
+    for line in codes(page, "json"):
+        assert set(json.loads(line)) <= {"time", "level", "event", *written}
+
+
+async def test_the_examples_of_message_lines_are_what_the_relay_writes(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    accepted, in_doubt = codes(read("operations.md"), "json")
+    lines = io.BytesIO()
+    upstream.script = {"RCPT": {"nobody@": b"550 5.1.1 no such user\r\n"}, "end_of_data": [None, Close()]}
+    content = b"Message-ID: <1@example.com>\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
+    maillog.configure("json", "info", lines)
+    try:
+        async with start(upstream.port) as running, Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            await client.message("a@example.com", ["b@example.org", "nobody@example.org"], content)
+            await client.message("a@example.com", ["b@example.org"], content)
+    finally:
+        maillog.configure("json", "info")
+    written = [line for line in map(json.loads, lines.getvalue().splitlines()) if line["event"] == "message"]
+    for example, line in zip((accepted, in_doubt), written, strict=True):
+        assert list(json.loads(example)) == list(line)
+        for field in ("level", "outcome", "refused", "recipients"):
+            assert json.loads(example).get(field) == line.get(field)
+    assert json.loads(in_doubt)["reply"] == written[1]["reply"]
+    assert json.loads(in_doubt)["client_reply"] == written[1]["client_reply"]
+
+
+async def test_every_line_of_readiness_stands_in_the_operations(start: Any, upstream: Any) -> None:
+    documented = {quoted(row[0])[0] for row in table(read("operations.md"), "line of `/readyz`")}
+    async with start(upstream.port) as running:
+        ready, lines = running.relay.readiness()
+        assert (ready, list(lines)) == (True, ["upstream primary: up"])
+        running.relay.reception.draining = True
+        ready, lines = running.relay.readiness()
+        assert (ready, list(lines)) == (False, ["draining", "upstream primary: up"])
+    said = ["ready", "not ready", *(pattern(call.args[0]) for call in calls(r"lines\.append", "app.py"))]
+    assert all(any(re.fullmatch(text, line) for line in documented) for text in said)
+    assert all(any(re.fullmatch(text, line) for text in said) for line in documented)
+
+
+def lost(stream: io.BytesIO) -> Record:
+    """Write the line of a lost row to `stream`; return the row."""
+    record = Record(
+        task_id=UUID("01a2078a-f0ab-778f-a595-b6420a3edca9"),
+        task_type="grün",
+        sender="a@example.com",
+        client="127.0.0.1",
+        sent_at=datetime(2026, 11, 23, tzinfo=UTC),
+        upstream="primary",
+        upstream_reply='250 2.0.0 "ok"\nas 1',
+        size=1,
+        duration_ms=1,
+        recipients=("b@example.org",),
+        data={"headers": {"Message-ID": "<1@example.com>"}},
+    )
+    maillog.configure("json", "info", stream)
+    try:
+        maillog.row_lost(record, "neither store nor spool took it")
+        maillog.stopped()
+    finally:
+        maillog.configure("json", "info")
+    return record
+
+
+def test_rows_that_are_only_in_the_log_come_back_by_the_recipe(tmp_path: Path) -> None:
+    (recipe,) = [found for found in codes(read("operations.md"), "sh") if "row lost" in found]
+    (tmp_path / "data/spool").mkdir(parents=True)
+    with (tmp_path / "relay.log").open("wb") as log:
+        stream = io.BytesIO()
+        record = lost(stream)
+        log.write(stream.getvalue())
+    subprocess.run(["sh", "-eu", "-c", recipe], cwd=tmp_path, check=True, timeout=30)
+    spool = Spool(tmp_path / "data/spool")
+    assert spool.read(10).records == [record]
+    spool.close()
+
+
+def test_rejected_rows_come_back_by_the_recipe(tmp_path: Path) -> None:
+    (recipe,) = [found for found in codes(read("operations.md"), "sh") if "rejected" in found]
+    record = lost(io.BytesIO())
+    spool = Spool(tmp_path / "data/spool")
+    spool.set_aside(encode(record, "a reason"))
+    spool.close()
+    subprocess.run(["sh", "-eu", "-c", recipe], cwd=tmp_path, check=True, timeout=30)
+    spool = Spool(tmp_path / "data/spool")
+    assert spool.read(10).records == [record]
+    spool.close()
+
+
+@pytest.mark.interop
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    unit = tmp_path / "relay.service"
+    (text,) = codes(read("operations.md"), "ini")
+    unit.write_text(text.replace("/opt/relay/bin/relay", "/bin/true"))
+    done = run_tool("systemd-analyze", "verify", str(unit))
+    assert not [line for line in done.splitlines() if "relay.service" in line], done
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Run a program of the machine, if it is there; return what it writes."""
+    program = shutil.which(name)
+    if program is None:
+        pytest.skip(f"{name} is not installed")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
