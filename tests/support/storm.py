@@ -1,0 +1,211 @@
+"""Applications that send through a relay process for as long as they are let, and the account of it.
+
+Rules: each application sends one message after the other, now on a kept-open connection, now on a new one,
+and sends a message again, as applications do, until it hears 2yz: after a 4yz, after a lost connection. A
+message has one Message-ID however often it is sent; each try has an id of its own (`ledger.ID_HEADER`), so
+that the relay's duplicates can be told from the application's. The accounts are taken in between, so that
+hundreds of thousands of messages fit into memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from .client import Client
+from .ledger import ID_HEADER, Ledger, check, id_of
+from .process import RelayProcess
+from .upstream import ScriptedUpstream
+
+__all__ = ["Figures", "Storm"]
+
+_RETRY_S = 0.01
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a storm came to."""
+
+    kills: int
+    messages: int
+    """Messages that the applications had to send; each was told 2yz in the end."""
+    tries: int
+    told_yes: int
+    """Tries that were told 2yz: one for each message."""
+    accepted: int
+    """Tries that the upstream accepted."""
+    rows: int
+    yes_unheard: int
+    """Tries with a row whose client was gone, or the relay, before it heard 2yz."""
+    unrecorded: int
+    """Tries that the upstream accepted and that have no row: killed in between; no client was told 2yz."""
+    spooled: int
+    """Rows that kills left in the spool, to be replayed."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in vars(self).items())
+
+
+class Storm:
+    """`clients` applications at work between `async with`; then `settle` gives the findings.
+
+    An application that meets an unexpected reply (a 5yz, no reply in time) fails the test.
+    """
+
+    def __init__(
+        self, relay: RelayProcess, upstream: ScriptedUpstream, *, clients: int = 20, seed: int = 0
+    ) -> None:
+        self.relay = relay
+        self.upstream = upstream
+        self.told: dict[str, int | None] = {}
+        self.messages = 0
+        self.kills = 0
+        self.spooled = 0
+        self._clients = clients
+        self._random = random.Random(seed)
+        self._accepted: list[str] = []
+        self._refused: list[str] = []
+        self._over = False
+        self._group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        for number in range(self._clients):
+            self._group.create_task(self._application(number, random.Random(self._random.random())))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        await self._group.__aexit__(kind, error, trace)
+
+    @property
+    def told_yes(self) -> int:
+        """How many tries have been told 2yz."""
+        return sum(1 for code in self.told.values() if code is not None and 200 <= code < 300)
+
+    async def kill(self, after_s: float, *, starting: bool = False) -> None:
+        """Start the relay and kill it `after_s` seconds after it listens, or, with `starting`, after its spawn."""
+        if starting:
+            await self.relay.spawn()
+        else:
+            await self.relay.start()
+        await asyncio.sleep(after_s)
+        await self.relay.kill()
+        self.kills += 1
+        self.spooled += sum(
+            segment.read_bytes().count(b"\n") for segment in self.relay.spool.glob("[0-9]*.jsonl")
+        )
+        await self.take_account()
+
+    async def take_account(self) -> None:
+        """Move what the upstream has into the account; only while no relay runs."""
+        ends = [connection.task for connection in self.upstream.connections if connection.task is not None]
+        if ends:  # each reads what was sent before the kill, to its end
+            _, late = await asyncio.wait(ends, timeout=20)
+            assert not late, self.upstream.transcript()
+        for message in self.upstream.messages:
+            (self._accepted if message.accepted else self._refused).append(id_of(message.content))
+        assert self.upstream.violations == []
+        for account in (self.upstream.messages, self.upstream.log, self.upstream.connections):
+            account.clear()
+
+    async def settle(self, *, killed: bool = True) -> tuple[list[str], Figures]:
+        """With the applications done and the relay ended in order: return all contradictions, and figures."""
+        await self.take_account()
+        rows = [row["client_task_id"] for row in self.relay.rows("SELECT client_task_id FROM task_done")]
+        ledger = Ledger(self.told, self._accepted, self._refused, rows)
+        findings = check(ledger, settled=not killed)
+        unrecorded = Counter(self._accepted).keys() - set(rows)
+        # Who was told something had a relay that knew; only a relay that was killed may not have recorded.
+        findings += [
+            f"{key}: accepted, told {self.told.get(key)}, and there is no row"
+            for key in sorted(unrecorded)
+            if self.told.get(key) is not None
+        ]
+        yes = {key for key, code in self.told.items() if code is not None and 200 <= code < 300}
+        return findings, Figures(
+            kills=self.kills,
+            messages=self.messages,
+            tries=len(self.told),
+            told_yes=len(yes),
+            accepted=len(self._accepted),
+            rows=len(rows),
+            yes_unheard=len(set(rows) - yes),
+            unrecorded=len(unrecorded),
+            spooled=self.spooled,
+        )
+
+    # One application
+
+    async def _application(self, number: int, dice: random.Random) -> None:
+        session: Client | None = None
+        sent = attempt = 0
+        try:
+            while not (self._over and attempt == 0):
+                session = session or await self._connect()
+                self.messages += attempt == 0
+                attempt += 1
+                code = await self._send(session, f"{number}-{sent}-{attempt}", f"{number}-{sent}", dice)
+                if code is not None and code < 300:
+                    sent, attempt = sent + 1, 0
+                    stays = dice.random() < 0.8
+                else:
+                    stays = False
+                if not stays:
+                    await _leave(session)
+                    session = None
+        finally:
+            if session is not None:
+                await _leave(session)
+
+    async def _connect(self) -> Client:
+        """Return a session past its EHLO, as soon as there is a relay to have it with."""
+        while True:
+            while not self.relay.port:
+                await asyncio.sleep(_RETRY_S)
+            try:
+                session = await Client.connect(self.relay.port)
+            except ConnectionError:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            try:
+                await session.ehlo()
+            except ConnectionError:
+                await _leave(session)
+            else:
+                return session
+
+    async def _send(self, session: Client, key: str, message: str, dice: random.Random) -> int | None:
+        """Send once; return the code that told what became of it, or None if nobody said."""
+        lines = [b"text %d" % number for number in range(dice.randrange(1, 40))]
+        content = b"\r\n".join(
+            [
+                b"From: <a@example.test>",
+                b"Message-ID: <%b@example.test>" % message.encode(),
+                b"%b: %b" % (ID_HEADER.encode(), key.encode()),
+                b"",
+                *lines,
+                b"",
+            ]
+        )
+        self.told[key] = None
+        try:
+            replies = await session.message(
+                b"a@example.test", [b"b@example.test"], content, pipelined=dice.random() < 0.5
+            )
+        except ConnectionError:
+            return None
+        code = next((reply.code for reply in replies if reply.code >= 400), replies[-1].code)
+        assert code < 300 or 400 <= code < 500, replies
+        self.told[key] = code
+        return code
+
+
+async def _leave(session: Client) -> None:
+    await session.__aexit__()
