@@ -90,7 +90,7 @@ class Storm:
         return sum(1 for code in self.told.values() if code is not None and 200 <= code < 300)
 
     async def kill(self, after_s: float, *, starting: bool = False) -> None:
-        """Start the relay and kill it `after_s` seconds after it listens, or, with `starting`, after its spawn."""
+        """Start the relay, kill it `after_s` seconds after it listens, or after its spawn if `starting`."""
         if starting:
             await self.relay.spawn()
         else:

@@ -1,0 +1,150 @@
+"""Memory and descriptors of a relay process: neither large messages nor idle sessions cost much."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.process import RelayProcess
+from tests.support.upstream import ScriptedUpstream, StopReading
+
+MIB = 1 << 20
+LARGE = 50 * MIB
+"""The default of `server.max_message_size`, and the SIZE that the upstream offers."""
+GROWTH = 8 * MIB
+SESSIONS = 1000
+SESSION = 20 * 1024
+PATIENCE_S = 120.0
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+async def upstream() -> Iterator[ScriptedUpstream]:
+    """An upstream that keeps digests only, so that the test itself stays small."""
+    async with ScriptedUpstream(keep_content=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """A message of exactly LARGE octets, dots at line starts among them."""
+    head = b"From: a@example.test\r\nX-Task-ID: large\r\n\r\n"
+    line = b"." + b"x" * 75 + b"\r\n"
+    lines, rest = divmod(LARGE - len(head), len(line))
+    return head + line * (lines - 1) + b"y" * (len(line) + rest - 2) + b"\r\n"
+
+
+async def test_a_message_of_50_mib_costs_no_memory_of_its_size(
+    tmp_path: Path, upstream: ScriptedUpstream, large: bytes
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
+        relay.forget_peak()
+        before = relay.memory("VmHWM")
+
+        await send(relay, large)
+
+        growth = relay.memory("VmHWM") - before
+        print(f"\n50 MiB: peak {before / MIB:.1f} MiB + {growth / MIB:.2f} MiB")
+        assert [row["size"] for row in relay.rows()][1:] == [LARGE]
+        assert growth <= GROWTH
+
+
+async def test_four_such_messages_to_an_upstream_that_reads_slowly(
+    tmp_path: Path, upstream: ScriptedUpstream, large: bytes
+) -> None:
+    upstream.script = {"body": StopReading()}
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        relay.forget_peak()
+        before = relay.memory("VmHWM")
+        async with asyncio.TaskGroup() as group:
+            for _ in range(4):
+                group.create_task(send(relay, large))
+            await upstream.wait_for(lambda: sum(m.mail != b"" for m in upstream.incomplete) == 4, PATIENCE_S)
+            await at_rest(relay)
+            halted = relay.memory("VmHWM") - before
+            reading = group.create_task(reads_by_fits_and_starts(upstream))
+            await upstream.wait_for(lambda: len(upstream.accepted) == 4, PATIENCE_S)
+            reading.cancel()
+
+        growth = relay.memory("VmHWM") - before
+        print(
+            f"\n4 x 50 MiB, slow upstream: {halted / MIB:.2f} MiB while halted, {growth / MIB:.2f} MiB in all"
+        )
+        assert [row["size"] for row in relay.rows()] == [LARGE] * 4
+        assert growth <= GROWTH
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Room for as many sockets on this side, and, inherited, on the relay's."""
+    needed = 2 * SESSIONS + 200
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        pytest.skip(f"a process may have {hard} descriptors here, {needed} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+async def test_a_thousand_idle_sessions(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    server = {"max_connections": SESSIONS + 10, "max_connections_per_client": SESSIONS + 10}
+    async with RelayProcess(tmp_path, upstream.port, server=server) as relay:
+        await relay.start()
+        await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
+        await relay.until("client_sessions", 0)
+        descriptors, before = relay.descriptors(), relay.memory()
+
+        async with contextlib.AsyncExitStack() as sessions:
+            for _ in range(SESSIONS):
+                await (await sessions.enter_async_context(Client(relay.port))).ehlo()
+            each = (relay.memory() - before) / SESSIONS
+            assert relay.descriptors() >= SESSIONS
+            await send(relay, b"From: a@example.test\r\n\r\npasses meanwhile\r\n")
+
+        await relay.until("client_sessions", 0)
+        print(f"\n{SESSIONS} idle sessions: {each / 1024:.2f} KiB each")
+        assert each < SESSION
+        while relay.descriptors() > descriptors:  # closing takes its moment; the time limit is pytest's
+            await asyncio.sleep(0.02)
+        assert len(relay.rows()) == 2
+
+
+async def send(relay: RelayProcess, content: bytes) -> None:
+    """Send one message and be told 250."""
+    client = Client(relay.port, deadline_s=PATIENCE_S)
+    async with client:
+        await client.ehlo()
+        replies = await client.message("a@example.test", ["b@example.test"], content)
+        assert [reply.code for reply in replies] == [250, 250, 354, 250]
+        await client.quit()
+
+
+async def at_rest(relay: RelayProcess) -> None:
+    """Return once the relay's peak has not moved for a while: it takes no more, it waits for the upstream."""
+    looks = [relay.memory("VmHWM")]
+    while looks[-10:] != looks[-1:] * 10:
+        await asyncio.sleep(0.05)
+        looks.append(relay.memory("VmHWM"))
+
+
+async def reads_by_fits_and_starts(upstream: ScriptedUpstream) -> None:
+    """Let the upstream read for a moment and halt it again, over and over."""
+    while True:
+        for connection in upstream.open_connections:
+            connection.wire.resume()
+        await asyncio.sleep(0.02)
+        for connection in upstream.open_connections:
+            if connection.message is not None:
+                connection.wire.pause()
+        await asyncio.sleep(0.02)
