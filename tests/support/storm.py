@@ -44,7 +44,7 @@ class Figures:
     unrecorded: int
     """Tries that the upstream accepted and that have no row: killed in between; no client was told 2yz."""
     spooled: int
-    """Rows that kills left in the spool, to be replayed."""
+    """Rows that were found in the spool after kills; one that outlived several counts for each."""
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in vars(self).items())
