@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.process import RelayProcess
 from tests.support.storm import Figures, Storm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Action, Delay, Reset, ScriptedUpstream
 
 KILLS = int(os.environ.get("CRASH_KILLS", "30"))
 """In all tests of this module together."""
@@ -27,6 +27,7 @@ async def storm(
     relay: RelayProcess, upstream: ScriptedUpstream, kills: int, dice: random.Random
 ) -> tuple[list[str], Figures]:
     """Kill the relay `kills` times while applications send, then let it end in order; return the findings."""
+    upstream.script = {"RCPT": lambda *_: moody(dice, 0.02), "end_of_data": lambda *_: moody(dice, 0.1)}
     async with Storm(relay, upstream, seed=dice.randrange(1 << 32)) as applications:
         for _ in range(kills):
             if dice.random() < 0.15:
@@ -41,6 +42,17 @@ async def storm(
     assert relay.errors() == ""
     assert figures.told_yes == figures.messages >= kills
     return findings, figures
+
+
+def moody(dice: random.Random, share: float) -> Action | None:
+    """Refuse a share of all for now, reset the connection as often, and take its time with some of the rest.
+
+    A row for what is refused here is a false one; the waits are for kills to fall into.
+    """
+    return dice.choices(
+        [b"451 4.3.0 not now\r\n", Reset(), Delay(dice.uniform(0.0, 0.03)), None],
+        [share, share, 0.3, 0.7 - 2 * share],
+    )[0]
 
 
 @pytest.mark.timeout(60 + 5 * KILLS)

@@ -72,7 +72,7 @@ async def traced(relay: RelayProcess) -> list[str]:
 
 
 def synced_between(trace: list[str], reply: str) -> list[str]:
-    """Return the files that were synced, from begin to end, after `reply` was read and before it was written."""
+    """Return the files that were synced, from begin to end, after `reply` was read, before it was written."""
     begun: dict[str, str] = {}
     synced: list[str] = []
     was_read = False
