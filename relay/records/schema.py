@@ -28,7 +28,7 @@ __all__ = [
     "utc_text",
 ]
 
-SCHEMA_VERSIONS = ("0001",)
+SCHEMA_VERSIONS = ("0001", "0002")
 """Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
 SCHEMA_VERSION = SCHEMA_VERSIONS[-1]
 VERSION_TABLE = "task_done_version"
@@ -119,6 +119,7 @@ task_done_state = sa.Table(
 )
 """What the processes on one database tell each other: the retention in force, and who deletes until when."""
 
+sa.Index("ix_task_done_sent_at", task_done.c.sent_at)
 sa.Index("ix_task_done_sender", sa.func.lower(task_done.c.sender), task_done.c.sent_at)
 sa.Index("ix_task_done_sender_domain", task_done.c.sender_domain, task_done.c.sent_at)
 sa.Index("ix_task_done_client", task_done.c.client, task_done.c.sent_at)

@@ -70,6 +70,7 @@ def test_the_columns_are_those_of_the_contract():
         ("task_done WHERE sender_domain = 'b' AND sent_at > '2026'", "ix_task_done_sender_domain"),
         ("task_done WHERE client = 'c' AND sent_at > '2026'", "ix_task_done_client"),
         ("task_done WHERE task_type = 't' AND sent_at > '2026'", "ix_task_done_task_type"),
+        ("task_done WHERE sent_at > '2026' ORDER BY sent_at DESC, id DESC", "ix_task_done_sent_at"),
         ("task_done WHERE message_id = '<m>'", "ix_task_done_message_id"),
         ("task_done WHERE client_task_id = 'c'", "ix_task_done_client_task_id"),
         ("task_done WHERE expires_at <= '2026' ORDER BY expires_at", "ix_task_done_expires_at"),
