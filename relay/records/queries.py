@@ -1,0 +1,349 @@
+"""The reading side of the store: which sends are there, newest first.
+
+Rules. Reading changes nothing: no store is made, no schema is brought up, no file comes up beside the
+store's own, and no lock is held that a writer would wait for. Rows come in pages, each one short read of its
+own moment, so that neither memory nor the write-ahead log grows with what is asked for; a page goes on where
+the last one ended, whatever was recorded or expired meanwhile. Statements are SQLAlchemy's, against `schema`
+alone; which index leads is said and not guessed, since SQLite keeps no statistics here and would, for one,
+read every row of a task type to find one message in it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.pool import StaticPool
+
+from relay.records.errors import StoreError
+from relay.records.model import Json
+from relay.records.schema import SCHEMA_VERSION, UtcDateTime, task_done, task_done_recipient
+from relay.records.sqlite import (
+    SMALLEST,
+    _check_columns,
+    _connect,
+    _explained,
+    _on_thread,
+    _version,
+    path_of,
+)
+
+__all__ = ["COLUMNS", "PAGE_ROWS", "Queries", "Send", "SendFilter", "page_of_sends", "recipients_of"]
+
+T = TypeVar("T")
+Key = tuple[datetime, int]
+"""Where a page ended: time and id of its last row."""
+
+PAGE_ROWS = 200
+"""Rows in memory at once; each may have a thousand recipients."""
+BUSY_TIMEOUT_S = 5.0
+ATTEMPTS = 5
+"""How often a read is begun again because a relay has started or stopped in the middle of it."""
+
+COLUMNS = tuple(column.name for column in task_done.columns)
+"""The columns of `task_done`, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendFilter:
+    """Which rows: those to which all that is given applies.
+
+    `sender` and `recipient` are an address, matched without regard to case, or `@` and a domain; an empty
+    `sender` is the null reverse-path. The others match exactly, `message_id` also without its angle
+    brackets. `since` is the first moment, `until` the first one that no longer counts; aware.
+    """
+
+    sender: str | None = None
+    recipient: str | None = None
+    task_type: str | None = None
+    client: str | None = None
+    message_id: str | None = None
+    task_id: UUID | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One row of `task_done`, with the recipients that the upstream accepted, in their order.
+
+    Times are aware, UTC; `size` is in octets, `duration_ms` in milliseconds.
+    """
+
+    id: int
+    task_id: str
+    client_task_id: str | None
+    task_type: str
+    sender: str
+    sender_domain: str
+    client: str
+    sent_at: datetime
+    expires_at: datetime | None
+    upstream: str
+    upstream_reply: str
+    message_id: str | None
+    size: int
+    duration_ms: int
+    data: dict[str, Json]
+    recipients: tuple[str, ...]
+
+
+class Queries:
+    """A store that is read. It holds nothing open between two reads, so there is nothing to close."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    async def open(cls, url: str) -> Queries:
+        """Return the store at `url`, once it is seen to be one that this version can read.
+
+        Raises StoreError, in one line, for a file that is missing, foreign, unreadable or of another schema
+        version.
+        """
+        queries = cls(path_of(url))
+        await queries._read(queries._check)
+        return queries
+
+    async def sends(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[Send]]:
+        """Yield the rows that `wanted` describes, newest first, in pages; at most `limit`, None: all.
+
+        Raises StoreError when the store cannot be read any more.
+        """
+        after: Key | None = None
+        left = limit
+        while left is None or left > 0:
+            rows = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
+            page = await self._page(wanted, rows, after)
+            if page:
+                yield page
+            if len(page) < rows:
+                return
+            after = page[-1].sent_at, page[-1].id
+            left = None if left is None else left - rows
+
+    async def _page(self, wanted: SendFilter, rows: int, after: Key | None) -> list[Send]:
+        return await self._read(lambda raw: _fetch(raw, page_of_sends(wanted, rows, after)))
+
+    def _check(self, raw: sqlite3.Connection) -> None:
+        path = self._path
+        version = _version(path, raw)
+        if version is None:
+            raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path}: has schema version {version}, this version of the relay reads {SCHEMA_VERSION}; "
+                "start the relay on it once, which brings it up"
+            )
+        _check_columns(path, raw)
+
+    async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` on a connection that cannot write and makes no files.
+
+        While a relay has the store open, its write-ahead log is there, and SQLite's read-only mode shares the
+        files that exist. Without that log nobody has it open, and the same mode would make log and index and
+        leave them there (owned by whoever reads, in the way of the relay's user), or fail in a directory that
+        it may not write. So such a file is read as one that does not change (`immutable`), and looked at
+        again afterwards: a relay that starts has its log there before it changes anything.
+        """
+        for _ in range(ATTEMPTS):
+            before = _look(self._path)
+            try:
+                result = await self._read_once("ro" if before == _IN_USE else "ro&immutable=1", work)
+            except StoreError:
+                if _look(self._path) == before:
+                    raise
+                continue
+            if before in (_IN_USE, _look(self._path)):
+                return result
+        raise StoreError(f"{self._path}: changes hands all the time; try again")
+
+    async def _read_once(self, mode: str, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection = await _connect(self._path, mode, BUSY_TIMEOUT_S)
+            try:
+                return await _on_thread(connection, work)
+            finally:
+                await connection.close()
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
+                raise StoreError(
+                    f"{self._path}: its -wal and -shm files cannot be used by this user; run the command as "
+                    f"the relay's user, or let its group read them ({error.sqlite_errorname})"
+                ) from error
+            raise _explained(error, self._path, BUSY_TIMEOUT_S) from error
+
+
+_IN_USE = ("in use",)
+
+
+def _look(path: Path) -> tuple[object, ...]:
+    """Return _IN_USE, or what changes when the file does; refuse what cannot be read."""
+    try:
+        found = path.stat()
+        if not path.is_file():
+            raise StoreError(f"{path}: is not a file; name a file in records.url")
+        if found.st_size < SMALLEST:
+            raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise StoreError(f"{path}: cannot be read; run the command as the relay's user, or as its group")
+        in_use = path.with_name(path.name + "-wal").exists()
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path}: no such file; nothing was recorded yet, or records.url names another"
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{path}: {error.strerror}; change records.url, or the rights of its path"
+        ) from error
+    return _IN_USE if in_use else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _fetch(raw: sqlite3.Connection, page: sa.Select[Any]) -> list[Send]:
+    """Read the rows of a page and all their recipients: two statements, one moment."""
+    engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("BEGIN")
+        rows = connection.execute(page).mappings().all()
+        recipients: dict[int, list[str]] = {row["id"]: [] for row in rows}
+        for key, recipient in connection.execute(recipients_of(recipients)):
+            recipients[key].append(recipient)
+    return [Send(**row, recipients=tuple(recipients[row["id"]])) for row in rows]
+
+
+def recipients_of(keys: Iterable[int]) -> sa.Select[Any]:
+    """Return the statement for the recipients of the rows with these ids, each row's in their order."""
+    table = task_done_recipient.c
+    return (
+        sa.select(table.task_done_id, table.recipient)
+        .where(table.task_done_id.in_(list(keys)))
+        .order_by(table.task_done_id, table.ordinal)
+    )
+
+
+def page_of_sends(wanted: SendFilter, rows: int, after: Key | None = None) -> sa.Select[Any]:
+    """Return the statement for the next `rows` rows that `wanted` describes, those before `after`."""
+    table = task_done.c
+    leading = _leading_index(wanted)
+    conditions = [*_conditions(wanted), *_window(wanted, after, table.sent_at, table.id)]
+    if wanted.recipient is not None:
+        received = _is(
+            wanted.recipient, task_done_recipient.c.recipient, task_done_recipient.c.recipient_domain
+        )
+        if leading in _RECIPIENT_INDEXES:
+            return _page_by_recipient(received, leading, wanted, rows, after)
+        conditions.append(sa.exists().where(task_done_recipient.c.task_done_id == table.id, received))
+    return (
+        sa.select(task_done)
+        .with_hint(task_done, f"INDEXED BY {leading}", "sqlite")
+        .where(*conditions)
+        .order_by(table.sent_at.desc(), table.id.desc())
+        .limit(rows)
+    )
+
+
+def _page_by_recipient(
+    received: sa.ColumnElement[bool], leading: str, wanted: SendFilter, rows: int, after: Key | None
+) -> sa.Select[Any]:
+    """The same, led by an index of the recipients, which have the time of their row.
+
+    DISTINCT, since a message may have gone to several in a domain, or to one of them twice.
+    """
+    moment, key = task_done_recipient.c.sent_at, task_done_recipient.c.task_done_id
+    found = (
+        sa.select(moment, key)
+        .with_hint(task_done_recipient, f"INDEXED BY {leading}", "sqlite")
+        .where(received, *_window(wanted, after, moment, key))
+        .distinct()
+        .order_by(moment.desc(), key.desc())
+        .limit(rows)
+    )
+    others = _conditions(wanted)
+    if others:
+        found = found.join_from(task_done_recipient, task_done, task_done.c.id == key).where(*others)
+    page = found.subquery("page")
+    return (
+        sa.select(task_done)
+        .join_from(page, task_done, task_done.c.id == page.c.task_done_id)
+        .order_by(page.c.sent_at.desc(), page.c.task_done_id.desc())
+    )
+
+
+_RECIPIENT_INDEXES = ("ix_task_done_recipient_recipient", "ix_task_done_recipient_recipient_domain")
+
+
+def _leading_index(wanted: SendFilter) -> str:
+    """Return the index of what is likely to leave the fewest rows."""
+    if wanted.task_id is not None:
+        return "sqlite_autoindex_task_done_1"  # SQLite's own name for that of the UNIQUE constraint
+    if wanted.message_id is not None:
+        return "ix_task_done_message_id"
+    address, domain = _RECIPIENT_INDEXES
+    for value, index in (
+        (_address(wanted.recipient), address),
+        (_address(wanted.sender), "ix_task_done_sender"),
+        (wanted.recipient, domain),
+        (wanted.sender, "ix_task_done_sender_domain"),
+        (wanted.client, "ix_task_done_client"),
+        (wanted.task_type, "ix_task_done_task_type"),
+    ):
+        if value is not None:
+            return index
+    return "ix_task_done_sent_at"
+
+
+def _address(value: str | None) -> str | None:
+    """Return an address, None for none or a domain."""
+    return None if value is None or value.startswith("@") else value
+
+
+def _conditions(wanted: SendFilter) -> list[sa.ColumnElement[bool]]:
+    """What `task_done` itself has to say, but for the time."""
+    table = task_done.c
+    conditions: list[sa.ColumnElement[bool]] = []
+    if wanted.task_id is not None:
+        conditions.append(table.task_id == str(wanted.task_id))
+    if wanted.message_id is not None:
+        given = wanted.message_id
+        conditions.append(table.message_id.in_([given, f"<{given}>"]))
+    if wanted.sender is not None:
+        conditions.append(_is(wanted.sender, table.sender, table.sender_domain))
+    if wanted.client is not None:
+        conditions.append(table.client == wanted.client)
+    if wanted.task_type is not None:
+        conditions.append(table.task_type == wanted.task_type)
+    return conditions
+
+
+def _is(value: str, address: sa.ColumnElement[str], domain: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    if value.startswith("@"):
+        return domain == value[1:].lower()
+    # Both through the database's own lower(), which need not be Python's; the index is on it.
+    return sa.func.lower(address) == sa.func.lower(value)
+
+
+def _window(
+    wanted: SendFilter,
+    after: Key | None,
+    moment: sa.ColumnElement[datetime],
+    key: sa.ColumnElement[int],
+) -> list[sa.ColumnElement[bool]]:
+    conditions: list[sa.ColumnElement[bool]] = []
+    if wanted.since is not None:
+        conditions.append(moment >= wanted.since)
+    if wanted.until is not None:
+        conditions.append(moment < wanted.until)
+    if after is not None:
+        conditions.append(
+            sa.tuple_(moment, key)
+            < sa.tuple_(sa.literal(after[0], UtcDateTime()), sa.literal(after[1], sa.BigInteger()))
+        )
+    return conditions
