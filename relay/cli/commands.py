@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from relay import __version__
-from relay.cli.configuration import configured, find
+from relay.cli.configuration import ConfigOption, configured, find
 from relay.cli.failure import CommandError
+from relay.cli.sends import EPILOG, sends
 
 if TYPE_CHECKING:
     from relay.settings import Settings
@@ -26,13 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="Configuration. Else $RELAY_CONFIG, else config/relay.toml."
-    ),
-]
 
 
 def _version(asked: bool) -> None:
@@ -113,6 +106,9 @@ def schema() -> int:
 
     typer.echo(json.dumps(settings_schema(), indent=2))
     return 0
+
+
+app.command(epilog=EPILOG)(sends)
 
 
 def _connect(settings: Settings) -> int:

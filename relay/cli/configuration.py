@@ -5,16 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["DEFAULT", "configured", "find"]
+__all__ = ["DEFAULT", "ConfigOption", "configured", "find"]
 
 DEFAULT = Path("config/relay.toml")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Configuration. Else $RELAY_CONFIG, else config/relay.toml."
+    ),
+]
+"""The option of every command that reads the configuration."""
 
 
 def find(config: Path | None, environ: Mapping[str, str], *, dev: bool = False) -> Path | None:

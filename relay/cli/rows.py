@@ -1,0 +1,187 @@
+"""How rows are printed: as a table for people, as JSON lines or CSV for programs; page by page.
+
+Rules. What came over the wire does not drive a terminal: in a table every character that does not print is
+shown escaped, in JSON it is escaped by JSON's own means, so that the value stays; so it is in CSV when a
+terminal shows it. Otherwise CSV has the values as they are, also those that a spreadsheet would take for a
+formula (`=`, `+`, `-`, `@` at the beginning): addresses may begin so, and a mark put before one would make it
+another address for every other reader.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import TextIO
+
+import typer
+from rich.cells import cell_len, set_cell_size
+
+from relay.cli.sends import Format
+from relay.records.queries import Send
+
+__all__ = ["Table", "fitted", "writer"]
+
+COLUMNS = tuple(field.name for field in fields(Send))
+HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
+GAP = "  "
+SMALLEST = 8
+"""Cells of a column that is not made smaller, however narrow the terminal."""
+
+Cell = tuple[str, str]
+"""What may be shortened, and what follows it whole."""
+
+
+def writer(output: Format, out: TextIO) -> Callable[[Sequence[Send]], None]:
+    """Return a printer of pages to `out`; an empty first page makes it print what stands above the rows."""
+    if isinstance(out, io.TextIOWrapper):
+        if output is Format.TABLE:
+            out.reconfigure(errors="backslashreplace")
+        else:
+            out.reconfigure(encoding="utf-8")
+    printers: dict[Format, Callable[[TextIO], Callable[[Sequence[Send]], None]]] = {
+        Format.TABLE: _table,
+        Format.JSON: _json,
+        Format.CSV: _csv,
+    }
+    write = printers[output](out)
+
+    def page(rows: Sequence[Send]) -> None:
+        write(rows)
+        out.flush()  # a reader that has gone is found out here, and not at exit
+
+    return page
+
+
+# For people
+
+
+def _table(out: TextIO) -> Callable[[Sequence[Send]], None]:
+    terminal = out.isatty()
+    bold = terminal and os.environ.get("TERM") != "dumb"
+    table = Table(shutil.get_terminal_size().columns if terminal else None)
+
+    def write(rows: Sequence[Send]) -> None:
+        for number, line in enumerate(table.lines(rows)):
+            heading = bold and number == 0 and table.pages == 1
+            out.write((typer.style(line, bold=True) if heading else line) + "\n")
+
+    return write
+
+
+class Table:
+    """Lines of columns, as wide as the first page needs, and no wider than `width` cells; None: no bound."""
+
+    def __init__(self, width: int | None) -> None:
+        self._width = width
+        self._widths: list[int] = []
+        self.pages = 0
+
+    def lines(self, rows: Sequence[Send]) -> list[str]:
+        """Return the lines of the next page; the first one's begin with the header."""
+        if not rows:
+            return []
+        page = [_cells(row) for row in rows]
+        self.pages += 1
+        if self.pages == 1:
+            page.insert(0, [(name, "") for name in HEADER])
+            wanted = [max(cell_len("".join(cell)) for cell in column) for column in zip(*page, strict=True)]
+            self._widths = wanted if self._width is None else fitted(wanted, self._width)
+        return [self._line(cells) for cells in page]
+
+    def _line(self, cells: list[Cell]) -> str:
+        return GAP.join(map(self._padded, cells, self._widths)).rstrip()
+
+    def _padded(self, cell: Cell, width: int) -> str:
+        text, rest = cell
+        missing = width - cell_len(text) - cell_len(rest)
+        if missing >= 0:
+            return text + rest + " " * missing
+        if self._width is None:
+            return text + rest
+        return set_cell_size(text, max(0, width - cell_len(rest) - 1)) + "…" + rest
+
+
+def fitted(wanted: Sequence[int], width: int) -> list[int]:
+    """Return widths for columns that want so many cells, for a line of `width`: the widest give way first."""
+    widths = list(wanted)
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
+    while excess > 0:
+        # The first column is the time, which says nothing when it is cut.
+        widest = max(range(1, len(widths)), key=widths.__getitem__)
+        if widths[widest] <= SMALLEST:
+            break
+        widths[widest] -= 1
+        excess -= 1
+    return widths
+
+
+def _cells(row: Send) -> list[Cell]:
+    first, *more = row.recipients or ("",)
+    return [
+        (f"{row.sent_at.astimezone():%Y-%m-%d %H:%M:%S}", ""),
+        (_printable(row.task_type), ""),
+        (_printable(row.sender) or "<>", ""),
+        (_printable(first), f" +{len(more)}" if more else ""),
+        (_printable(" ".join(row.upstream_reply.split("\n"))), ""),
+    ]
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# For programs
+
+
+def _json(out: TextIO) -> Callable[[Sequence[Send]], None]:
+    def write(rows: Sequence[Send]) -> None:
+        for row in rows:
+            line = json.dumps({name: _plain(getattr(row, name)) for name in COLUMNS}, ensure_ascii=False)
+            out.write(_printable_json(line) + "\n")
+
+    return write
+
+
+def _csv(out: TextIO) -> Callable[[Sequence[Send]], None]:
+    lines = csv.writer(out, lineterminator="\n")
+    header = iter([COLUMNS])  # written once, when there is a store to read
+    show = _printable if out.isatty() else str
+
+    def write(rows: Sequence[Send]) -> None:
+        lines.writerows(header)
+        for row in rows:
+            lines.writerow([show(_cell(getattr(row, name))) for name in COLUMNS])
+
+    return write
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(value)
+    if isinstance(value, dict):
+        return _printable_json(json.dumps(value, ensure_ascii=False))
+    return str(_plain(value))
+
+
+def _plain(value: object) -> object:
+    """A time as ISO 8601 in UTC, everything else as it is."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return value
+
+
+def _printable_json(text: str) -> str:
+    """What does not print can only stand in a string, where it has another spelling."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
