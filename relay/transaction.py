@@ -300,6 +300,11 @@ class Transaction:
             self._write_content()
         return None
 
+    def pass_on(self) -> None:
+        """Write what has gathered: it comes slowly, and the upstream's patience has limits too."""
+        if self._unwritten:
+            self._write_content()
+
     def _write_content(self, *end: bytes) -> None:
         """Write what has gathered, and `end` with it, in one piece."""
         gathered, self._unwritten, self._unwritten_size = self._unwritten, [], 0
@@ -309,6 +314,7 @@ class Transaction:
     def _classify(self, header: bytes) -> None:
         self._account.found = self._services.classifier.classify(header, self.envelope.reverse_path)
         if self._account.found.received > MAX_RECEIVED:
+            self._services.metrics.rejected("loop")
             self._refuse(LOOP)
 
     def _refuse(self, reply: Reply) -> None:

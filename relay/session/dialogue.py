@@ -522,6 +522,7 @@ class Dialogue:
             self._last_moved = now
             return
         transaction = cast("Transaction", self._transaction)
+        transaction.pass_on()
         took = now - self._content_began
         received = transaction.body.received if transaction.body is not None else 0
         if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
