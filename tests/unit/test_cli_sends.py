@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from relay.cli import main
+from relay.cli.rows import HEADER, Table, fitted, writer
+from relay.cli.sends import Format, moment
+from relay.records.model import Record
+from relay.records.queries import COLUMNS, Send
+from relay.records.retention import Retention
+from relay.records.store import Store
+
+NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
+ROW = Record(
+    task_id=UUID(int=1),
+    task_type="mention",
+    sender="+alice@example.com",
+    client="127.0.0.1",
+    sent_at=NOW,
+    upstream="primary",
+    upstream_reply="250-2.0.0 Ok:\n250 2.0.0 queued \x1b[31m\x9b2J",
+    size=4096,
+    duration_ms=12,
+    recipients=("=1+1@example.net", "bob@example.net", "carol@example.net"),
+    message_id='<"1", 2@example.com>',
+    data={"headers": {"Subject": "\x9b\u202e"}},
+)
+SEND = Send(
+    id=1,
+    client_task_id=None,
+    sender_domain="example.com",
+    expires_at=None,
+    **{name: getattr(ROW, name) for name in ("task_type", "sender", "client", "sent_at", "upstream", "size")},
+    **{name: getattr(ROW, name) for name in ("upstream_reply", "message_id", "duration_ms", "data")},
+    task_id=str(ROW.task_id),
+    recipients=ROW.recipients,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """An empty working directory with a configuration, in a zone of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("relay.toml").write_text('[[upstreams]]\naddress = "smtp.example.com:587"\n')
+    monkeypatch.setenv("RELAY_CONFIG", "relay.toml")
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def record(*rows):
+    async def write():
+        store = await Store.open("sqlite:///data/task_done.db", Retention(timedelta(days=30)))
+        await store.write(rows)
+        await store.close()
+
+    asyncio.run(write())
+
+
+def test_a_table_for_a_pipe_is_plain_and_whole(capsys):
+    record(ROW, replace(ROW, task_id=UUID(int=2), sender="", recipients=("x@y",), upstream_reply="250 ok"))
+
+    assert main(["sends"]) == 0
+
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert [re.split("  +", line) for line in captured.out.splitlines()] == [
+        list(HEADER),
+        ["2026-11-23 13:16:00", "mention", "<>", "x@y", "250 ok"],
+        [
+            *("2026-11-23 13:16:00", "mention", "+alice@example.com", "=1+1@example.net +2"),
+            r"250-2.0.0 Ok: 250 2.0.0 queued \x1b[31m\x9b2J",
+        ],
+    ]
+
+
+def test_filters_reach_the_query(capsys):
+    record(ROW, replace(ROW, task_id=UUID(int=2), sent_at=NOW + timedelta(hours=1)))
+    found = {
+        "--sender=+ALICE@example.com": 2,
+        "--sender=<+alice@example.com>": 2,
+        "--sender=@example.com": 2,
+        "--sender=<>": 0,
+        "--recipient=bob@EXAMPLE.net": 2,
+        "--recipient=nobody@example.net": 0,
+        "--type=mention": 2,
+        "--type=digest": 0,
+        "--client=127.0.0.1": 2,
+        "--client=127.0.0.2": 0,
+        '--message-id="1", 2@example.com': 2,
+        "--message-id=1": 0,
+        "--task-id=00000000000000000000000000000002": 1,
+        "--since=2026-11-23T08:00Z": 1,
+        "--until=2026-11-23T08:00Z": 1,
+        "--since=2026-11-24": 0,
+        "--limit=1": 1,
+        "--limit=0": 2,
+        "--sender=caf\udce9": 0,  # an argument that is no UTF-8
+    }
+    for option, rows in found.items():
+        assert main(["sends", "--format=json", option]) == 0
+        assert (option, len(capsys.readouterr().out.splitlines())) == (option, rows)
+
+
+def test_nothing_found_is_said_on_the_side(capsys):
+    record(ROW)
+    for output, out, err in (
+        ("table", "", "relay: no sends found\n"),
+        ("json", "", ""),
+        ("csv", ",".join((*COLUMNS, "recipients")) + "\n", ""),
+    ):
+        assert main(["sends", "--sender=x@y", f"--format={output}"]) == 0
+        assert capsys.readouterr() == (out, err)
+
+
+@pytest.mark.parametrize("output", Format)
+def test_no_store_is_made_and_nothing_printed(output, capsys):
+    assert main(["sends", f"--format={output}"]) == 1
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("relay: data/task_done.db: no such file")
+    assert captured.err.count("\n") == 1
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "takes"),
+    [
+        (["--since=yesterday"], "--since", "90m, 2h or 7d"),
+        (["--since="], "--since", "90m, 2h or 7d"),
+        (["--since=90"], "--since", "90m, 2h or 7d"),
+        (["--until=99999999d"], "--until", "90m, 2h or 7d"),
+        (["--until=0001-01-01"], "--until", "90m, 2h or 7d"),
+        (["--since=0001-01-01T00:00+14:00"], "--since", "90m, 2h or 7d"),
+        (["--since=1h", "--until=2h"], "--until", "after that of --since"),
+        (["--task-id=5"], "--task-id", "a UUID"),
+        (["--sender="], "--sender", "or <>"),
+        (["--sender=@"], "--sender", "@domain"),
+        (["--recipient=<>"], "--recipient", "an address or @domain"),
+        (["--type= "], "--type", "a task type"),
+        (["--client="], "--client", "an IP address"),
+        (["--message-id="], "--message-id", "a Message-ID"),
+        (["--limit=-1"], "--limit", "0"),
+        (["--limit=many"], "--limit", "integer"),
+        (["--format=xml"], "--format", "'table', 'json', 'csv'"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_one_line(arguments, option, takes, capsys):
+    assert main(["sends", *arguments]) == 2
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"relay: invalid value for '{option}': ")
+    assert takes in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("90m", NOW - timedelta(minutes=90)),
+        ("7d", NOW - timedelta(days=7)),
+        ("2026-11-23", datetime(2026, 11, 22, 18, 30, tzinfo=UTC)),
+        ("2026-11-23T07:46", datetime(2026, 11, 23, 2, 16, tzinfo=UTC)),
+        ("2026-11-23 07:46:01.5", datetime(2026, 11, 23, 2, 16, 1, 500000, tzinfo=UTC)),
+        ("2026-11-23T07:46:00.123456Z", NOW),
+        ("2026-11-23T08:46:00.123456+01:00", NOW),
+    ],
+)
+def test_when(value, expected):
+    assert moment(value, NOW) == expected
+
+
+# Formats
+
+
+def written(output, *sends, out=None):
+    out = out or io.StringIO()
+    write = writer(output, out)
+    write(())
+    write(sends)
+    return out.getvalue()
+
+
+def test_json_has_every_column_and_the_same_values():
+    text = written(Format.JSON, SEND, SEND)
+
+    assert text.replace("\n", "").isprintable()
+    first, second = map(json.loads, text.splitlines())
+    assert first == second
+    assert list(first) == [*COLUMNS, "recipients"]
+    assert first["sent_at"] == "2026-11-23T07:46:00.123456Z"
+    assert first["expires_at"] is None
+    assert first["data"] == ROW.data
+    assert first["upstream_reply"] == ROW.upstream_reply
+    assert first["recipients"] == list(ROW.recipients)
+
+
+def test_csv_has_every_column_and_the_same_values():
+    header, row, again = csv.reader(io.StringIO(written(Format.CSV, SEND, SEND), newline=""))
+
+    assert header == [*COLUMNS, "recipients"]
+    assert row == again
+    values = dict(zip(header, row, strict=True))
+    assert values["sender"] == "+alice@example.com"
+    assert values["recipients"] == "=1+1@example.net bob@example.net carol@example.net"
+    assert values["upstream_reply"] == ROW.upstream_reply
+    assert values["message_id"] == ROW.message_id
+    assert values["client_task_id"] == values["expires_at"] == ""
+    assert values["sent_at"] == "2026-11-23T07:46:00.123456Z"
+    assert json.loads(values["data"]) == ROW.data
+
+
+@pytest.mark.parametrize("output", Format)
+def test_text_from_the_wire_does_not_drive_a_terminal(output, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert written(output, SEND, out=Terminal()).replace("\n", "").isprintable()
+
+
+def test_the_header_stands_out_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    text = written(Format.TABLE, SEND, SEND, out=Terminal())
+    assert text.startswith("\x1b[1mTIME ")
+    assert text.count("\x1b") == 2
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_table_fits_its_terminal(width):
+    long = replace(
+        SEND, sender="jörg@" + "漢字" * 30, recipients=("a" * 70 + "@x", "b@x"), upstream_reply="250 ok " * 40
+    )
+    from rich.cells import cell_len
+
+    header, *lines = Table(width).lines([SEND, long])
+
+    assert header.split() == list(HEADER)
+    assert max(map(cell_len, lines)) <= width
+    assert lines[1].startswith("2026-11-23 13:16:00  mention  jörg@")
+    assert "… +1  250 ok" in lines[1]
+
+
+def test_later_pages_keep_the_columns_and_have_no_header():
+    table = Table(None)
+    first = table.lines([SEND])
+    [line] = table.lines([replace(SEND, sender="longer-than-all-before@example.com")])
+    assert table.lines([]) == []
+    assert len(first) == 2
+    assert "longer-than-all-before@example.com  =1+1" in line
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "widths"),
+    [
+        ([19, 5, 10], 40, [19, 5, 10]),
+        ([19, 5, 30], 48, [19, 5, 20]),
+        ([19, 20, 30], 53, [19, 15, 15]),
+        ([19, 20, 5], 10, [19, 8, 5]),
+    ],
+)
+def test_the_widest_gives_way(wanted, width, widths):
+    assert fitted(wanted, width) == widths
+
+
+# As a process
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "relay", "sends", *arguments]
+    return subprocess.run(command, check=False, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("output", Format)
+def test_a_reader_that_has_seen_enough_is_no_error(output):
+    record(*(replace(ROW, task_id=UUID(int=number), upstream_reply="250 " * 500) for number in range(300)))
+    command = [sys.executable, "-m", "relay", "sends", "--limit=0", f"--format={output}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_a_disk_that_is_full_is_said():
+    record(ROW)
+    with Path("/dev/full").open("wb") as full:
+        done = run(stdout=full)
+
+    assert done.stderr.startswith(b"relay: cannot write what was found: No space left on device\n")
+    assert b"Traceback" not in done.stderr
+
+
+def test_every_encoding_of_a_terminal_will_do(monkeypatch):
+    record(replace(ROW, sender="jörg@example.com"))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+
+    assert b"j\\xf6rg@example.com" in run(stdout=subprocess.PIPE).stdout
+    assert "jörg@example.com" in run("--format=json", stdout=subprocess.PIPE).stdout.decode()
