@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 COMMANDS = (b"MAIL FROM:<a@example.test>", b"RCPT TO:<b@example.test>", b"DATA")
 CONTENT = b"Subject: one\r\n\r\ntext\r\n"
+LINES = b" and so on, line by line, for longer than anybody reads\r\n" * 1000
+"""So many octets that some go up before the end of data."""
 
 # The client says so many of the COMMANDS and these octets behind them, then it leaves.
 # "unanswered": it has not had the reply to the last thing that it said, and the upstream not given it.
@@ -37,7 +39,9 @@ STAGES = {
     "DATA unanswered":          (3,       b"",                   "aborted"),
     "DATA":                     (3,       b"",                   "aborted"),
     "in the header":            (3,       b"Subject: o",         "aborted"),
+    "in a long header":         (3,       b"Subject: o\r\n" + LINES, "aborted"),
     "in the body":              (3,       CONTENT[:-4],          "aborted"),
+    "in a long body":           (3,       CONTENT + LINES,       "aborted"),
     "before the end of data":   (3,       CONTENT,               "aborted"),
     "after its period":         (3,       CONTENT + b".",        "aborted"),
     "one octet before its end": (3,       CONTENT + b".\r",      "aborted"),
@@ -108,7 +112,7 @@ async def talk(client: Client, stage: str, upstream: ScriptedUpstream) -> None:
         await client.expect(250)
     elif stage == "verdict unanswered":
         await upstream.message()
-    elif said == len(COMMANDS) and octets:
+    elif len(octets) > len(LINES):
         await upstream.wait_for(lambda: upstream.incomplete[0].size > 0)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.session import dialogue as dialogue_module
 from relay.session import session as session_module
 from tests.support.client import Client
 from tests.support.content import stuff
@@ -50,6 +51,13 @@ def the_session(running: Running) -> Session:
     return session
 
 
+def received(running: Running) -> int:
+    """Return how many octets of content have come from the client."""
+    transaction = the_session(running)._dialogue._transaction
+    assert transaction is not None
+    return transaction.body.received if transaction.body is not None else 0
+
+
 def rejects(running: Running, reason: str) -> float:
     return running.metric("client_rejects_total", reason=reason)
 
@@ -82,7 +90,7 @@ async def test_a_dripping_command_does_not_put_the_deadline_off(
         )  # the longer it were, the clearer: what drips now is later than the last move
         for octet in b"NOOP for ever":
             await client.send(bytes([octet]))
-        await eventually(lambda: the_session(running)._input == b"NOOP for ever")
+        await eventually(lambda: len(the_session(running)._dialogue._input) == len(b"NOOP for ever"))
         look(running, IDLE - (asyncio.get_running_loop().time() - moved) + 0.01)
         await client.expect(421)
         await client.expect_eof()
@@ -118,7 +126,7 @@ async def test_a_client_silent_in_its_content_loses_its_lease_not_its_session(
         for command in (MAIL, RCPT, b"DATA"):
             await client.command(command)
         await client.send(b"Subject: fast enough so far\r\n\r\n" + b"x" * 500 * 60 + b"\r\n")
-        await upstream.wait_for(lambda: upstream.incomplete[0].size > 500 * 60)
+        await eventually(lambda: received(running) > 500 * 60)
         look(running, LEASE_IDLE + SOON)
         await upstream.wait_for(lambda: not upstream.connections[0].open)
         await client.send(CONTENT + b".\r\n")
@@ -137,10 +145,10 @@ async def test_a_body_that_comes_too_slowly_is_aborted(start: Any, upstream: Scr
         for command in (MAIL, RCPT, b"DATA"):
             await client.command(command)
         await client.send(b"Subject: slow\r\n")
-        await upstream.wait_for(lambda: upstream.incomplete[0].size)
+        await eventually(lambda: received(running))
         look(running, GRACE - SOON)
         await client.send(b"x" * 500 * 60 + b"\r\n")
-        await upstream.wait_for(lambda: upstream.incomplete[0].size > 500 * 60)
+        await eventually(lambda: received(running) > 500 * 60)
         look(running, 60 - SOON)
         assert rejects(running, "slow") == 0, "500 octets a second and more are fast enough"
         look(running, 60 + SOON)
@@ -162,14 +170,14 @@ async def test_the_client_does_not_pay_for_an_upstream_that_reads_slowly(
         for command in (MAIL, RCPT, b"DATA"):
             await client.command(command)
         sending = asyncio.create_task(client.send(stuff(LARGE) + b".\r\n"))
-        session = the_session(running)
-        await eventually(lambda: session._flow_paused)
-        began = session._content_began
+        dialogue = the_session(running)._dialogue
+        await eventually(lambda: dialogue._flow_paused)
+        began = dialogue._content_began
         now = asyncio.get_running_loop().time()
         for minute in range(1, 5):  # up to reply_timeout, the limit for a write to the upstream
             running.relay.reception.sweep(now + minute * 60, 60.0)
-        assert session._content_began == pytest.approx(began + 240), "its clock stands meanwhile"
-        session._content_began, session._last_moved = began, now  # the minutes were not real
+        assert dialogue._content_began == pytest.approx(began + 240), "its clock stands meanwhile"
+        dialogue._content_began, dialogue._last_moved = began, now  # the minutes were not real
         upstream.connections[0].wire.resume()
         await sending
         await client.expect(250)
@@ -187,8 +195,8 @@ async def test_a_client_that_never_reads_is_cut_off(
         client.wire.pause()
         client.send_unread(MAIL + b"\r\n" + (RCPT + b"\r\n") * 1000)
         session = the_session(running)
-        await eventually(lambda: session._write_paused_since is not None)
-        assert len(session._replies) <= session_module.MAX_OWED
+        await eventually(lambda: session.choked)
+        assert len(session._dialogue._replies) <= dialogue_module.MAX_OWED
         look(running, session_module.WRITE_TIMEOUT - SOON)
         assert running.relay.reception._sessions
         look(running, session_module.WRITE_TIMEOUT + SOON)
@@ -206,13 +214,17 @@ async def test_a_silent_upstream_costs_the_transaction_not_the_session(
 ) -> None:
     upstream.script = {stage: [Silence()]}
     async with start(upstream.port) as running, Client(running.port) as client:
+        look(
+            running, IDLE - SOON
+        )  # nothing lies idle: what fails at MAIL on a new connection is not replaced
+        await upstream.wait_for(lambda: not upstream.open_connections)
         await client.ehlo()
         for each in (MAIL, RCPT, b"DATA"):
             if each == command:
                 break
             await client.command(each, 250)
         await client.send(command + b"\r\n")
-        await upstream.wait_for(lambda: upstream.connections[0].lines[-1] == command)
+        await upstream.wait_for(lambda: upstream.log[-1].line == command)
         look(running, REPLY - SOON)
         assert outcomes(running) == {}
         look(running, REPLY + SOON)
