@@ -81,7 +81,10 @@ class Pool:
             self._dialing += 1
             return await self._dial()
         connection = await self._wait()
-        return await self._dial() if connection is None else connection
+        if connection is None:
+            return await self._dial()
+        # It may have ended between being handed over and this task's turn; its permit is free again then.
+        return connection if connection.usable else await self.acquire(fresh=fresh)
 
     def release(self, connection: Connection, *, reset: bool) -> None:
         """Take a connection back after its transaction; `reset`: a transaction is still open on it."""

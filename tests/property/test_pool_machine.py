@@ -1,0 +1,282 @@
+"""The pool under any order of events: the bound holds, no permit is lost, nothing that failed is used again.
+
+Leases are asked for, given up while they wait, given back clean or in the middle of a transaction; dials
+succeed and fail; the upstream closes, says 421 or talks out of turn on any connection, idle or not; time
+passes. The upstream is in memory: it answers RSET and QUIT and does else what the machine decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from relay.metrics import Metrics
+from relay.settings import UpstreamSettings
+from relay.upstream.capabilities import Capabilities
+from relay.upstream.connection import Connection, Failure
+from relay.upstream.dial import UNREACHABLE, DialError
+from relay.upstream.pool import Pool, UnavailableError
+
+MAX_CONNECTIONS = 3
+MAX_ASKED = 8
+CAPABILITIES = Capabilities(frozenset({"PIPELINING"}))
+
+
+class MemoryTransport(asyncio.Transport):
+    """The upstream's end of one connection."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._protocol: Any = None
+        self.over = False
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        """It is never paused."""
+
+    def is_closing(self) -> bool:
+        return self.over
+
+    def write(self, data: Any) -> None:
+        if data == b"RSET\r\n":
+            self._loop.call_soon(self.say, b"250 2.0.0 reset\r\n")
+        elif data == b"QUIT\r\n":
+            self._loop.call_soon(self.say, b"221 2.0.0 bye\r\n")
+
+    def say(self, octets: bytes) -> None:
+        if not self.over:
+            self._protocol.data_received(octets)
+
+    def close(self) -> None:
+        if not self.over:
+            self.over = True
+            self._loop.call_soon(self._protocol.connection_lost, None)
+
+    abort = close
+
+
+class MachineDialer:
+    """Dials end when the machine says so, and as it says."""
+
+    def __init__(self) -> None:
+        self.pending: list[asyncio.Future[bool]] = []
+        self.transports: list[MemoryTransport] = []
+
+    @property
+    def open(self) -> list[MemoryTransport]:
+        return [transport for transport in self.transports if not transport.over]
+
+    async def dial(self) -> tuple[asyncio.Transport, Capabilities]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bool] = loop.create_future()
+        self.pending.append(answer)
+        try:
+            succeeds = await answer
+        finally:
+            self.pending.remove(answer)
+        if not succeeds:
+            raise DialError("unreachable", "refused", UNREACHABLE)
+        self.transports.append(MemoryTransport(loop))
+        return self.transports[-1], CAPABILITIES
+
+
+class Holder:
+    """Who has a connection on lease."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        connection.lessee = self
+        connection.transactions += 1
+
+    def connection_failed(self, failure: Failure) -> None:
+        """It notices when it gives the lease back."""
+
+    def pause_content(self) -> None:
+        """It sends none."""
+
+    def resume_content(self) -> None:
+        """It sends none."""
+
+
+class PoolMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.dialer = MachineDialer()
+        upstream = UpstreamSettings.model_validate(
+            {
+                "name": "primary",
+                "address": "127.0.0.1:25",
+                "tls": "none",
+                "max_connections": MAX_CONNECTIONS,
+                "max_messages": 4,
+                "lease_wait_timeout": "1h",
+            }
+        )
+        metrics = Metrics(upstreams=["primary"], listeners=[], task_types=[])
+        self.pool = Pool(upstream, self.dialer, metrics.upstreams["primary"])  # type: ignore[arg-type]
+        self.asked: list[asyncio.Task[Connection]] = []
+        self.holders: list[Holder] = []
+        self.failed: set[int] = set()
+
+    def run(self, act: Any = None) -> None:
+        """Do something in the loop, then let everything that follows from it happen."""
+
+        async def steps() -> None:
+            if act is not None:
+                act()
+            for _ in range(12):
+                await asyncio.sleep(0)
+
+        self.loop.run_until_complete(steps())
+        self.collect()
+
+    def collect(self) -> None:
+        """Take up the leases that have been granted."""
+        for task in [task for task in self.asked if task.done()]:
+            self.asked.remove(task)
+            if task.cancelled():
+                continue
+            if isinstance(task.exception(), UnavailableError):
+                continue
+            connection = task.result()
+            assert connection.usable, "a lease on a connection that is gone"
+            assert connection.lessee is None, "a lease on a connection that somebody has"
+            assert id(connection) not in self.failed, "a lease on a connection that was not clean"
+            self.holders.append(Holder(connection))
+
+    @precondition(lambda self: len(self.asked) + len(self.holders) < MAX_ASKED)
+    @rule(fresh=st.booleans())
+    def ask(self, fresh: bool) -> None:
+        self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire(fresh=fresh))))
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def stop_waiting(self, data: st.DataObject) -> None:
+        task = data.draw(st.sampled_from(self.asked))
+        self.run(task.cancel)
+
+    @precondition(lambda self: self.asked and self.holders)
+    @rule(data=st.data())
+    def stop_waiting_as_a_connection_comes(self, data: st.DataObject) -> None:
+        task = data.draw(st.sampled_from(self.asked))
+        holder = self.holders.pop()
+
+        def act() -> None:
+            self.pool.release(holder.connection, reset=False)
+            task.cancel()
+
+        self.run(act)
+
+    @precondition(lambda self: self.dialer.pending)
+    @rule(succeeds=st.booleans())
+    def dial_ends(self, succeeds: bool) -> None:
+        self.run(lambda: self.dialer.pending[0].set_result(succeeds))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), reset=st.booleans())
+    def give_back(self, data: st.DataObject, reset: bool) -> None:
+        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self.run(lambda: self.pool.release(holder.connection, reset=reset))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def give_back_as_it_dies(self, data: st.DataObject) -> None:
+        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self.failed.add(id(holder.connection))
+
+        def act() -> None:
+            self.pool.release(holder.connection, reset=False)
+            holder.connection.eof_received()
+
+        self.run(act)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def give_up_in_the_middle(self, data: st.DataObject) -> None:
+        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self.failed.add(id(holder.connection))
+
+        def act() -> None:
+            holder.connection.lessee = None
+            holder.connection.abort("content unfinished")
+
+        self.run(act)
+
+    @precondition(lambda self: self.dialer.open)
+    @rule(
+        data=st.data(), how=st.sampled_from([b"", b"421 4.3.2 bye\r\n", b"what is this\r\n", b"250 ok\r\n"])
+    )
+    def the_upstream_fails(self, data: st.DataObject, how: bytes) -> None:
+        transport = data.draw(st.sampled_from(self.dialer.open))
+        self.failed.add(id(transport._protocol))
+        self.run(lambda: transport.say(how) if how else transport._protocol.eof_received())
+
+    @rule(seconds=st.sampled_from([1.0, 61.0, 301.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.run(lambda: self.pool.sweep(self.loop.time() + seconds))
+
+    @invariant()
+    def the_bound_holds(self) -> None:
+        assert len(self.dialer.open) + len(self.dialer.pending) <= MAX_CONNECTIONS
+        assert self.pool._used == len(self.dialer.open) + len(self.dialer.pending), "a permit lost or made up"
+
+    @invariant()
+    def nobody_waits_without_need(self) -> None:
+        waiting = len(self.asked) - len(self.dialer.pending)
+        if waiting:
+            in_use = [holder for holder in self.holders if holder.connection.usable]
+            assert len(in_use) + len(self.dialer.pending) == MAX_CONNECTIONS
+
+    def teardown(self) -> None:
+        """Whatever has happened: all connections can be had again, and all go when the pool closes."""
+        while self.asked:
+            self.run(self.asked[0].cancel)
+        while self.holders:
+            self.give_back_last()
+        for _ in range(MAX_CONNECTIONS):
+            self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire())))
+            if self.dialer.pending:
+                self.run(lambda: self.dialer.pending[0].set_result(True))
+        assert len(self.holders) == MAX_CONNECTIONS
+        while self.holders:
+            self.give_back_last()
+        self.loop.run_until_complete(self.pool.close())
+        assert repr(self.pool) == "<Pool primary: 0 active, 0 idle, 0 connecting, 0 waiting>"
+        assert self.dialer.open == []
+        self.loop.close()
+
+    def give_back_last(self) -> None:
+        holder = self.holders.pop()
+        self.run(lambda: self.pool.release(holder.connection, reset=False))
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
+    machine = PoolMachine()
+    for _ in range(MAX_CONNECTIONS + 1):
+        machine.ask(fresh=False)
+    for _ in range(MAX_CONNECTIONS):
+        machine.dial_ends(succeeds=True)
+    assert "1 waiting" in repr(machine.pool)
+    dying = machine.holders.pop().connection
+
+    def act() -> None:
+        machine.pool.release(dying, reset=False)
+        dying.eof_received()
+
+    machine.run(act)
+    assert len(machine.dialer.pending) == 1, "who waited has the permit now, and opens a new one"
+    machine.dial_ends(succeeds=True)
+    assert len(machine.holders) == MAX_CONNECTIONS
+    machine.teardown()
