@@ -129,11 +129,15 @@ class Connection(asyncio.Protocol):
         self.usable = False
         if self._transport is None or self._transport.is_closing():
             return
-        self.send(b"QUIT\r\n", "quit", lambda _: self._close())
+        self.send(b"QUIT\r\n", "quit", self._left)
 
     def abort(self, reason: str) -> None:
         """Cut the connection; nothing that is still buffered is sent."""
         self._end(Failure(reason))
+
+    def _left(self, _: Reply) -> None:
+        # Not at once: asyncio's TLS cannot begin to close while it reads that the upstream closes too.
+        self._loop.call_soon(self._close)
 
     def _close(self) -> None:
         if self._transport is not None:
