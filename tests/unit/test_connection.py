@@ -1,0 +1,272 @@
+"""One upstream connection: replies in step with commands, limits for each wait, one end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.metrics import Metrics
+from relay.reply import Reply
+from relay.upstream.capabilities import Capabilities
+from relay.upstream.connection import QUIT_TIMEOUT, Connection, Failure
+
+REPLY_TIMEOUT = 300.0
+END_OF_DATA_TIMEOUT = 600.0
+SOON = 0.5
+
+
+class MemoryTransport(asyncio.Transport):
+    """Keeps what is written; ends when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.aborted = False
+        self.closed = False
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """The test keeps the protocol itself."""
+
+    def resume_reading(self) -> None:
+        """It is never paused."""
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.aborted or self.closed
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Talk:
+    """A connection, whoever owns and has it, and all that they hear."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics(upstreams=["primary"], listeners=[], task_types=[])
+        self.connection = Connection(
+            self,
+            Capabilities(frozenset({"PIPELINING"})),
+            self.metrics.upstreams["primary"],
+            reply_timeout=REPLY_TIMEOUT,
+            end_of_data_timeout=END_OF_DATA_TIMEOUT,
+        )
+        self.transport = MemoryTransport()
+        self.connection.attach(self.transport)
+        self.connection.lessee = self
+        self.answers: list[tuple[str, int]] = []
+        self.failures: list[Failure] = []
+        self.ends: list[str] = []
+        self.flow: list[str] = []
+
+    def command(self, name: str) -> None:
+        self.connection.send(b"%b\r\n" % name.encode(), name, lambda reply: self.heard(name, reply))
+
+    def heard(self, name: str, reply: Reply) -> None:
+        self.answers.append((name, reply.code))
+
+    def hears(self, octets: bytes) -> None:
+        self.connection.data_received(octets)
+
+    def look(self, seconds: float) -> None:
+        self.connection.check(asyncio.get_running_loop().time() + seconds)
+
+    def connection_ended(self, connection: Connection, reason: str) -> None:
+        assert connection is self.connection
+        self.ends.append(reason)
+
+    def connection_failed(self, failure: Failure) -> None:
+        self.failures.append(failure)
+
+    def pause_content(self) -> None:
+        self.flow.append("pause")
+
+    def resume_content(self) -> None:
+        self.flow.append("resume")
+
+    def is_over(self) -> bool:
+        """Whether it has ended, once for each who must know, and without sending what was buffered."""
+        if not self.ends:
+            return False
+        assert len(self.ends) == len(self.failures) == 1
+        assert self.transport.aborted
+        assert not self.connection.usable
+        return True
+
+
+@pytest.fixture
+async def talk() -> Talk:
+    return Talk()
+
+
+async def test_replies_answer_commands_in_order(talk: Talk) -> None:
+    for name in ("mail", "rcpt", "data"):
+        talk.command(name)
+    assert talk.transport.written == b"mail\r\nrcpt\r\ndata\r\n"
+    talk.hears(b"250 2.1.0 ok\r\n550-5.1.1 not\r\n550 5.1.1 here\r\n354 go")
+    assert talk.answers == [("mail", 250), ("rcpt", 550)]
+    talk.hears(b" ahead\r\n")
+    assert talk.answers[2:] == [("data", 354)]
+    assert talk.connection.usable
+    assert not talk.is_over()
+
+
+@given(cuts=st.lists(st.integers(0, 60), max_size=8))
+def test_how_tcp_cuts_the_replies_does_not_matter(cuts: list[int]) -> None:
+    wire = b"250 ok\r\n451-4.7.1 not\r\n451 now\r\n354 go ahead\r\n"
+
+    async def hear() -> list[tuple[str, int]]:
+        talk = Talk()
+        for name in ("mail", "rcpt", "data"):
+            talk.command(name)
+        places = [0, *sorted(min(cut, len(wire)) for cut in cuts), len(wire)]
+        for start, end in itertools.pairwise(places):
+            talk.hears(wire[start:end])
+        assert not talk.is_over()
+        return talk.answers
+
+    assert asyncio.run(hear()) == [("mail", 250), ("rcpt", 451), ("data", 354)]
+
+
+@pytest.mark.parametrize("octets", [b"250 ok\r\n", b"2", b"what is this\r\n", b"\0", b"354 go\r\n"])
+async def test_octets_that_answer_nothing_end_it(octets: bytes, talk: Talk) -> None:
+    talk.hears(octets)
+    assert talk.is_over()
+    assert talk.failures[0].reply is None
+
+
+async def test_a_421_may_come_unasked(talk: Talk) -> None:
+    talk.hears(b"421 4.3.2 going down\r\n")
+    assert talk.is_over()
+    assert str(talk.failures[0].reply) == "421 4.3.2 going down"
+
+
+async def test_a_421_that_answers_makes_it_unusable(talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(b"421 4.3.2 going down\r\n")
+    assert talk.answers == [("mail", 421)]
+    assert not talk.connection.usable
+
+
+@pytest.mark.parametrize(
+    ("command", "reply"),
+    [
+        ("mail", b"354 go\r\n"),
+        ("rcpt", b"334 VXNlcg==\r\n"),
+        ("data", b"250 ok\r\n"),
+        ("end_of_data", b"354 go\r\n"),
+    ],
+)
+async def test_a_reply_of_a_kind_that_cannot_answer_ends_it(command: str, reply: bytes, talk: Talk) -> None:
+    talk.command(command)
+    talk.hears(reply)
+    assert talk.answers == []
+    assert talk.is_over()
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [b"250 ok\r\n250 twice\r\n", b"250 ok\r\n250", b"250 ok\r\ngarbage\r\n"],
+    ids=["a_reply", "half_a_reply", "garbage"],
+)
+async def test_more_than_was_asked_ends_it(octets: bytes, talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(octets)
+    assert talk.is_over()
+
+
+@pytest.mark.parametrize("behind", [b"250 twice\r\n", b"421 bye\r\n", b"250", b"garbage\r\n", b"554 no\r\n"])
+@pytest.mark.parametrize("verdict", [b"250 ok\r\n", b"554 no\r\n"])
+async def test_a_verdict_stands_whatever_comes_behind_it(verdict: bytes, behind: bytes, talk: Talk) -> None:
+    talk.command("end_of_data")
+    talk.hears(verdict + behind)
+    assert talk.answers == [("end_of_data", int(verdict[:3]))]
+    assert talk.is_over()
+
+
+async def test_a_verdict_that_is_none_does_not_stand(talk: Talk) -> None:
+    talk.command("end_of_data")
+    talk.hears(b"354 go ahead\r\ngarbage\r\n")
+    assert talk.answers == []
+    assert talk.is_over()
+
+
+async def test_its_end_is_told_once(talk: Talk) -> None:
+    talk.command("mail")
+    talk.connection.eof_received()
+    talk.connection.connection_lost(ConnectionResetError("reset"))
+    talk.connection.abort("again")
+    assert talk.is_over()
+    assert talk.ends == ["closed by the upstream"]
+    assert talk.answers == []
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"),
+    [
+        ("mail", REPLY_TIMEOUT),
+        ("rcpt", REPLY_TIMEOUT),
+        ("data", REPLY_TIMEOUT),
+        ("rset", REPLY_TIMEOUT),
+        ("end_of_data", 2 * END_OF_DATA_TIMEOUT),
+        ("quit", QUIT_TIMEOUT),
+    ],
+)
+async def test_each_wait_has_its_limit(command: str, limit: float, talk: Talk) -> None:
+    talk.command(command)
+    talk.look(limit - SOON)
+    assert not talk.is_over()
+    talk.look(limit + SOON)
+    assert talk.is_over()
+    assert command in talk.failures[0].reason
+
+
+async def test_nothing_is_late_when_nothing_is_awaited(talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(b"250 ok\r\n")
+    talk.look(100 * END_OF_DATA_TIMEOUT)
+    assert not talk.is_over()
+
+
+async def test_content_that_is_not_taken_ends_it(talk: Talk) -> None:
+    talk.connection.pause_writing()
+    talk.look(REPLY_TIMEOUT - SOON)
+    assert not talk.is_over()
+    talk.connection.resume_writing()
+    talk.look(REPLY_TIMEOUT + SOON)
+    assert not talk.is_over()
+    talk.connection.pause_writing()
+    talk.look(REPLY_TIMEOUT + SOON)
+    assert talk.is_over()
+    assert talk.flow == ["pause", "resume", "pause"]
+
+
+async def test_quit_closes_after_the_reply(talk: Talk) -> None:
+    talk.connection.quit()
+    assert talk.transport.written == b"QUIT\r\n"
+    assert not talk.connection.usable
+    talk.hears(b"221 2.0.0 bye\r\n")
+    await asyncio.sleep(0)
+    assert talk.transport.closed
+    assert not talk.transport.aborted
+
+
+async def test_replies_are_timed_by_their_command(talk: Talk) -> None:
+    for name in ("mail", "quit"):
+        talk.command(name)
+    talk.hears(b"250 ok\r\n221 bye\r\n")
+
+    def timed(command: str) -> float | None:
+        labels = {"upstream": "primary", "command": command}
+        return talk.metrics.registry.get_sample_value("smtp_relay_upstream_reply_seconds_count", labels)
+
+    assert [timed(name) for name in ("mail", "rcpt", "quit")] == [1, 0, None]
