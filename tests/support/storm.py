@@ -174,12 +174,16 @@ class Storm:
             except ConnectionError:
                 await asyncio.sleep(_RETRY_S)
                 continue
-            try:
-                await session.ehlo()
-            except ConnectionError:
-                await _leave(session)
-            else:
+            if await self._welcome(session):
                 return session
+            await _leave(session)
+
+    async def _welcome(self, session: Client) -> bool:
+        """Whether greeting and EHLO went well: a relay that drains says 421 to either, or is gone."""
+        try:
+            return (await session.reply()).code == 220 and (await session.command("EHLO a.test")).code == 250
+        except ConnectionError:
+            return False
 
     async def _send(self, session: Client, key: str, message: str, dice: random.Random) -> int | None:
         """Send once; return the code that told what became of it, or None if nobody said."""
