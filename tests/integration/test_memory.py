@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,16 @@ SESSIONS = 1000
 SESSION = 20 * 1024
 PATIENCE_S = 120.0
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc"
+    ),
+]
 
 
 @pytest.fixture
-async def upstream() -> Iterator[ScriptedUpstream]:
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
     """An upstream that keeps digests only, so that the test itself stays small."""
     async with ScriptedUpstream(keep_content=False) as server:
         yield server
