@@ -126,6 +126,10 @@ async def test_a_transaction_given_up_is_reset_and_its_connection_used_again(sta
         await client.command("MAIL FROM:<given-up@example.test>", 250)
         await client.command("RCPT TO:<x@example.test>", 250)
         await client.command("RSET", 250)
+        # The client has not waited for the upstream's reply to RSET; until it comes, the connection is taken.
+        async with asyncio.timeout(10):
+            while not running.metric("upstream_reply_seconds_count", upstream="primary", command="rset"):
+                await asyncio.sleep(0.01)
         assert (await client.message("a@example.test", ["b@example.test"], content("1")))[-1].code == 250
         assert found.commands == [
             "EHLO relay.test",
@@ -209,10 +213,13 @@ async def test_refusals_and_hang_ups(
 
 
 async def test_a_refusal_in_the_middle_of_the_content(start: Any) -> None:
-    """smtp-sink -A: 550 while the content still comes, then nothing is read any more."""
+    """smtp-sink -A: 550 soon after the 354, then nothing is read any more.
+
+    Once the end of data has gone up, the 550 is the verdict; before that, it is a reply that nobody awaits.
+    """
     async with sink("-A", "0") as found, start(found.port) as running, Client(running.port) as client:
         await client.ehlo()
         replies = await client.message("a@example.test", ["b@example.test"], content("1"))
-        assert replies[-1].code == 451
+        assert replies[-1].code in (451, 550)
         assert running.rows() == []
         assert running.metric("messages_total", upstream="primary", outcome="accepted") == 0
