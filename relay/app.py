@@ -151,6 +151,7 @@ class Relay:
     async def _stop_parts(self) -> None:
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if hasattr(self, "reception"):
             await self.reception.close()
         if hasattr(self, "pool"):

@@ -8,6 +8,7 @@ errors end here, as `StoreError` (the file cannot be used now) or `RejectedRecor
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sqlite3
@@ -196,11 +197,21 @@ async def _connect(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Conn
             failed.append(error)
             return sqlite3.connect(":memory:")
 
-    connection = await aiosqlite.Connection(connector, iter_chunk_size=1)
+    opening = asyncio.ensure_future(_opened(aiosqlite.Connection(connector, iter_chunk_size=1)))
+    try:
+        connection = await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # Nor does it wait after a cancellation: open, which takes no long, then close in order.
+        await (await opening).close()
+        raise
     if failed:
         await connection.close()
         raise failed[0]
     return connection
+
+
+async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
+    return await connection
 
 
 async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -382,3 +383,28 @@ async def test_a_file_that_was_removed_or_replaced_takes_no_more_rows(tmp_path, 
     with pytest.raises(StoreError, match="was removed or replaced"):
         await database.transaction(lambda raw: raw.execute("DELETE FROM task_done_state"))
     await database.close()
+
+
+def test_a_cancelled_read_leaves_no_thread_that_outlives_the_event_loop(tmp_path):
+    """Such a thread would report to a loop that is closed, and its exception would be nobody's."""
+
+    async def give_up_a_read(steps):
+        database = await Database.open(tmp_path / "rows.db", create=True, busy_timeout=1)
+        reading = asyncio.create_task(database.read(lambda raw: raw.execute("SELECT 1").fetchall()))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        await database.close()
+
+    before = set(threading.enumerate())
+    lost = []
+    hook, threading.excepthook = threading.excepthook, lost.append
+    try:
+        for attempt in range(60):
+            asyncio.run(give_up_a_read(attempt % 4))
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    finally:
+        threading.excepthook = hook
+    assert lost == []
