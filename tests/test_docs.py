@@ -6,9 +6,11 @@ import ast
 import asyncio
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +20,20 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from relay import maillog
-from relay.classify import Classifier
+from relay import maillog, reply
+from relay.classify import MAX_TASK_TYPE, Classifier
 from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
 from relay.records.spool import Spool, encode
+from relay.session import session
+from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
+from relay.session.lines import MAX_LINE
+from relay.settings import DEV_UPSTREAM, SettingsError, load
+from relay.settings.address import Address
 from relay.settings.model import Settings, TaskTypeSettings
+from relay.settings.units import parse_duration, parse_size
+from relay.transaction import MAX_RECEIVED
 from tests.support.client import Client
 from tests.support.script import Close, Delay
 
@@ -345,7 +354,7 @@ def test_every_reply_of_the_relay_stands_in_the_operations() -> None:
         code, detail, text = call.args
         assert isinstance(code, ast.Constant)
         assert isinstance(detail, ast.Constant)
-        enhanced = f"{str(code.value)[0]}.{detail.value}"
+        enhanced = f"{str(code.value)[0]}.{detail.value!s}"
         matching = {
             row
             for row in rows
@@ -518,3 +527,180 @@ def run_tool(name: str, *arguments: str) -> str:
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------- links and commands
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", without_code(path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+LINKED = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        assert found.exists(), target
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), target
+        if text.startswith("`test_"):
+            assert f"def {text.strip('`')}(" in found.read_text(), text
+
+
+def test_every_page_of_the_manual_is_there() -> None:
+    assert {"settings.md", "metrics.md", "records.md", "operations.md", "quirks.md"} <= {
+        p.name for p in PAGES
+    }
+
+
+TOOLS = ("curl", "sqlite3")
+"""What examples need beside the relay and a POSIX shell."""
+BLOCKS = [
+    pytest.param(
+        block,
+        id=f"{page.stem}-{number}",
+        marks=[pytest.mark.interop] if any(tool in block for tool in TOOLS) else [],
+    )
+    for page in PAGES
+    for number, block in enumerate(codes(page.read_text(), "sh"))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+async def test_commands_run(start: Any, upstream: ScriptedUpstream, tmp_path: Path, block: str) -> None:
+    missing = [tool for tool in TOOLS if tool in block and shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    spool = tmp_path / "data/spool"
+    records = {"url": f"sqlite:///{tmp_path / 'data/task_done.db'}", "spool": str(spool)}
+    async with start(upstream.port, records=records) as running:
+        running.database = tmp_path / "data/task_done.db"
+        await send_some(running, upstream)
+        stream = io.BytesIO()
+        record = lost(stream)
+        (tmp_path / "relay.log").write_bytes(stream.getvalue())
+        (spool / "rejected.jsonl").write_bytes(encode(record, "a reason"))
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config/relay.toml").write_text(
+            f'[[upstreams]]\naddress = "127.0.0.1:{upstream.port}"\ntls = "none"\n'
+        )
+        status, said = await shell(
+            block.replace("127.0.0.1:9025", f"127.0.0.1:{running.http_port}"), tmp_path
+        )
+    assert status == 0, said
+
+
+async def shell(script: str, directory: Path) -> tuple[int | None, str]:
+    """Run `script` with the relay's own commands in its path; return its status and what it writes."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-eu", "-c", script),
+        cwd=directory,
+        env=environ | {"PATH": path},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode, said.decode()
+
+
+SETTINGS_EXAMPLES = [
+    pytest.param(toml, error, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, (toml, error) in enumerate(
+        re.findall(
+            r"^```toml\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", page.read_text(), re.MULTILINE | re.DOTALL
+        )
+    )
+]
+
+
+@pytest.mark.parametrize(("toml", "error"), SETTINGS_EXAMPLES)
+def test_examples_of_settings_do_what_is_said(
+    toml: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret = Path("upstream_password")
+    secret.write_text("sesame\n")
+    secret.chmod(0o600)
+    text = toml.replace("/run/secrets/", "")
+    if "[[upstreams]]" not in text:
+        text += '\n[[upstreams]]\naddress = "smtp.example.com:587"\n'
+    Path("config").mkdir()
+    Path("config/relay.toml").write_text(text)
+    if not error:
+        assert load(Path("config/relay.toml"), {}).warnings == ()
+        return
+    with pytest.raises(SettingsError) as caught:
+        load(Path("config/relay.toml"), {})
+    assert [f"relay: {problem}" for problem in caught.value.problems] == error.splitlines()
+
+
+def test_examples_of_values_are_values() -> None:
+    kinds = {row[0]: quoted(row[1]) for row in table(read("settings.md"), "written as")}
+    assert all(parse_duration(json.loads(value)) > 0 for value in kinds["duration"])
+    assert all(parse_size(json.loads(value)) > 0 for value in kinds["size"])
+    assert all(str(Address.parse(json.loads(value))) == json.loads(value) for value in kinds["address"])
+
+
+@pytest.mark.interop
+def test_prometheus_takes_the_queries_and_the_configuration(tmp_path: Path) -> None:
+    page = read("metrics.md")
+    queries = codes(page, "promql")
+    assert len(queries) >= 5
+    rules = [{"record": f"example:{at}", "expr": query} for at, query in enumerate(queries)]
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "examples", "rules": rules}]}))
+    assert f"{len(queries)} rules found" in run_tool("promtool", "check", "rules", str(file))
+    (scrape,) = codes(page, "yaml")
+    (tmp_path / "prometheus.yml").write_text(scrape)
+    run_tool("promtool", "check", "config", str(tmp_path / "prometheus.yml"))
+
+
+async def test_queries_name_metrics_that_exist(start: Any, upstream: Any) -> None:
+    queries = " ".join(codes(read("metrics.md"), "promql"))
+    async with start(upstream.port) as running:
+        live = {
+            sample.name for family in running.relay.metrics.registry.collect() for sample in family.samples
+        }
+    named = set(re.findall(r"smtp_relay_\w+", queries))
+    assert len(named) >= 5
+    assert named <= live
+
+
+# -------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("operations.md", f"built-in upstream at {DEV_UPSTREAM}"),
+        ("operations.md", f"| {session.ERRORS_END} wrong commands in one session."),
+        ("operations.md", f"| {session.MAX_IDLE_COMMANDS} commands in a row"),
+        ("operations.md", f"| More than {MAX_LINE} octets without a line end."),
+        ("operations.md", f"more than {MAX_RECEIVED} Received fields"),
+        ("operations.md", f"longer than {maillog.MAX_TEXT} characters"),
+        ("operations.md", f"lists longer than {maillog.MAX_ITEMS} entries"),
+        ("metrics.md", f"{session.ERRORS_END} errors, or {session.MAX_IDLE_COMMANDS} commands"),
+        ("metrics.md", f"more than {MAX_RECEIVED} Received fields"),
+        ("records.md", f"at most {MAX_TASK_TYPE} characters"),
+        ("quirks.md", f"limited** to {DEFAULT_LINE_LIMIT} octets"),
+        ("quirks.md", f"MAIL {LINE_LIMITS[b'MAIL']} "),
+        ("quirks.md", f"RCPT {LINE_LIMITS[b'RCPT']} "),
+        ("quirks.md", f"more than {MAX_LINE} octets ends the session"),
+        ("quirks.md", f"at most {reply.MAX_LINE} octets a line"),
+        ("quirks.md", f"{reply.MAX_REPLY // 1024} KiB a reply"),
+        ("quirks.md", f"more than {MAX_RECEIVED} Received fields"),
+    ],
+)
+def test_figures(page: str, said: str) -> None:
+    assert said in read(page)
