@@ -26,7 +26,7 @@ from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
 from relay.records.spool import Spool, encode
-from relay.session import session
+from relay.session import dialogue
 from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE
 from relay.settings import DEV_UPSTREAM, SettingsError, load
@@ -247,7 +247,7 @@ async def test_every_column_stands_in_the_records(start: Any, upstream: Any) -> 
 
 
 def test_every_key_of_data_stands_in_the_records() -> None:
-    tree = ast.parse((ROOT / "relay/transaction.py").read_text())
+    tree = ast.parse((ROOT / "relay/account.py").read_text())
     written = {
         node.slice.value
         for node in ast.walk(tree)
@@ -332,8 +332,16 @@ async def send_some(running: Running, upstream: ScriptedUpstream) -> None:
 def calls(name: str, where: str = "**/*.py") -> Iterator[ast.Call]:
     """Return the calls of `name` (a regular expression) in the product's code."""
     for path in sorted((ROOT / "relay").glob(where)):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        texts = {
+            ast.unparse(node.targets[0]): node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+        }
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and re.fullmatch(name, ast.unparse(node.func)):
+                # An argument that is a name stands for what the module gives that name.
+                node.args = [texts.get(ast.unparse(argument), argument) for argument in node.args]
                 yield node
 
 
@@ -445,7 +453,11 @@ async def test_the_examples_of_message_lines_are_what_the_relay_writes(
         for field in ("level", "outcome", "refused", "recipients"):
             assert json.loads(example).get(field) == line.get(field)
     assert json.loads(in_doubt)["reply"] == written[1]["reply"]
-    assert json.loads(in_doubt)["client_reply"] == written[1]["client_reply"]
+    assert written[1]["client_reply"].endswith(f"see {written[1]['task_id']}")
+    said = [
+        line["client_reply"].replace(line["task_id"], "ID") for line in (json.loads(in_doubt), written[1])
+    ]
+    assert said[0] == said[1]
 
 
 async def test_every_line_of_readiness_stands_in_the_operations(start: Any, upstream: Any) -> None:
@@ -684,13 +696,13 @@ async def test_queries_name_metrics_that_exist(start: Any, upstream: Any) -> Non
     ("page", "said"),
     [
         ("operations.md", f"built-in upstream at {DEV_UPSTREAM}"),
-        ("operations.md", f"| {session.ERRORS_END} wrong commands in one session."),
-        ("operations.md", f"| {session.MAX_IDLE_COMMANDS} commands in a row"),
+        ("operations.md", f"| {dialogue.ERRORS_END} wrong commands in one session."),
+        ("operations.md", f"| {dialogue.MAX_IDLE_COMMANDS} commands in a row"),
         ("operations.md", f"| More than {MAX_LINE} octets without a line end."),
         ("operations.md", f"more than {MAX_RECEIVED} Received fields"),
         ("operations.md", f"longer than {maillog.MAX_TEXT} characters"),
         ("operations.md", f"lists longer than {maillog.MAX_ITEMS} entries"),
-        ("metrics.md", f"{session.ERRORS_END} errors, or {session.MAX_IDLE_COMMANDS} commands"),
+        ("metrics.md", f"{dialogue.ERRORS_END} errors, or {dialogue.MAX_IDLE_COMMANDS} commands"),
         ("metrics.md", f"more than {MAX_RECEIVED} Received fields"),
         ("records.md", f"at most {MAX_TASK_TYPE} characters"),
         ("quirks.md", f"limited** to {DEFAULT_LINE_LIMIT} octets"),
