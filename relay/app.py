@@ -41,6 +41,9 @@ CLOSE_TIMEOUT = 10.0
 """Seconds that the recorder gets to make the last rows durable."""
 
 
+_NO_RELOAD = "SIGHUP: nothing is read again in this version; restart to apply changed settings"
+
+
 class StartError(Exception):
     """The relay cannot start; the text is one line that names what to change."""
 
@@ -230,6 +233,7 @@ async def _serve(settings: Settings) -> int:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGHUP, maillog.warning, _NO_RELOAD)
     relay = Relay(settings)
     async with _built_in_upstream(settings):
         await relay.start()

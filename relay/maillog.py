@@ -36,7 +36,6 @@ __all__ = [
     "retention_changed",
     "retention_shortened",
     "row_lost",
-    "session_error",
     "session_refused",
     "settings",
     "started",
@@ -131,10 +130,6 @@ def session_refused(peer: str, listener: str, reason: str) -> None:
     """A client was turned away before its first command."""
     _current.log.info("session refused", peer=peer, listener=listener, reason=reason)
 
-
-def session_error(peer: str, text: Wire) -> None:
-    """A client broke the protocol, or its connection broke."""
-    _current.log.info("session error", peer=peer, text=text)
 
 
 def transaction(

@@ -134,7 +134,7 @@ class Metrics:
         octets = _counter(
             registry,
             "message_bytes_total",
-            "Octets of message content: in from clients, out to upstreams.",
+            "Octets of message content: in, all that clients sent; out, messages that were accepted.",
             "direction",
         )
         self._octets_in = octets.labels("in")

@@ -111,7 +111,6 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "warning": maillog.warning,
     "unforeseen": lambda text: maillog.unforeseen(text, TASK_ID, RuntimeError(text)),
     "session_refused": lambda text: maillog.session_refused(text, text, text),
-    "session_error": lambda text: maillog.session_error(text, text),
     "transaction": lambda text: say_transaction(
         sender=text,
         recipients=[text] * 3,
@@ -155,7 +154,7 @@ def test_no_text_from_the_wire_breaks_a_line(text: str | bytes) -> None:
     for log_format in ("json", "console"):
         log = Log()
         maillog.configure(log_format, "debug", log.stream)
-        maillog.session_error("192.0.2.1", text)
+        maillog.upstream_failed("primary", "192.0.2.1", text)
         say_transaction(sender=text, recipients=[text], refused=[(text, text)], reply=text)
         assert len(log.lines()) == 2
         assert not any(UNWANTED.search(line) for line in log.lines())
@@ -244,8 +243,8 @@ def test_levels_below_the_configured_one_are_not_written() -> None:
 
 
 def test_octets_that_are_no_utf8_are_escaped(log: Log) -> None:
-    maillog.session_error("192.0.2.1", b"caf\xe9 na\xc3\xafve\x00")
-    assert log.json()["text"] == r"caf\xe9 naïve\x00"
+    maillog.upstream_failed("primary", "192.0.2.1", b"caf\xe9 na\xc3\xafve\x00")
+    assert log.json()["reason"] == r"caf\xe9 naïve\x00"
 
 
 def test_long_values_and_lists_are_cut(log: Log) -> None:
@@ -263,8 +262,8 @@ def test_long_values_and_lists_are_cut(log: Log) -> None:
 
 
 def test_escapes_do_not_make_a_value_longer_than_its_bound(log: Log) -> None:
-    maillog.session_error("192.0.2.1", "\u2028" * 5000)
-    assert len(log.json()["text"]) < maillog.MAX_TEXT + 40
+    maillog.upstream_failed("primary", "192.0.2.1", "\u2028" * 5000)
+    assert len(log.json()["reason"]) < maillog.MAX_TEXT + 40
 
 
 def test_other_lists_tell_how_long_they_were(log: Log) -> None:
