@@ -83,8 +83,11 @@ async def stopping(settings_for: Callable[..., Settings], tmp_path: Path, upstre
 
 
 async def _stopped(found: Stopping) -> None:
+    """Stop it at once if its test has failed before its end; no failure may cost drain_timeout."""
     if not found.stopped:
-        await found.begin()
+        for session in tuple(found.relay.reception._sessions):
+            session.cut()
+        await (found._stop or found.relay.stop())
 
 
 async def say(client: Client, *commands: bytes) -> None:
@@ -110,7 +113,7 @@ async def test_new_connections_are_refused(stopping: Any, upstream: ScriptedUpst
     async with Client(relay.running.port) as client:
         await say(client, MAIL)
         await relay.begin()
-        with pytest.raises(OSError, match="Connect call failed"):
+        with pytest.raises(ConnectionRefusedError):
             await Client.connect(relay.running.port)
         assert not relay.stopped
         await client.command("QUIT", 221)
