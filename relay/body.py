@@ -24,6 +24,7 @@ MAX_RECEIVED_OVERSHOOT = 1024 * 1024
 """Octets that are still read after the size limit was passed, beyond half of that limit."""
 
 _END_OF_DATA = b"\r\n.\r\n"
+_TEXT = bytes(octet for octet in range(256) if octet not in b"\0\r\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
 _BARE_LF = re.compile(rb"(?<!\r)\n(\.?)")
@@ -116,10 +117,11 @@ class Body:
         return self._pass(content)
 
     def _pass(self, content: bytes) -> bytes:
-        if b"\0" in content:
-            return self._fail(Fault.NUL)
-        pairs = content.count(b"\r\n")
-        if pairs != content.count(b"\n") or pairs != content.count(b"\r") or self._after_stray_lf:
+        # All CR, LF and NUL stand in pairs of CRLF: two passes at the speed of C, whatever the text.
+        newlines = content.translate(None, _TEXT)
+        if 2 * content.count(b"\r\n") != len(newlines) or self._after_stray_lf:
+            if b"\0" in newlines:
+                return self._fail(Fault.NUL)
             if not self._normalize:
                 return self._fail(Fault.STRAY_NEWLINE)
             content = self._mended(content)

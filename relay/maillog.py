@@ -131,7 +131,6 @@ def session_refused(peer: str, listener: str, reason: str) -> None:
     _current.log.info("session refused", peer=peer, listener=listener, reason=reason)
 
 
-
 def transaction(
     outcome: Outcome,
     *,

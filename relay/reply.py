@@ -18,6 +18,7 @@ MAX_REPLY = 64 * 1024
 """Octets in one reply, all its lines together."""
 
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
+_WHOLE = re.compile(rb"([2-5][0-9][0-9]) [\t\x20-\x7e]*\r\n")
 _UNFINISHED = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
 _ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?=[ \r])")
 _PRINTABLE = bytes(octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256))
@@ -95,6 +96,8 @@ class Reply:
 
     def __str__(self) -> str:
         """The reply as one text for log and record: the code, then its lines joined by a newline."""
+        if self.wire.count(b"\n") == 1:
+            return self.wire[:-2].decode("ascii")
         return f"{self.code} " + "\n".join(self.lines)
 
     def __repr__(self) -> str:
@@ -129,6 +132,10 @@ class ReplyParser:
         An upstream that is out of step is not believed about the step before either: replies that were
         complete before the bad octet in the same call are lost to all but a caller who asks the error.
         """
+        if not self._rest and not self._lines and len(octets) <= MAX_LINE:
+            whole = _WHOLE.fullmatch(octets)
+            if whole is not None:  # nearly always: one line, printable, in one read
+                return [Reply(int(whole[1]), octets)]
         data = self._rest + octets if self._rest else octets
         replies: list[Reply] = []
         try:

@@ -18,24 +18,30 @@ _RANDOM_BITS = 74  # rand_a (12) and rand_b (62), seen as one number
 _START = (1 << (_RANDOM_BITS - 1)) - 1  # a new millisecond starts in the lower half: room to count up
 _STEP = (1 << 32) - 1
 _RAND_B = (1 << 62) - 1
+_NOISE = 10  # octets
+_NOISE_AT_ONCE = 64  # the system call costs more than all the rest
 _VERSION_AND_VARIANT = (7 << 76) | (2 << 62)
 
 
 class IdentitySource:
     """Makes increasing version 7 UUIDs. `clock` returns nanoseconds since 1970-01-01T00:00Z."""
 
-    __slots__ = ("_clock", "_last", "_lock")
+    __slots__ = ("_clock", "_last", "_lock", "_noise")
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._last = 0
+        self._noise = b""
         self._lock = threading.Lock()
 
     def next(self) -> UUID:
         """Return the next identity."""
-        noise = int.from_bytes(os.urandom(10), "big")
         now = self._clock() // 1_000_000
         with self._lock:
+            if not self._noise:
+                self._noise = os.urandom(_NOISE * _NOISE_AT_ONCE)
+            noise = int.from_bytes(self._noise[-_NOISE:], "big")
+            self._noise = self._noise[:-_NOISE]
             if now > self._last >> _RANDOM_BITS:
                 value = now << _RANDOM_BITS | noise & _START
             else:

@@ -9,7 +9,7 @@ upstream to say. Nothing is decoded, folded or rewritten: what passes is forward
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from relay.reply import Reply
 
@@ -44,8 +44,7 @@ class CommandError(Exception):
         self.reply = reply
 
 
-@dataclass(frozen=True, slots=True)
-class Mail:
+class Mail(NamedTuple):
     """MAIL: the reverse-path as given (empty for the null one), and what the relay needs to know of it."""
 
     reverse_path: bytes
@@ -53,8 +52,7 @@ class Mail:
     smtputf8: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Rcpt:
+class Rcpt(NamedTuple):
     """RCPT: the forward-path as given."""
 
     forward_path: bytes

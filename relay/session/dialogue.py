@@ -97,6 +97,7 @@ class Dialogue:
         "_errors",
         "_flow_paused",
         "_greeted",
+        "_holding",
         "_idle_commands",
         "_input",
         "_last_moved",
@@ -133,6 +134,7 @@ class Dialogue:
         self._last_moved = self._loop.time()
         self._content_began = 0.0
         self._flow_paused = False
+        self._holding = False
         self._eof = False
 
     # What happens on the wire
@@ -177,15 +179,16 @@ class Dialogue:
         """Act on the input as far as can be done now."""
         if self._advancing:
             return
-        self._advancing = True
-        try:
-            while self._input and self._step():
-                pass
-        except Exception as error:
-            self._unforeseen(error)
-        finally:
-            self._advancing = False
-        if self._state is State.COMMANDS and not self._replies:
+        if self._input.size:
+            self._advancing = True
+            try:
+                while self._input.size and self._step():
+                    pass
+            except Exception as error:
+                self._unforeseen(error)
+            finally:
+                self._advancing = False
+        if self._state is State.COMMANDS and not self._replies.owed:
             if self._eof:
                 self._close()
             elif self._reception.draining and self._transaction is None:
@@ -200,7 +203,7 @@ class Dialogue:
             return self._take_content()
         if self._state is not State.COMMANDS or self._wire.choked:
             return False
-        if self._slowed or len(self._replies) >= MAX_OWED:
+        if self._slowed or len(self._replies.owed) >= MAX_OWED:
             return False
         return self._take_command()
 
@@ -218,7 +221,7 @@ class Dialogue:
             return False
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
-        if self._replies and self._must_wait(verb):
+        if self._replies.owed and self._must_wait(verb):
             self._input.back()
             return False
         act = self._VERBS.get(verb)
@@ -322,7 +325,7 @@ class Dialogue:
 
     def _data(self, argument: bytes) -> None:
         transaction = self._open_transaction()
-        if self._input:
+        if self._input.size:
             # What follows DATA in the same breath is meant as text: it must not run as commands, and the
             # client has not waited for the 354 that it needs (RFC 2920 3.1).
             self._out_of_step()
@@ -431,7 +434,10 @@ class Dialogue:
 
     def _regulate(self) -> None:
         """Read on, or not: content waits for the upstream, and waiting input is bounded."""
-        self._wire.hold(self._flow_paused or len(self._input) > MAX_INPUT)
+        hold = self._flow_paused or self._input.size > MAX_INPUT
+        if hold is not self._holding:
+            self._holding = hold
+            self._wire.hold(hold)
 
     # Replies
 
@@ -451,7 +457,7 @@ class Dialogue:
         if transaction is not None and transaction.refused and transaction.quiet:
             self._reset()
         if self._state is State.ENDING:
-            if not self._replies:
+            if not self._replies.owed:
                 self._close()
             return
         self.advance()
@@ -491,7 +497,7 @@ class Dialogue:
         self._state = State.ENDING
         self._input.clear()
         answer(reply)
-        if not self._replies:
+        if not self._replies.owed:
             self._close()
 
     def _close(self) -> None:
@@ -513,7 +519,7 @@ class Dialogue:
         """Look at what the client is waited for (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
         if self._state is State.CONTENT:
             self._check_content(now, elapsed)
-        elif self._state is State.COMMANDS and not self._replies and not self._slowed:
+        elif self._state is State.COMMANDS and not self._replies.owed and not self._slowed:
             self._check_silence(now)
 
     def _check_content(self, now: float, elapsed: float) -> None:
@@ -539,7 +545,7 @@ class Dialogue:
 
     def drain(self) -> None:
         """Say 421 if nothing is under way; what is under way is finished first."""
-        if self._state is State.COMMANDS and self._transaction is None and not self._replies:
+        if self._state is State.COMMANDS and self._transaction is None and not self._replies.owed:
             self._end(answers.DRAINING, "draining")
 
     _VERBS: ClassVar[dict[bytes, Callable[[Dialogue, bytes], None]]] = {

@@ -24,21 +24,20 @@ class EndlessLineError(Exception):
 class Lines:
     """Input that waits, and the lines in it."""
 
-    __slots__ = ("_at", "_before", "_octets")
+    __slots__ = ("_at", "_before", "_octets", "size")
 
     def __init__(self) -> None:
         self._octets = b""
         self._at = 0
         self._before = 0
-
-    def __len__(self) -> int:
-        """How many octets wait."""
-        return len(self._octets) - self._at
+        self.size = 0
+        """Octets that wait."""
 
     def feed(self, octets: bytes) -> None:
         """Take input."""
-        self._octets = self._octets[self._at :] + octets if len(self) else octets
+        self._octets = self._octets[self._at :] + octets if self.size else octets
         self._at = 0
+        self.size = len(self._octets)
 
     def next(self) -> bytes | None:
         """Return the next line without its CRLF, or None as long as it is not complete.
@@ -54,11 +53,13 @@ class Lines:
         if end < 0:
             return None
         self._before, self._at = self._at, end + 2
+        self.size = len(self._octets) - self._at
         return line
 
     def back(self) -> None:
         """Put the line that `next` returned last back: it has to wait."""
         self._at = self._before
+        self.size = len(self._octets) - self._at
 
     def take(self) -> bytes:
         """Return all input that waits as it is: content, not lines."""
@@ -70,3 +71,4 @@ class Lines:
         """Forget what waits."""
         self._octets = b""
         self._at = 0
+        self.size = 0

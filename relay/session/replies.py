@@ -15,18 +15,16 @@ __all__ = ["Replies"]
 class Replies:
     """The replies that a session still owes its client, in order."""
 
-    __slots__ = ("_owed", "_write")
+    __slots__ = ("_write", "owed")
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
-        self._owed: list[_Owed] = []
-
-    def __len__(self) -> int:
-        return len(self._owed)
+        self.owed: list[_Owed] = []
+        """The places that are kept, those whose reply is known and waits for another among them."""
 
     def say(self, reply: Reply) -> None:
         """Give a reply that is known at once; it still waits for those before it."""
-        if self._owed:
+        if self.owed:
             self.owe()(reply)
         else:
             self._write(reply.wire)
@@ -34,19 +32,19 @@ class Replies:
     def owe(self) -> Callable[[Reply], None]:
         """Keep the place of a reply that is not known yet; call the result with it."""
         owed = _Owed(self)
-        self._owed.append(owed)
+        self.owed.append(owed)
         return owed
 
     def flush(self) -> None:
         """Write what is known from the front on, in one piece."""
         known = 0
-        for owed in self._owed:
+        for owed in self.owed:
             if owed.reply is None:
                 break
             known += 1
         if known:
-            wire = b"".join(owed.reply.wire for owed in self._owed[:known] if owed.reply is not None)
-            del self._owed[:known]
+            wire = b"".join(owed.reply.wire for owed in self.owed[:known] if owed.reply is not None)
+            del self.owed[:known]
             self._write(wire)
 
 

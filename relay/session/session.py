@@ -42,7 +42,6 @@ class Session(smtp.SMTP):
         self._listener = listener
         self._dialogue: Dialogue
         self._client = ""
-        self._held = False
         self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -92,9 +91,8 @@ class Session(smtp.SMTP):
 
     def hold(self, pause: bool) -> None:
         """Stop reading from the client, or go on."""
-        if pause is self._held or self.transport is None:
+        if self.transport is None:
             return
-        self._held = pause
         transport = cast("asyncio.Transport", self.transport)
         if pause:
             transport.pause_reading()

@@ -28,7 +28,7 @@ def test_lines_end_with_crlf_and_the_rest_waits() -> None:
     lines = Lines()
     lines.feed(b"NOOP\r\nQUIT\r\nMA")
     assert (lines.next(), lines.next(), lines.next()) == (b"NOOP", b"QUIT", None)
-    assert len(lines) == 2
+    assert lines.size == 2
     lines.feed(b"IL\r\n")
     assert lines.next() == b"MAIL"
 
@@ -40,7 +40,7 @@ def test_a_line_can_be_put_back_and_the_rest_taken_as_content() -> None:
     lines.back()
     assert lines.next() == b"DATA"
     assert lines.take() == b"content\r\n"
-    assert len(lines) == 0
+    assert lines.size == 0
 
 
 @pytest.mark.parametrize("octets", [b"a\nb\r\n", b"a\rb\r\n", b"\n", b"a\n", b"a\r\rb", b"a\r\r\n"])

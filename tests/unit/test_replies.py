@@ -15,10 +15,10 @@ def test_a_reply_that_is_known_early_waits_for_those_before_it() -> None:
     replies.say(THREE)
     second(TWO)
     assert written == []
-    assert len(replies) == 3
+    assert len(replies.owed) == 3
     first(ONE)
     assert written == [ONE.wire + TWO.wire + THREE.wire]
-    assert len(replies) == 0
+    assert len(replies.owed) == 0
 
 
 def test_a_place_is_filled_once() -> None:
