@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from itertools import product
 
@@ -224,6 +225,63 @@ async def test_the_record_and_expiry_instruments_move(metrics: Metrics, scrape: 
     assert labelled(series, "expired_rows_total") == 11
     assert labelled(series, "expiry_last_run_timestamp_seconds") == 1_700_000_000
     assert labelled(series, "expiry_duration_seconds") == 1.5
+
+
+def histograms(series: Series) -> dict[tuple[str, frozenset[tuple[str, str]]], list[float]]:
+    """Return every histogram's bucket counts in the order of their bounds, +Inf last."""
+    found: dict[tuple[str, frozenset[tuple[str, str]]], dict[float, float]] = {}
+    for (name, labels), value in series.items():
+        if name.startswith("smtp_relay_") and name.endswith("_bucket"):
+            (bound,) = [float(text) for label, text in labels if label == "le"]
+            rest = frozenset((label, text) for label, text in labels if label != "le")
+            found.setdefault((name.removesuffix("_bucket"), rest), {})[bound] = value
+    return {key: [counts[bound] for bound in sorted(counts)] for key, counts in found.items()}
+
+
+async def test_a_value_counts_in_every_bucket_whose_bound_it_does_not_pass(
+    metrics: Metrics, scrape: Scrape
+) -> None:
+    spare = metrics.upstreams["spare"]
+    for seconds in (0, 0.25, 0.2500001, 300, 300.5):
+        spare.waited(seconds)
+    series = await scrape(TEXT)
+    for bound, count in (("0.0005", 1), ("0.1", 1), ("0.25", 2), ("0.5", 3), ("300.0", 4), ("+Inf", 5)):
+        assert labelled(series, "upstream_wait_seconds_bucket", upstream="spare", le=bound) == count
+    assert labelled(series, "upstream_wait_seconds_count", upstream="spare") == 5
+
+
+@pytest.mark.parametrize("accept", [TEXT, OPENMETRICS])
+async def test_scrapes_amid_counting_agree_with_themselves(
+    metrics: Metrics, scrape: Scrape, accept: str
+) -> None:
+    primary = metrics.upstreams["primary"]
+    enough = asyncio.Event()
+
+    async def count() -> None:
+        while not enough.is_set():
+            for seconds in (0.25, 64, 512):  # sums of these are exact
+                primary.transaction(Outcome.ACCEPTED, seconds, {Outcome.ACCEPTED: 2})
+                primary.reply("rcpt", seconds)
+                metrics.committed(3, seconds)
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    scrapes = [await scrape(accept) for _ in range(5)]
+    enough.set()
+    await counting
+
+    for series in scrapes:
+        for (name, labels), buckets in histograms(series).items():
+            assert buckets == sorted(buckets), name
+            assert buckets[-1] == series[f"{name}_count", labels], name
+        messages = labelled(series, "messages_total", upstream="primary", outcome="accepted")
+        assert messages == labelled(series, "transaction_seconds_count", upstream="primary")
+        assert messages == labelled(series, "record_batch_rows_count")
+        assert labelled(series, "record_batch_rows_sum") == 3 * messages
+        assert labelled(series, "record_commit_seconds_sum") == (0.25 + 64 + 512) * messages / 3
+        assert labelled(series, "recipients_total", upstream="primary", outcome="accepted") == 2 * messages
+    totals = [labelled(series, "record_batch_rows_count") for series in scrapes]
+    assert totals == sorted(set(totals))  # counting went on between the scrapes
 
 
 def test_two_relays_in_one_process_do_not_share_instruments() -> None:
