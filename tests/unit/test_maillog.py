@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import io
 import json
@@ -9,6 +10,9 @@ import logging
 import os
 import pty
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -158,6 +162,46 @@ def test_no_text_from_the_wire_breaks_a_line(text: str | bytes) -> None:
         say_transaction(sender=text, recipients=[text], refused=[(text, text)], reply=text)
         assert len(log.lines()) == 2
         assert not any(UNWANTED.search(line) for line in log.lines())
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.binary(),
+        st.text(st.characters(max_codepoint=0x7F)),
+        st.text(st.characters(categories=["Cs", "Cc"])),
+        st.sampled_from([10, 400, 900, 1024, 1025, 3000]).map("x".__mul__),
+        st.sampled_from(["smtp://relay:hunter2@host/", "a/b", r"a\b", '"a b"@c', "\x7f", "\u0100"]),
+    )
+)
+def test_a_value_reads_the_same_in_a_message_and_elsewhere(text: str | bytes) -> None:
+    log = Log()
+    maillog.configure("json", "debug", log.stream)
+    maillog.upstream_failed("primary", "192.0.2.1", text)
+    say_transaction(sender=text, recipients=[text], refused=[(text, text)], message_id=text, reply=text)
+    plain, message = map(json.loads, log.lines())
+    expected = plain["reason"]
+    assert [message[key] for key in ("sender", "message_id", "reply")] == [expected] * 3
+    assert message["recipients"] == [expected]
+    assert message["refused"] == [{"recipient": expected, "reply": expected}]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [
+        (0.0, 0.0),
+        (0.1 + 0.2, 0.3),
+        (1e-7, 0.0),
+        (12.3456789, 12.345679),
+        (86_400.000_000_4, 86_400.0),
+        (float("inf"), None),
+        (float("nan"), None),
+    ],
+)
+@pytest.mark.parametrize("reply", [b"250 ok", b'250 "ok"'])
+def test_seconds_have_six_digits(log: Log, seconds: float, written: float | None, reply: bytes) -> None:
+    say_transaction(total_s=seconds, reply=reply)
+    assert log.json()["total_s"] == written
 
 
 def test_a_message_is_one_line_with_all_that_matters(log: Log) -> None:
@@ -476,3 +520,154 @@ def test_a_full_device_is_no_error() -> None:
         maillog.configure("json", "info", full)
         say_transaction()
     maillog.configure("json", "info", io.BytesIO())
+
+
+# ------------------------------------------------------------------------------------------- the writes
+
+
+class Writes(io.BytesIO):
+    """The texts of the warnings in each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[list[str]] = []
+
+    def write(self, octets: Any, /) -> int:
+        entries = [json.loads(line) for line in bytes(octets).splitlines()]
+        self.texts.append([entry.get("text") or entry["event"] for entry in entries])
+        return super().write(octets)
+
+
+@pytest.fixture
+def writes() -> Writes:
+    writes = Writes()
+    maillog.configure("json", "debug", writes)
+    return writes
+
+
+async def test_lines_of_one_turn_of_the_loop_are_one_write_in_their_order(writes: Writes) -> None:
+    maillog.warning("1")
+    say_transaction()
+    maillog.warning("2")
+    say_transaction(reply=NASTY)
+    assert writes.texts == []
+    await asyncio.sleep(0)
+    assert writes.texts == [["1", "message", "2", "message"]]
+    maillog.warning("3")
+    await asyncio.sleep(0)
+    assert writes.texts[1:] == [["3"]]
+
+
+def test_without_a_loop_each_line_is_written_at_once(writes: Writes) -> None:
+    maillog.warning("1")
+    say_transaction()
+    assert writes.texts == [["1"], ["message"]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: maillog.unforeseen("here", None, RuntimeError()),
+        lambda: maillog.row_lost(record(), "no space left"),
+        lambda: say_transaction(Outcome.IN_DOUBT),
+        lambda: say_transaction(Outcome.IN_DOUBT, reply=NASTY),
+        lambda: logging.getLogger("some.library").critical("words"),
+    ],
+)
+async def test_an_error_is_written_at_once_after_what_waits(
+    writes: Writes, error: Callable[[], None]
+) -> None:
+    maillog.warning("before")
+    error()
+    ((first, _),) = writes.texts
+    assert first == "before"
+    maillog.warning("after")
+    await asyncio.sleep(0)
+    assert writes.texts[1:] == [["after"]]
+
+
+async def test_the_last_line_of_the_relay_does_not_wait(writes: Writes) -> None:
+    maillog.warning("1")
+    maillog.stopped()
+    assert writes.texts == [["1", "stopped"]]
+
+
+async def test_lines_that_wait_are_bounded(writes: Writes) -> None:
+    count = 0
+    while not writes.texts:
+        maillog.warning("x" * 1000)
+        count += 1
+        assert count * 1000 <= maillog.MAX_WAITING
+    assert len(writes.texts[0]) == count > maillog.MAX_WAITING // 1200
+    maillog.warning("later")
+    await asyncio.sleep(0)
+    assert writes.texts[1:] == [["later"]]
+
+
+async def test_a_line_of_a_thread_keeps_its_place(writes: Writes) -> None:
+    maillog.warning("1")
+    thread = threading.Thread(target=maillog.warning, args=("2",))
+    thread.start()
+    thread.join()
+    maillog.warning("3")
+    await asyncio.sleep(0)
+    assert writes.texts == [["1", "2"], ["3"]]
+
+
+async def test_a_change_of_the_configuration_loses_no_line(writes: Writes) -> None:
+    maillog.warning("1")
+    maillog.configure("json", "info", io.BytesIO())
+    assert writes.texts == [["1"]]
+
+
+def test_lines_of_a_loop_that_ended_come_with_the_next_loop(writes: Writes) -> None:
+    for text in ("1", "2"):
+        loop = asyncio.new_event_loop()
+        loop.call_soon(loop.stop)
+        loop.call_soon(maillog.warning, text)  # in the loop's last turn
+        loop.run_forever()
+        loop.close()
+    assert writes.texts == []
+
+    async def last() -> None:
+        maillog.warning("3")
+        await asyncio.sleep(0)
+
+    asyncio.run(last())
+    assert writes.texts == [["1", "2", "3"]]
+
+
+def test_lines_that_wait_at_the_end_of_the_process_are_written() -> None:
+    program = """
+import asyncio
+from relay import maillog
+loop = asyncio.new_event_loop()
+loop.call_soon(loop.stop)
+loop.call_soon(maillog.warning, "last words")
+loop.run_forever()
+loop.close()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=30)
+    assert json.loads(ended.stdout)["text"] == "last words"
+    assert ended.stderr == b""
+
+
+async def test_all_lines_of_a_write_that_failed_are_counted() -> None:
+    class Broken(Writes):
+        broken = True
+
+        def write(self, octets: Any, /) -> int:
+            if self.broken:
+                raise BrokenPipeError
+            return super().write(octets)
+
+    stream = Broken()
+    maillog.configure("json", "info", stream)
+    for number in range(3):
+        maillog.warning(str(number))
+    await asyncio.sleep(0)
+    stream.broken = False
+    maillog.warning("again")
+    await asyncio.sleep(0)
+    assert stream.texts == [["again"], ["log lines lost"]]
+    assert json.loads(stream.getvalue().splitlines()[1])["lines"] == 3
