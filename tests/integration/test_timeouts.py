@@ -90,7 +90,7 @@ async def test_a_dripping_command_does_not_put_the_deadline_off(
         )  # the longer it were, the clearer: what drips now is later than the last move
         for octet in b"NOOP for ever":
             await client.send(bytes([octet]))
-        await eventually(lambda: len(the_session(running)._dialogue._input) == len(b"NOOP for ever"))
+        await eventually(lambda: the_session(running)._dialogue._input.size == len(b"NOOP for ever"))
         look(running, IDLE - (asyncio.get_running_loop().time() - moved) + 0.01)
         await client.expect(421)
         await client.expect_eof()
@@ -196,7 +196,7 @@ async def test_a_client_that_never_reads_is_cut_off(
         client.send_unread(MAIL + b"\r\n" + (RCPT + b"\r\n") * 1000)
         session = the_session(running)
         await eventually(lambda: session.choked)
-        assert len(session._dialogue._replies) <= dialogue_module.MAX_OWED
+        assert len(session._dialogue._replies.owed) <= dialogue_module.MAX_OWED
         look(running, session_module.WRITE_TIMEOUT - SOON)
         assert running.relay.reception._sessions
         look(running, session_module.WRITE_TIMEOUT + SOON)
