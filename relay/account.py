@@ -6,7 +6,6 @@ the log's event and whether there is a row, so that they cannot disagree.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -97,7 +96,10 @@ class Account:
     def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:
         """Count the transaction and write its line; `said`: the upstream's last word, or why it said none."""
         upstream = "none" if outcome is Outcome.REFUSED or self.upstream is None else self.upstream
-        recipients = Counter(_recipient_outcome(each, outcome) for each in self.envelope.recipients)
+        recipients: dict[Outcome, int] = {}
+        for each in self.envelope.recipients:
+            end = _recipient_outcome(each, outcome)
+            recipients[end] = recipients.get(end, 0) + 1
         metrics.upstreams[upstream].transaction(outcome, self.total_s, recipients)
         if self.received:
             metrics.message_in(self.received)

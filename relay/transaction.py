@@ -96,6 +96,8 @@ class Transaction:
         self.envelope = Envelope(reverse_path)
         self.body: Body | None = None
         """The content; set once the upstream has said 354."""
+        self.over = False
+        """Whether MAIL was not accepted and everything sent behind it has been answered."""
         self.settling = False
         self.concluded = False
         self.on_flow: Callable[[bool], None] = _ignore
@@ -143,11 +145,6 @@ class Transaction:
             return
         self._queued.append(command)
         self._pump()
-
-    @property
-    def quiet(self) -> bool:
-        """Whether every command has had its reply."""
-        return not self._sent and not self._queued
 
     @property
     def refused(self) -> bool:
@@ -204,6 +201,7 @@ class Transaction:
             command.recipient.reply = reply
         elif command.verb == "data":
             reply = self._data_answered(reply)
+        self.over = self.refused and not self._sent and not self._queued
         command.answer(reply)
         self._pump()
 
@@ -271,6 +269,8 @@ class Transaction:
                 self._mail_reply = reply
             elif command.recipient is not None:
                 command.recipient.reply = reply
+        self.over = self.refused
+        for command in waiting:
             command.answer(reply)
         self.on_flow(False)
 

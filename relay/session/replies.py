@@ -15,10 +15,12 @@ __all__ = ["Replies"]
 class Replies:
     """The replies that a session still owes its client, in order."""
 
-    __slots__ = ("_write", "owed")
+    __slots__ = ("_write", "given", "owed")
 
-    def __init__(self, write: Callable[[bytes], None]) -> None:
+    def __init__(self, write: Callable[[bytes], None], given: Callable[[], None]) -> None:
+        """`write` sends to the client; `given` is called when a reply that was owed has become known."""
         self._write = write
+        self.given = given
         self.owed: list[_Owed] = []
         """The places that are kept, those whose reply is known and waits for another among them."""
 
@@ -37,6 +39,10 @@ class Replies:
 
     def flush(self) -> None:
         """Write what is known from the front on, in one piece."""
+        if len(self.owed) == 1 and (reply := self.owed[0].reply) is not None:
+            self.owed.clear()
+            self._write(reply.wire)
+            return
         known = 0
         for owed in self.owed:
             if owed.reply is None:
@@ -59,3 +65,4 @@ class _Owed:
         if self.reply is None:
             self.reply = reply
             self._replies.flush()
+            self._replies.given()

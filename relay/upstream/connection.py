@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
                 self._answer(error.replies[0])  # a verdict stands, whatever comes behind it
             self._end(Failure(f"out of step: {error}"))
             return
-        if self._ahead(replies):
+        if len(replies) > len(self._awaited) and self._ahead(replies):
             self._end(Failure("out of step: more replies than commands"))
             return
         for reply in replies:
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
             self._answer(reply)
             if self._transport is None:
                 return
-        if self._parser.pending and not self._awaited:
+        if not self._awaited and self._parser.pending:
             self._end(Failure("out of step: octets that answer nothing"))
 
     def _ahead(self, replies: list[Reply]) -> bool:

@@ -10,7 +10,7 @@ ONE, TWO, THREE = (Reply.own(250, "0.0", word) for word in ("one", "two", "three
 
 def test_a_reply_that_is_known_early_waits_for_those_before_it() -> None:
     written: list[bytes] = []
-    replies = Replies(written.append)
+    replies = Replies(written.append, lambda: None)
     first, second = replies.owe(), replies.owe()
     replies.say(THREE)
     second(TWO)
@@ -23,7 +23,7 @@ def test_a_reply_that_is_known_early_waits_for_those_before_it() -> None:
 
 def test_a_place_is_filled_once() -> None:
     written: list[bytes] = []
-    replies = Replies(written.append)
+    replies = Replies(written.append, lambda: None)
     answer = replies.owe()
     answer(ONE)
     answer(TWO)
