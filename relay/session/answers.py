@@ -30,6 +30,7 @@ TOO_MANY_RECIPIENTS = Reply.own(452, "5.3", "Too many recipients: send the rest 
 # The last word of a session
 NOT_CRLF = Reply.own(500, "5.2", "Lines end with CR LF (RFC 5321 2.3.8); closing")
 ENDLESS_LINE = Reply.own(500, "5.2", "The line does not end; closing")
+NO_CHUNKING = Reply.own(502, "5.1", "BDAT is not offered here; closing")
 OUT_OF_STEP = Reply.own(554, "5.0", "Out of step: input came before the reply that it depends on; closing")
 NOT_SMTP = Reply.own(554, "5.1", "This is an SMTP port; closing")
 TOO_MANY_ERRORS = Reply.own(421, "7.0", "Too many errors; closing")

@@ -248,7 +248,9 @@ class Dialogue:
         return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
 
     def _not_known(self, verb: bytes) -> None:
-        if verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
+        if verb == b"BDAT":
+            self._end(answers.NO_CHUNKING, "out_of_step")  # its chunk comes with it: text, not commands
+        elif verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
             self._end(answers.NOT_SMTP, "out_of_step")
         else:
             self._error(answers.UNKNOWN)
@@ -557,7 +559,6 @@ class Dialogue:
         b"EXPN": _not_available,
         b"TURN": _not_available,
         b"ETRN": _not_available,
-        b"BDAT": _not_available,
         b"AUTH": _not_available,
         b"STARTTLS": _not_available,
     }
