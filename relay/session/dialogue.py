@@ -51,9 +51,10 @@ MAX_IDLE_COMMANDS = 100
 DATA_RATE_GRACE = 30.0
 """Seconds before the minimum data rate of the content counts."""
 
-_HTTP_VERBS = frozenset(
-    (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH")
+_FOREIGN_VERBS = frozenset(
+    (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH", b"PROXY")
 )
+"""First words of HTTP, and of the PROXY header: behind one, the peer's address is not the client's."""
 
 _BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
 """Commands that end a transaction: they wait until all of its replies have been given."""
@@ -250,7 +251,7 @@ class Dialogue:
     def _not_known(self, verb: bytes) -> None:
         if verb == b"BDAT":
             self._end(answers.NO_CHUNKING, "out_of_step")  # its chunk comes with it: text, not commands
-        elif verb in _HTTP_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
+        elif verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
             self._end(answers.NOT_SMTP, "out_of_step")
         else:
             self._error(answers.UNKNOWN)
