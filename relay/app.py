@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import secrets
 import signal
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from relay import __version__, maillog
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from relay.settings import Settings
 
-__all__ = ["Relay", "StartError", "probe", "retention", "run"]
+__all__ = ["Relay", "StartError", "run"]
 
 SWEEP_INTERVAL = 1.0
 """Seconds between two looks at all waits; finer where a configured wait is shorter."""
@@ -105,8 +104,8 @@ class Relay:
         )
 
     async def _start_records(self) -> None:
-        records = self.settings.records
-        self._store = await Store.open(records.url, retention(self.settings))
+        records, kept = self.settings.records, self.settings.retention
+        self._store = await Store.open(records.url, Retention.of_seconds(kept.default, kept.by_type))
         self._spool = Spool(records.spool)
         self.recorder = Recorder(
             self._store,
@@ -251,45 +250,6 @@ async def _built_in_upstream(settings: Settings) -> AsyncIterator[None]:
             yield
     else:
         yield
-
-
-def probe(settings: Settings) -> Sequence[tuple[str, bool, str]]:
-    """Try the store and the upstream; return for each what it is, whether it works, and a line about it."""
-    return asyncio.run(_probe(settings))
-
-
-async def _probe(settings: Settings) -> Sequence[tuple[str, bool, str]]:
-    upstream = settings.upstreams[0]
-    found = []
-    try:
-        store = await Store.open(settings.records.url, retention(settings))
-        await store.close()
-        found.append((f"store {settings.records.url}", True, "opens, its schema is current"))
-    except StoreError as error:
-        found.append((f"store {settings.records.url}", False, str(error)))
-    metrics = Metrics(upstreams=[upstream.name], listeners=[], task_types=[])
-    dialer = Dialer(upstream, hostname=settings.server.hostname, own_token=secrets.token_hex(6))
-    pool = Pool(upstream, dialer, metrics.upstreams[upstream.name])
-    what = f"upstream {upstream.name} {upstream.address}"
-    try:
-        await pool.probe()
-        keywords = " ".join(sorted(pool.capabilities.keywords))
-        found.append((what, True, f"connected, tls {upstream.tls}, offers {keywords or 'no extensions'}"))
-    except UnavailableError:
-        found.append((what, False, pool.last_error or "no connection"))
-    finally:
-        await pool.close()
-    return found
-
-
-def retention(settings: Settings) -> Retention:
-    """Return the periods of the configuration as a value of the records."""
-    by_type = {name: _period(seconds) for name, seconds in settings.retention.by_type.items()}
-    return Retention(_period(settings.retention.default), by_type)
-
-
-def _period(seconds: float | None) -> timedelta | None:
-    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _classifier(settings: Settings) -> Classifier:

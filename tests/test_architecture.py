@@ -13,7 +13,7 @@ PACKAGE = ROOT / "relay"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"app"},
+    {"app", "probe"},
     {"session", "web", "dev"},
     {"transaction"},
     {"upstream", "records", "account"},

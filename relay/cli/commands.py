@@ -112,7 +112,7 @@ app.command(epilog=EPILOG)(sends)
 
 
 def _connect(settings: Settings) -> int:
-    from relay.app import probe
+    from relay.probe import probe
 
     failed = False
     for what, ok, detail in probe(settings):
@@ -124,10 +124,11 @@ def _connect(settings: Settings) -> int:
 
 
 async def _expire(settings: Settings, *, dry_run: bool) -> int:
-    from relay.app import retention
+    from relay.records.retention import Retention
     from relay.records.store import Store
 
-    store = await Store.open(settings.records.url, retention(settings), create=False)
+    retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
+    store = await Store.open(settings.records.url, retention, create=False)
     try:
         return await store.expire(datetime.now(UTC), settings.expiry.batch_size, dry_run=dry_run)
     finally:

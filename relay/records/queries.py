@@ -27,12 +27,12 @@ from relay.records.model import Json
 from relay.records.schema import SCHEMA_VERSION, UtcDateTime, task_done, task_done_recipient
 from relay.records.sqlite import (
     SMALLEST,
-    _check_columns,
-    _connect,
-    _explained,
-    _on_thread,
-    _version,
+    check_columns,
+    connect,
+    explained,
+    on_thread,
     path_of,
+    version_in,
 )
 
 __all__ = ["COLUMNS", "PAGE_ROWS", "Queries", "Send", "SendFilter", "page_of_sends", "recipients_of"]
@@ -134,7 +134,7 @@ class Queries:
 
     def _check(self, raw: sqlite3.Connection) -> None:
         path = self._path
-        version = _version(path, raw)
+        version = version_in(path, raw)
         if version is None:
             raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
         if version != SCHEMA_VERSION:
@@ -142,7 +142,7 @@ class Queries:
                 f"{path}: has schema version {version}, this version of the relay reads {SCHEMA_VERSION}; "
                 "start the relay on it once, which brings it up"
             )
-        _check_columns(path, raw)
+        check_columns(path, raw)
 
     async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on a connection that cannot write and makes no files.
@@ -167,9 +167,9 @@ class Queries:
 
     async def _read_once(self, mode: str, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            connection = await _connect(self._path, mode, BUSY_TIMEOUT_S)
+            connection = await connect(self._path, mode, BUSY_TIMEOUT_S)
             try:
-                return await _on_thread(connection, work)
+                return await on_thread(connection, work)
             finally:
                 await connection.close()
         except sqlite3.Error as error:
@@ -179,7 +179,7 @@ class Queries:
                     f"{self._path}: its -wal and -shm files cannot be used by this user; run the command as "
                     f"the relay's user, or let its group read them ({error.sqlite_errorname})"
                 ) from error
-            raise _explained(error, self._path, BUSY_TIMEOUT_S) from error
+            raise explained(error, self._path, BUSY_TIMEOUT_S) from error
 
 
 _IN_USE = ("in use",)

@@ -18,6 +18,11 @@ class Retention:
     default: timedelta | None
     by_type: Mapping[str, timedelta | None] = field(default_factory=dict)
 
+    @classmethod
+    def of_seconds(cls, default: float | None, by_type: Mapping[str, float | None]) -> Retention:
+        """Return the retention of a configuration, whose periods are in seconds; None: never."""
+        return cls(_period(default), {name: _period(seconds) for name, seconds in by_type.items()})
+
     def expires_at(self, task_type: str, sent_at: datetime) -> datetime | None:
         """Return when a row of this type, sent at `sent_at`, may be deleted; None: never.
 
@@ -45,3 +50,7 @@ class Retention:
 
 def _text(period: timedelta | None) -> str:
     return "never" if period is None else str(period)
+
+
+def _period(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)

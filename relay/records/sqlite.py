@@ -23,7 +23,7 @@ import aiosqlite
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.schema import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE, task_done, task_done_send
 
-__all__ = ["Database", "path_of"]
+__all__ = ["Database", "check_columns", "connect", "explained", "on_thread", "path_of", "version_in"]
 
 T = TypeVar("T")
 
@@ -88,9 +88,9 @@ class Database:
         # Two or three system calls, once, before anything is served.
         _find(path, create=create)
         try:
-            connection = await _connect(path, "rw", busy_timeout)
+            connection = await connect(path, "rw", busy_timeout)
         except sqlite3.Error as error:
-            raise _explained(error, path, busy_timeout) from error
+            raise explained(error, path, busy_timeout) from error
         database = cls(path, connection, busy_timeout)
         try:
             await database.run(lambda raw: _set_up(path, raw, busy_timeout))
@@ -108,9 +108,9 @@ class Database:
         if self._closed:
             raise StoreError(f"{self.path}: the store is closed")
         try:
-            return await _on_thread(self._connection, work)
+            return await on_thread(self._connection, work)
         except sqlite3.Error as error:
-            raise _explained(error, self.path, self._busy_timeout) from error
+            raise explained(error, self.path, self._busy_timeout) from error
 
     async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` as `run` does, within one transaction: durable on return, undone whole on any error."""
@@ -139,13 +139,13 @@ class Database:
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on a connection of its own that cannot write: it may take long and holds nobody up."""
         try:
-            connection = await _connect(self.path, "ro", self._busy_timeout)
+            connection = await connect(self.path, "ro", self._busy_timeout)
             try:
-                return await _on_thread(connection, work)
+                return await on_thread(connection, work)
             finally:
                 await connection.close()
         except sqlite3.Error as error:
-            raise _explained(error, self.path, self._busy_timeout) from error
+            raise explained(error, self.path, self._busy_timeout) from error
 
     async def close(self) -> None:
         """Finish what was asked for, then close the file. Again: nothing happens."""
@@ -155,7 +155,7 @@ class Database:
         await self._connection.close()
 
 
-def _explained(error: sqlite3.Error, path: Path, busy_timeout: float) -> StoreError:
+def explained(error: sqlite3.Error, path: Path, busy_timeout: float) -> StoreError:
     """Say in one line what sqlite3's error means for the operator."""
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:  # found by the sqlite3 module, not by SQLite: a value that has no place in a column
@@ -182,7 +182,8 @@ _ADVICE = {
 }
 
 
-async def _connect(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Connection:
+async def connect(path: Path, mode: str, busy_timeout: float) -> aiosqlite.Connection:
+    """Open the file at `path` with SQLite's `mode` (ro, rw); raise sqlite3.Error. Never makes a file."""
     failed: list[sqlite3.Error] = []
 
     def connector() -> sqlite3.Connection:
@@ -214,7 +215,7 @@ async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
     return await connection
 
 
-async def _on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+async def on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
     """Run `work` on the connection's thread, where no other work can come between its statements.
 
     The one place that uses aiosqlite's primitive, the same that each of its public methods is made of: they
@@ -267,9 +268,9 @@ def _make(path: Path) -> None:
 
 def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
     """Look at the file, then make it ours."""
-    version = _version(path, raw)
+    version = version_in(path, raw)
     if version == SCHEMA_VERSION:
-        _check_columns(path, raw)
+        check_columns(path, raw)
     if version is None:
         # Only before the first page is written; it lets expiry give space back piece by piece.
         raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -289,7 +290,7 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
         upgrade(raw)
 
 
-def _version(path: Path, raw: sqlite3.Connection) -> str | None:
+def version_in(path: Path, raw: sqlite3.Connection) -> str | None:
     """Return the schema version of the file, None when it has nothing of ours; refuse what is not ours."""
     # One statement, thus one moment: another process may be making the tables just now.
     names = {row[0] for row in raw.execute(_PRESENT, _OUR_NAMES)}
@@ -309,7 +310,8 @@ def _version(path: Path, raw: sqlite3.Connection) -> str | None:
     return str(version)
 
 
-def _check_columns(path: Path, raw: sqlite3.Connection) -> None:
+def check_columns(path: Path, raw: sqlite3.Connection) -> None:
+    """Raise StoreError unless the tables have the columns that this version reads and writes."""
     for name, columns in ((task_done.name, task_done.columns), (task_done_send.name, task_done_send.columns)):
         found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (name,))}
         missing = sorted({column.name for column in columns} - found)

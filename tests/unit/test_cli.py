@@ -103,7 +103,7 @@ def test_which_file(config: Path | None, environ: dict[str, str], dev: bool, fou
 
 @pytest.mark.parametrize("command", ["serve", "check", "expire"])
 def test_a_missing_file_is_named(command: str, app: App, capsys: pytest.CaptureFixture[str]) -> None:
-    app(run=pytest.fail, probe=pytest.fail)
+    app(run=pytest.fail)
 
     assert main([command]) == 2
     assert capsys.readouterr().err.startswith("relay: config/relay.toml: no such file: ")
@@ -113,7 +113,7 @@ def test_a_missing_file_is_named(command: str, app: App, capsys: pytest.CaptureF
 def test_all_mistakes_are_told_at_once(
     command: str, config: Path, app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    app(run=pytest.fail, probe=pytest.fail)
+    app(run=pytest.fail)
     config.write_text(UPSTREAM + '[server]\nhostnam = "a"\n[log]\nlevel = "loud"\n')
 
     assert main([command, "--config", str(config)]) == 2
@@ -202,30 +202,6 @@ def test_check_says_what_is_effective(config: Path, capsys: pytest.CaptureFixtur
     ]
     assert captured.err.startswith("relay: warning: upstreams.0.tls_verify: off")
     assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("results", "status"),
-    [
-        ([("store", True, "schema 1"), ("upstream dev", True, "250-SIZE")], 0),
-        ([("store", True, "schema 1"), ("upstream dev", False, "connection refused")], 1),
-    ],
-)
-def test_check_connect_fails_when_a_part_does(
-    results: list[tuple[str, bool, str]],
-    status: int,
-    config: Path,
-    app: App,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    app(probe=lambda settings: results)
-
-    assert main(["check", "--connect", "--config", str(config)]) == status
-
-    told = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split(maxsplit=1) for line in told] == [
-        ["ok" if ok else "failed", f"{what}: {detail}"] for what, ok, detail in results
-    ]
 
 
 def test_expire_creates_no_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

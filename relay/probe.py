@@ -1,0 +1,66 @@
+"""Tries the store and the upstream that the configuration names, for `relay check --connect`; sends no mail."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING
+
+from relay import maillog
+from relay.metrics import Metrics
+from relay.records.retention import Retention
+from relay.records.sqlite import path_of
+from relay.records.store import Store, StoreError
+from relay.upstream.dial import Dialer
+from relay.upstream.pool import Pool, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from relay.settings import Settings
+
+__all__ = ["Finding", "probe"]
+
+Finding = tuple[str, bool, str]
+"""What was tried, whether it works, and a line about it."""
+
+
+def probe(settings: Settings) -> Sequence[Finding]:
+    """Try the store and the upstream."""
+    maillog.configure("console", "critical")  # what goes wrong is in the findings
+    return asyncio.run(_both(settings))
+
+
+async def _both(settings: Settings) -> Sequence[Finding]:
+    return [await _store(settings), await _upstream(settings)]
+
+
+async def _store(settings: Settings) -> Finding:
+    """Open the store as it is; one that does not exist is left to the first start to make."""
+    url, kept = settings.records.url, settings.retention
+    what = f"store {url}"
+    if not path_of(url).exists():
+        return what, True, "does not exist yet, the first start makes it"
+    try:
+        store = await Store.open(url, Retention.of_seconds(kept.default, kept.by_type), create=False)
+        await store.close()
+    except StoreError as error:
+        return what, False, str(error)
+    return what, True, "opens, its schema is current"
+
+
+async def _upstream(settings: Settings) -> Finding:
+    """Connect, secure and log in as a relay would."""
+    upstream = settings.upstreams[0]
+    what = f"upstream {upstream.name} {upstream.address}"
+    metrics = Metrics(upstreams=[upstream.name], listeners=[], task_types=[])
+    dialer = Dialer(upstream, hostname=settings.server.hostname, own_token=secrets.token_hex(6))
+    pool = Pool(upstream, dialer, metrics.upstreams[upstream.name])
+    try:
+        await pool.probe()
+    except UnavailableError:
+        return what, False, pool.last_error or "no connection"
+    finally:
+        await pool.close()
+    keywords = " ".join(sorted(pool.capabilities.keywords))
+    return what, True, f"connected, TLS {upstream.tls}, offers {keywords or 'no extensions'}"

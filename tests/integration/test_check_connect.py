@@ -1,0 +1,66 @@
+"""`relay check --connect` as an operator runs it: a process of its own, a real upstream, a real file."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from tests.support.upstream import ScriptedUpstream
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+async def check(tmp_path: Path, upstream: str) -> tuple[int, list[str]]:
+    config = tmp_path / "relay.toml"
+    config.write_text(
+        f'[[upstreams]]\naddress = "{upstream}"\nname = "primary"\ntls = "none"\n'
+        f'[records]\nurl = "sqlite:///{tmp_path}/rows.db"\nspool = "{tmp_path}/spool"\n'
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "relay", "check", "--connect", "--config", str(config),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode or 0, said.decode().splitlines()
+
+
+async def test_it_says_what_works_and_makes_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    status, said = await check(tmp_path, upstream.address)
+
+    assert status == 0
+    store, connected = said[-2:]
+    assert store.split() == [
+        "ok",
+        "store",
+        *f"sqlite:///{tmp_path}/rows.db: does not exist yet, the first start makes it".split(),
+    ]
+    assert connected.startswith(
+        f"  ok  upstream primary {upstream.address}: connected, TLS none, offers 8BITMIME "
+    )
+    assert not (tmp_path / "rows.db").exists()
+    assert upstream.messages == []
+
+
+async def test_an_upstream_that_refuses_fails_the_check(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    upstream.script = {"greeting": b"554 no service\r\n"}
+
+    status, said = await check(tmp_path, upstream.address)
+
+    assert status == 1
+    assert "failed" in said[-1]
+    assert "no service" in said[-1]
+
+
+async def test_a_foreign_file_fails_the_check_and_is_left_alone(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    (tmp_path / "rows.db").write_text("not a database, but somebody's only copy of something" * 100)
+    before = (tmp_path / "rows.db").read_bytes()
+
+    status, said = await check(tmp_path, upstream.address)
+
+    assert status == 1
+    assert "rows.db" in said[-2]
+    assert (tmp_path / "rows.db").read_bytes() == before
