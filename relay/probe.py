@@ -1,4 +1,4 @@
-"""Tries the store and the upstream that the configuration names, for `relay check --connect`; sends no mail."""
+"""Tries what `relay check --connect` names to an operator: the store and the upstream. Sends no mail."""
 
 from __future__ import annotations
 
