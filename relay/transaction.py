@@ -65,6 +65,11 @@ def in_doubt(task_id: UUID) -> Reply:
     return Reply.own(451, "4.2", text)
 
 
+def internal(task_id: UUID) -> Reply:
+    """An error of ours before the end of data; the log has the cause under the id."""
+    return Reply.own(451, "3.0", f"Internal error, see {task_id}")
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What transactions are given to work with."""
@@ -167,6 +172,9 @@ class Transaction:
             connection = await self._pool.acquire(fresh=fresh)
         except UnavailableError as error:
             self._break(error.reply, Outcome.UNAVAILABLE)
+        except Exception as error:  # the client must hear something, and the log why
+            maillog.unforeseen("lease", self.task_id, error)
+            self._break(internal(self.task_id), Outcome.UNAVAILABLE)
         else:
             self._leased(connection)
 
@@ -292,8 +300,9 @@ class Transaction:
             self._classify(body.header)
         if body.fault is not None and self._broken is None:
             self._refuse(FAULTS[body.fault])
-        self._unwritten.append(content)
-        self._unwritten_size += len(content)
+        if content:
+            self._unwritten.append(content)
+            self._unwritten_size += len(content)
         if body.ended:
             return body.rest
         if self._unwritten_size >= WRITE_SIZE:
