@@ -14,7 +14,7 @@ from relay.cli.failure import CommandError
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["DEFAULT", "ConfigOption", "configured", "find"]
+__all__ = ["DEFAULT", "ConfigOption", "configured", "configured_to_read", "find"]
 
 DEFAULT = Path("config/relay.toml")
 
@@ -45,3 +45,14 @@ def configured(path: Path | None, *, dev: bool = False) -> Settings:
         return load(path, os.environ, dev_upstream=DEV_UPSTREAM if dev else None)
     except SettingsError as error:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
+
+
+def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Return the settings for a command that only reads the records.
+
+    Where no file is named and none is at its usual place, those of `relay serve --dev` hold: whoever tries
+    the relay without a file finds its records all the same.
+    """
+    path = find(config, environ)
+    dev = path == DEFAULT and config is None and not DEFAULT.exists()
+    return configured(None if dev else path, dev=dev)

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured, find
+from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.failure import CommandError
 from relay.envelope import text
 
@@ -72,7 +72,7 @@ def sends(
     begin, end = _when("--since", since, now), _when("--until", until, now)
     if begin is not None and end is not None and begin >= end:
         raise _mistake("--until", "takes a time after that of --since")
-    settings = configured(find(config, os.environ))
+    settings = configured_to_read(config, os.environ)
 
     import asyncio
 

@@ -318,3 +318,15 @@ def test_every_encoding_of_a_terminal_will_do(monkeypatch):
 
     assert b"j\\xf6rg@example.com" in run(stdout=subprocess.PIPE).stdout
     assert "jörg@example.com" in run("--format=json", stdout=subprocess.PIPE).stdout.decode()
+
+
+def test_without_a_file_the_records_of_a_trial_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RELAY_CONFIG", raising=False)
+
+    assert main(["sends"]) == 1
+
+    assert "data/task_done.db" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
