@@ -131,10 +131,14 @@ class Database:
                 raise
             return result
 
+        return await self.statement(whole)
+
+    async def statement(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work`, which writes with one statement, a transaction of its own, or sees to its own."""
         if _identity(self.path) != self._file:
             # SQLite would go on writing to the file that nobody can find any more, without an error.
             raise StoreError(f"{self.path}: was removed or replaced while it was in use; restart the relay")
-        return await self.run(whole)
+        return await self.run(work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on a connection of its own that cannot write: it may take long and holds nobody up."""
