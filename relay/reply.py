@@ -20,7 +20,6 @@ MAX_REPLY = 64 * 1024
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
 _WHOLE = re.compile(rb"([2-5][0-9][0-9]) [\t\x20-\x7e]*\r\n")
 _UNFINISHED = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
-_ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?=[ \r])")
 _PRINTABLE = bytes(octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256))
 
 
@@ -79,20 +78,9 @@ class Reply:
         return 400 <= self.code < 500
 
     @property
-    def permanent(self) -> bool:
-        """Permanent negative completion (5yz)."""
-        return self.code >= 500
-
-    @property
     def lines(self) -> list[str]:
         """The text lines without code, separator and CRLF; an enhanced code stays part of its line."""
         return [line[4:].decode("ascii") for line in self.wire.split(b"\r\n")[:-1]]
-
-    @property
-    def enhanced(self) -> str | None:
-        """The enhanced status code of the first line, "4.4.1", or None (RFC 2034)."""
-        match = _ENHANCED.match(self.wire, 4)
-        return match[0].decode("ascii") if match else None
 
     def __str__(self) -> str:
         """The reply as one text for log and record: the code, then its lines joined by a newline."""

@@ -18,7 +18,7 @@ def parse(octets: bytes) -> list[Reply]:
 def test_an_own_reply_derives_the_class_of_its_enhanced_code() -> None:
     assert Reply.own(451, "4.2", "text").wire == b"451 4.4.2 text\r\n"
     assert Reply.own(550, "7.1", "text").wire == b"550 5.7.1 text\r\n"
-    assert Reply.own(250, "0.0", "OK").enhanced == "2.0.0"
+    assert Reply.own(250, "0.0", "OK").wire == b"250 2.0.0 OK\r\n"
 
 
 def test_own_text_cannot_make_a_second_line() -> None:
