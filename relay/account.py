@@ -18,6 +18,7 @@ from relay.records.model import Json, Record
 
 if TYPE_CHECKING:
     from relay.classify import Classification
+    from relay.credentials import Credentials
     from relay.metrics import Metrics
     from relay.reply import Reply
 
@@ -26,10 +27,15 @@ __all__ = ["Account", "Sender", "negative_outcome"]
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who sends: the client's name in the record (its address), and the listener it came by."""
+    """Who sends, and the listener it came by."""
 
     client: str
+    """Its name in the record: the user that it logged in as, else its address."""
     listener: str
+    address: str = ""
+    """Where it connects from, if that is not its name already."""
+    credentials: Credentials | None = None
+    """What the upstream knows it by, where the upstream is to decide; None: the relay's own account."""
 
 
 @dataclass(slots=True)
@@ -91,6 +97,8 @@ class Account:
             data["client_reply"] = str(self.client_heard)
         elif self.client_gone:
             data["client_reply"] = None
+        if self.sender.address:
+            data["client_address"] = self.sender.address
         return data
 
     def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:

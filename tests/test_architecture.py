@@ -15,11 +15,11 @@ LAYERS = [
     {"cli"},
     {"app", "probe"},
     {"session", "web", "dev"},
-    {"transaction"},
+    {"transaction", "auth"},
     {"upstream", "records", "account"},
     {"metrics", "maillog", "body", "classify", "policy", "settings"},
     {"records.identity", "records.model", "envelope"},
-    {"reply", "outcome"},
+    {"reply", "outcome", "credentials"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""
 
@@ -31,7 +31,8 @@ DOORS = {
     "sqlalchemy": {"records"},
     "alembic": {"records"},
     "prometheus_client": {"metrics"},
-    "aiohttp": {"web"},
+    "aiohttp": {"web", "upstream"},
+    "argon2": {"auth"},
     "structlog": {"maillog"},
     "pydantic": {"settings"},
     "typer": {"cli"},

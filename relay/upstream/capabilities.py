@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,14 +18,18 @@ class Capabilities:
     keywords: frozenset[str]
     size: int | None = None
     """The upstream's message size limit in octets (RFC 1870); None: it names none."""
+    mechanisms: frozenset[str] = frozenset()
+    """The AUTH mechanisms that it offers (RFC 4954), in upper case."""
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The words behind each keyword, in upper case."""
 
     @classmethod
     def of(cls, extensions: Mapping[str, str]) -> Capabilities:
         """Read the keywords and their parameters of an EHLO reply."""
-        keywords = {keyword.upper(): parameters for keyword, parameters in extensions.items()}
-        size = keywords.get("SIZE", "").strip()
+        parameters = {keyword.upper(): tuple(words.upper().split()) for keyword, words in extensions.items()}
+        size = "".join(parameters.get("SIZE", ()))
         limit = int(size) if size.isascii() and size.isdigit() and len(size) <= 20 else 0
-        return cls(frozenset(keywords), limit or None)
+        return cls(frozenset(parameters), limit or None, frozenset(parameters.get("AUTH", ())), parameters)
 
     def __contains__(self, keyword: str) -> bool:
         return keyword in self.keywords
