@@ -1,4 +1,4 @@
-"""Where to listen and where to connect: `host:port` and `[IPv6]:port` as a value.
+"""Where to listen and where to connect: `host:port`, `[IPv6]:port` and `unix:/path` as a value.
 
 Rules: a port is always written, an IPv6 address always stands in brackets, so that nothing is guessed.
 No I/O: names are not resolved here.
@@ -10,26 +10,36 @@ import re
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
-__all__ = ["ADDRESS_PATTERN", "Address", "host_name"]
+__all__ = ["ADDRESS_PATTERN", "LISTEN_PATTERN", "Address", "host_name"]
 
 ADDRESS_PATTERN = r"^(\[[0-9A-Fa-f:.%A-Za-z]+\]|[^:\[\]\s/@]+):[0-9]{1,5}$"
 """Regular expression of an address, in the dialect of JSON Schema."""
+LISTEN_PATTERN = rf"{ADDRESS_PATTERN}|^unix:/.+$"
+"""The same where a unix socket may stand too."""
 
 # Letters, digits, hyphen (RFC 1123 2.1), and the underscore that container networks put into names.
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _LOCALHOST = ("127.0.0.1", "::1")
+_LONGEST_PATH = 107
+"""Octets of a unix socket's path that Linux takes (unix(7)); others take a few less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A host (name or IP address, without brackets) and a TCP port."""
+    """A host (name or IP address, without brackets) and a TCP port, or the file of a unix socket."""
 
     host: str
     port: int
+    path: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Address:
-        """Return the address that `text` writes; raise ValueError with the reason if it writes none."""
+    def parse(cls, text: str, *, unix: bool = False) -> Address:
+        """Return the address that `text` writes, with `unix` also that of a unix socket.
+
+        Raises ValueError with the reason if it writes none.
+        """
+        if unix and text.startswith("unix:"):
+            return cls("", 0, _socket_path(text.removeprefix("unix:")))
         host, port = _split(text)
         if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
             raise ValueError("the port must be a number up to 65535")
@@ -45,6 +55,8 @@ class Address:
     @property
     def loopback(self) -> bool:
         """Whether this host is the machine itself by its address or by the name localhost (RFC 6761 6.3)."""
+        if self.path:
+            return True
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -53,6 +65,8 @@ class Address:
 
     def collides(self, other: Address) -> bool:
         """Whether both cannot be bound at the same time, as far as can be told without resolving names."""
+        if self.path or other.path:
+            return self.path == other.path
         if self.port != other.port or self.port == 0:
             return False
         return any(_same(mine, theirs) for mine in self._bound() for theirs in other._bound())
@@ -62,6 +76,8 @@ class Address:
         return _LOCALHOST if name == "localhost" else (name,)
 
     def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -78,12 +94,20 @@ def host_name(text: str) -> str:
     return text
 
 
+def _socket_path(path: str) -> str:
+    if not path.startswith("/") or not path.isprintable():
+        raise ValueError("a unix socket is written with its whole path: unix:/run/relay/relay.sock")
+    if len(path.encode()) > _LONGEST_PATH:
+        raise ValueError(f"the path of a unix socket may have {_LONGEST_PATH} octets at most")
+    return path
+
+
 def _split(text: str) -> tuple[str, str]:
     """Return host and port as they are written, the host without its brackets."""
     if "://" in text:
         raise ValueError("is a URL: write host:port")
     if text.startswith("unix:"):
-        raise ValueError("not available in this version: unix sockets")
+        raise ValueError("a unix socket cannot stand here: write host:port")
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket:

@@ -105,7 +105,37 @@ def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str
                     warnings += [f"{dotted(key)}: {doubt}" for doubt in use(upstream, Path(value))]
                 except ValueError as error:
                     problems.append((key, str(error)))
-    return problems
+    return problems + _try_certificate(tree, warnings)
+
+
+def _try_certificate(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:
+    """Load the listeners' certificate once, so that a mistake shows before anything starts."""
+    tls = tree.get("tls")
+    cert, key = (tls.get("cert"), tls.get("key")) if isinstance(tls, dict) else (None, None)
+    if not isinstance(cert, str) or not isinstance(key, str):
+        return []
+    for name, path in (("cert", Path(cert)), ("key", Path(key))):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            return [(("tls", name), f"{path} cannot be read: {error.strerror}")]
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_passphrase)
+    except (ssl.SSLError, ValueError) as error:
+        return [(("tls", "cert"), f"{cert} and {key} are no certificate and its key in PEM{_detail(error)}")]
+    if Path(key).stat().st_mode & 0o004:
+        warnings.append(f"tls.key: every user of the machine can read {key} (chmod o-r)")
+    return []
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase: nobody could type it at a restart")
+
+
+def _detail(error: Exception) -> str:
+    if not isinstance(error, ssl.SSLError):
+        return f": {error}"
+    return f": {error.reason.replace('_', ' ').lower()}" if error.reason else ""
 
 
 def _use_password_file(upstream: dict[str, Any], path: Path) -> list[str]:
@@ -143,6 +173,8 @@ def _reasons(error: ValidationError) -> list[tuple[Key, str]]:
     """Say in our words what pydantic found."""
     reasons: list[tuple[Key, str]] = []
     for detail in error.errors(include_url=False, include_input=False):
+        if detail["type"] == "default_factory_not_called":
+            continue  # what the default depends on is wrong, and reported
         key = tuple(part for part in detail["loc"] if part != "[key]")
         context = detail.get("ctx", {})
         match detail["type"]:

@@ -2,44 +2,46 @@
 
 Rules: the names are public interface. Each check stands in a validator of the key that it is about, so that
 all mistakes of a file are reported together, each under its key; a check that needs two keys stands at the
-later one. What this version does not carry is refused by name, never ignored. No I/O, but for the machine's
-own name.
+later one. What this version does not carry is refused by name, never ignored. No I/O.
 """
 
 from __future__ import annotations
 
 import re
-import socket
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
     PrivateAttr,
     SecretStr,
     Strict,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
 )
 
-from relay.settings.address import ADDRESS_PATTERN, Address, host_name
-from relay.settings.networks import Network, parse_network, too_wide
-from relay.settings.units import (
-    DURATION_PATTERN,
-    SIZE_PATTERN,
-    format_duration,
-    format_size,
-    parse_duration,
-    parse_size,
+from relay.settings.address import Address
+from relay.settings.kinds import (
+    Count,
+    Duration,
+    DurationOrZero,
+    Flag,
+    HeaderName,
+    HttpAddress,
+    Lifetime,
+    ListenAddress,
+    NetworkText,
+    OwnName,
+    Size,
+    TaskTypeName,
+    UpstreamAddress,
+    machine_name,
+    written,
 )
+from relay.settings.networks import Network, too_wide
 
 __all__ = [
     "ClientSettings",
@@ -60,126 +62,6 @@ __all__ = [
 
 _NOT_YET = "not available in this version"
 LOOPBACK = ("127.0.0.0/8", "::1/128")
-TASK_TYPE_LENGTH = 64
-
-
-def _address(value: str) -> str:
-    return str(Address.parse(value))
-
-
-def _upstream_address(value: str) -> str:
-    address = Address.parse(value)
-    if address.port == 0:
-        raise ValueError("the port must be a number from 1 to 65535")
-    return str(address)
-
-
-def _network(value: object) -> Network:
-    if isinstance(value, Network):
-        return value
-    if not isinstance(value, str):
-        raise ValueError('must be text such as "192.0.2.0/24"')  # noqa: TRY004  pydantic wants ValueError
-    return parse_network(value)
-
-
-def _longer_than_zero(value: object) -> float:
-    seconds = parse_duration(value)
-    if not seconds:
-        raise ValueError("must be longer than nothing")
-    return seconds
-
-
-def _lifetime(value: object) -> float | None:
-    if value is None or value == "never":
-        return None
-    try:
-        return _longer_than_zero(value)
-    except ValueError as error:
-        raise ValueError(f'{error} (or "never")') from None
-
-
-def _format_lifetime(value: float | None) -> str:
-    return "never" if value is None else format_duration(value)
-
-
-def _header(value: str) -> str:
-    if not re.fullmatch(r"[!-9;-~]{1,200}", value):  # RFC 5322 3.6.8
-        raise ValueError("is no header name: printable ASCII without space and colon")
-    return value
-
-
-def _task_type(value: str) -> str:
-    if not value.isprintable() or value != value.strip():
-        raise ValueError("must be printable text, without space at its ends")
-    return value
-
-
-def _machine_name() -> str:
-    """The machine's fully qualified name, as far as it has one that can stand in a greeting."""
-    for name in (socket.getfqdn(), socket.gethostname()):
-        try:
-            return _own_name(name)
-        except ValueError:
-            continue
-    return "localhost"
-
-
-def _own_name(value: str) -> str:
-    name = host_name(value)
-    try:
-        ip_address(name)
-    except ValueError:
-        return name
-    raise ValueError("must be a name, not an IP address")
-
-
-def _written(value: Any) -> Any:
-    """A default in the form in which the file has it; it is validated like any other value."""
-    return Field(default=value)
-
-
-def _text_schema(pattern: str, *examples: str, **more: Any) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": list(examples), **more})
-
-
-_AS_DURATION = PlainSerializer(format_duration, when_used="json")
-_DURATION_SCHEMA = _text_schema(DURATION_PATTERN, "500ms", "30s", "5m", "12h", "30d")
-
-Duration = Annotated[float, PlainValidator(_longer_than_zero), _AS_DURATION, _DURATION_SCHEMA]
-DurationOrZero = Annotated[float, PlainValidator(parse_duration), _AS_DURATION, _DURATION_SCHEMA]
-Lifetime = Annotated[
-    float | None,
-    PlainValidator(_lifetime),
-    PlainSerializer(_format_lifetime, when_used="json"),
-    _text_schema(rf"{DURATION_PATTERN}|^never$", "30d", "never"),
-]
-Size = Annotated[
-    int,
-    PlainValidator(parse_size),
-    PlainSerializer(format_size, when_used="json"),
-    WithJsonSchema(
-        {
-            "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 0}],
-            "examples": ["500B", "64KiB", "25MiB", 1048576],
-        }
-    ),
-]
-ListenAddress = Annotated[
-    str, AfterValidator(_address), _text_schema(ADDRESS_PATTERN, "127.0.0.1:2525", "[::1]:2525")
-]
-UpstreamAddress = Annotated[
-    str, AfterValidator(_upstream_address), _text_schema(ADDRESS_PATTERN, "smtp.example.com:587")
-]
-NetworkText = Annotated[
-    Network,
-    PlainValidator(_network),
-    PlainSerializer(str, when_used="json"),
-    WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
-]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Flag = Annotated[bool, Strict()]
-HeaderName = Annotated[str, AfterValidator(_header)]
-TaskTypeName = Annotated[str, Field(min_length=1, max_length=TASK_TYPE_LENGTH), AfterValidator(_task_type)]
 
 
 class _Section(BaseModel):
@@ -195,9 +77,9 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """The relay as its clients meet it."""
 
-    hostname: Annotated[str, AfterValidator(_own_name)] = Field(default_factory=_machine_name)
+    hostname: OwnName = Field(default_factory=machine_name)
     """Name in the greeting and towards the upstream. Default: the machine's fully qualified name."""
-    max_message_size: Size = _written("50MiB")
+    max_message_size: Size = written("50MiB")
     """Largest message, in octets as sent. 0: whatever the upstream allows."""
     max_recipients: Count = 1000
     """Recipients of one message."""
@@ -209,13 +91,13 @@ class ServerSettings(_Section):
     """A stray CR or LF in a message: LF is made a line end and CR a space, or the message is refused."""
     received_header: Flag = False
     """Whether the relay puts a Received header before the message. In this version: no."""
-    idle_timeout: Duration = _written("5m")
+    idle_timeout: Duration = written("5m")
     """How long a client may be silent between commands (RFC 5321 4.5.3.2.7 asks for 5 minutes)."""
-    min_data_rate: Size = _written("500B")
+    min_data_rate: Size = written("500B")
     """A message that arrives slower than this in a second, after 30 s of grace, is aborted. 0: no limit."""
-    lease_idle_timeout: Duration = _written("30s")
+    lease_idle_timeout: Duration = written("30s")
     """How long a client silent in the middle of a transaction keeps its upstream connection."""
-    drain_timeout: DurationOrZero = _written("30s")
+    drain_timeout: DurationOrZero = written("30s")
     """How long a stop waits for the transactions under way."""
     reuse_port: Flag = False
     """Whether several relays on one machine may listen on the same port (SO_REUSEPORT)."""
@@ -234,50 +116,47 @@ class _Endpoint(_Section):
     @property
     def host(self) -> str:
         """The name or the IP address (without brackets) in the address."""
-        return Address.parse(self.address).host
+        return Address.parse(self.address, unix=True).host
+
+    @property
+    def path(self) -> str:
+        """The file of a unix socket; empty for a TCP port."""
+        return Address.parse(self.address, unix=True).path
 
     @property
     def port(self) -> int:
         """The TCP port in the address."""
-        return Address.parse(self.address).port
+        return Address.parse(self.address, unix=True).port
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the address is this machine's own and nobody else's."""
+        return Address.parse(self.address, unix=True).loopback
 
     def collides(self, other: _Endpoint) -> bool:
         """Whether both cannot be bound at the same time."""
-        return Address.parse(self.address).collides(Address.parse(other.address))
+        mine, theirs = Address.parse(self.address, unix=True), Address.parse(other.address, unix=True)
+        return mine.collides(theirs)
 
 
 class ListenerSettings(_Endpoint):
     """One address where clients connect."""
 
     address: ListenAddress
-    """host:port or [IPv6]:port. Port 0: any free one."""
+    """host:port, [IPv6]:port, or unix:/path of a socket file. Port 0: any free one."""
     tls: Literal["none", "starttls", "required", "implicit"] = "none"
-    """TLS for clients. In this version: none."""
+    """starttls: offered. required: no mail without it. implicit: TLS from the first octet."""
     proxy_protocol: Flag = False
-    """Whether connections begin with a PROXY header. In this version: no."""
-
-    @field_validator("tls")
-    @classmethod
-    def _no_tls(cls, value: str) -> str:
-        if value != "none":
-            raise ValueError(f'{_NOT_YET}: TLS for clients (keep "none")')
-        return value
-
-    @field_validator("proxy_protocol")
-    @classmethod
-    def _no_proxy(cls, value: bool) -> bool:
-        if value:
-            raise ValueError(f"{_NOT_YET}: the PROXY protocol")
-        return value
+    """Whether connections begin with a PROXY header (versions 1 and 2), from clients.trusted_proxies."""
 
 
 class TlsSettings(_Section):
-    """The certificate that listeners show. In this version listeners have no TLS."""
+    """The certificate that listeners show. Its files are read again when they change, and at SIGHUP."""
 
     cert: Path | None = None
-    """File with the certificate chain, PEM."""
+    """File with the certificate and its chain, PEM."""
     key: Path | None = None
-    """File with the private key, PEM."""
+    """File with the private key, PEM, without a passphrase."""
 
     @field_validator("key")
     @classmethod
@@ -287,52 +166,53 @@ class TlsSettings(_Section):
             raise ValueError("missing: tls.cert needs its key")
         if value and not cert:
             raise ValueError("is of no use without tls.cert")
-        if value:
-            raise ValueError(f"{_NOT_YET}: TLS for clients (take tls.cert and tls.key out)")
         return value
+
+
+def _allowed_by_default(data: dict[str, Any]) -> Any:
+    """Loopback, as long as nobody can log in; once clients can, they have to."""
+    return LOOPBACK if data.get("auth", "none") == "none" else ()
 
 
 class ClientSettings(_Section):
     """Who may relay."""
 
     auth: Literal["none", "users", "passthrough"] = "none"
-    """How clients log in. In this version: none."""
-    allow: tuple[NetworkText, ...] = _written(LOOPBACK)
-    """Networks and addresses that may relay without AUTH."""
+    """How clients log in: not at all, as users of users_file, or with what the upstream takes from them."""
+    auth_without_tls: Flag = False
+    """Whether AUTH is offered without TLS to clients on this machine; to others it never is."""
     users_file: Path | None = None
-    """File of local users. In this version: none."""
+    """File of the users for auth = "users"; `relay user` keeps it. Read again when it changes."""
+    allow: tuple[NetworkText, ...] = Field(default_factory=_allowed_by_default)
+    """Networks and addresses that may relay without AUTH. With auth, the default is nobody."""
     trusted_proxies: tuple[NetworkText, ...] = ()
-    """Who may send a PROXY header. In this version: nobody."""
+    """Networks and addresses whose PROXY header is believed; a unix socket counts as 127.0.0.1."""
 
-    @field_validator("auth")
+    @field_validator("auth_without_tls")
     @classmethod
-    def _no_auth(cls, value: str) -> str:
-        if value != "none":
-            raise ValueError(f'{_NOT_YET}: AUTH for clients (keep "none")')
-        return value
-
-    @field_validator("allow")
-    @classmethod
-    def _no_open_relay(cls, value: tuple[Network, ...]) -> tuple[Network, ...]:
-        reason = too_wide(value)
-        if reason:
-            raise ValueError(f"would be an open relay: {reason}")
-        if not value:
-            raise ValueError("is empty: nobody could relay")
+    def _something_to_offer(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("auth") == "none":
+            raise ValueError('is of no use with auth = "none"')
         return value
 
     @field_validator("users_file")
     @classmethod
-    def _no_users(cls, value: Path | None) -> Path | None:
-        if value is not None:
-            raise ValueError(f"{_NOT_YET}: AUTH for clients")
+    def _users(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        auth = info.data.get("auth")
+        if auth == "users" and value is None:
+            raise ValueError('missing: auth = "users" needs it (make it with: relay user add NAME)')
+        if auth in ("none", "passthrough") and value is not None:
+            raise ValueError(f'is of no use with auth = "{auth}"')
         return value
 
-    @field_validator("trusted_proxies")
+    @field_validator("allow")
     @classmethod
-    def _no_proxies(cls, value: tuple[Network, ...]) -> tuple[Network, ...]:
-        if value:
-            raise ValueError(f"{_NOT_YET}: the PROXY protocol")
+    def _no_open_relay(cls, value: tuple[Network, ...], info: ValidationInfo) -> tuple[Network, ...]:
+        reason = too_wide(value)
+        if reason:
+            raise ValueError(f"would be an open relay: {reason}")
+        if not value and info.data.get("auth") == "none":
+            raise ValueError("is empty: nobody could relay")
         return value
 
 
@@ -357,19 +237,19 @@ class UpstreamSettings(_Endpoint):
     """Password for AUTH with the upstream. Better: password_file."""
     max_connections: Count = 20
     """Connections to the upstream at the same time."""
-    idle_timeout: Duration = _written("60s")
+    idle_timeout: Duration = written("60s")
     """An unused connection is closed after this time."""
-    max_age: Duration = _written("5m")
+    max_age: Duration = written("5m")
     """A connection of this age is not used again."""
     max_messages: Count = 100
     """A connection that has carried so many messages is not used again."""
-    connect_timeout: Duration = _written("10s")
+    connect_timeout: Duration = written("10s")
     """How long each step of connecting may take: TCP, greeting, EHLO, STARTTLS, AUTH."""
-    reply_timeout: Duration = _written("5m")
+    reply_timeout: Duration = written("5m")
     """How long the reply to one command may take."""
-    end_of_data_timeout: Duration = _written("10m")
+    end_of_data_timeout: Duration = written("10m")
     """How long the reply to a whole message may take (RFC 5321 4.5.3.2.6 asks for 10 minutes)."""
-    lease_wait_timeout: Duration = _written("10s")
+    lease_wait_timeout: Duration = written("10s")
     """How long a transaction waits for a free connection; then the client is told to try later."""
     priority: Annotated[int, Strict(), Field(ge=0)] = 10
     """Lower is tried first. With one upstream it makes no difference."""
@@ -444,9 +324,9 @@ class RecordSettings(_Section):
 
     url: str = "sqlite:///data/task_done.db"
     """Database. Three slashes: relative to the working directory; four: absolute. In this version: SQLite."""
-    spool: Path = _written("data/spool")
+    spool: Path = written("data/spool")
     """Directory where accepted rows wait while the store is away."""
-    commit_timeout: Duration = _written("2s")
+    commit_timeout: Duration = written("2s")
     """A store that takes longer: the row goes to the spool, and the client gets its reply."""
     when_unavailable: Literal["spool", "refuse"] = "spool"
     """While the store is away: mail flows and rows wait in the spool, or new mail is told 451."""
@@ -523,7 +403,7 @@ class TaskTypeSettings(_Section):
 class RetentionSettings(_Section):
     """How long rows are kept."""
 
-    default: Lifetime = _written("30d")
+    default: Lifetime = written("30d")
     """Lifetime of a row, or "never" for rows that are not deleted."""
     by_type: dict[TaskTypeName, Lifetime] = Field(default_factory=dict)
     """Lifetimes of their own for single task types."""
@@ -532,7 +412,7 @@ class RetentionSettings(_Section):
 class ExpirySettings(_Section):
     """How expired rows are deleted."""
 
-    interval: Duration = _written("1h")
+    interval: Duration = written("1h")
     """Time from one round to the next."""
     batch_size: Count = 5000
     """Rows deleted in one transaction."""
@@ -541,7 +421,7 @@ class ExpirySettings(_Section):
 class HttpSettings(_Endpoint):
     """Metrics and health."""
 
-    address: ListenAddress = _written("127.0.0.1:9025")
+    address: HttpAddress = written("127.0.0.1:9025")
     """host:port or [IPv6]:port. Port 0: any free one."""
     token_file: Path | None = None
     """File with the token that page and API ask for. In this version: none."""
@@ -576,10 +456,10 @@ class Settings(_Section):
 
     server: ServerSettings = Field(default_factory=ServerSettings)
     """The relay as its clients meet it."""
-    listeners: tuple[ListenerSettings, ...] = _written(({"address": "127.0.0.1:2525"},))
+    listeners: tuple[ListenerSettings, ...] = written(({"address": "127.0.0.1:2525"},))
     """Where clients connect."""
     tls: TlsSettings = Field(default_factory=TlsSettings)
-    """The certificate that listeners show. In this version listeners have no TLS."""
+    """The certificate that listeners show. Its files are read again when they change, and at SIGHUP."""
     clients: ClientSettings = Field(default_factory=ClientSettings)
     """Who may relay."""
     upstreams: tuple[UpstreamSettings, ...]
@@ -612,6 +492,39 @@ class Settings(_Section):
                     raise ValueError(f"two listeners on one address: {earlier.address}, {listener.address}")
         return value
 
+    @field_validator("tls")
+    @classmethod
+    def _certificate_for_tls(cls, value: TlsSettings, info: ValidationInfo) -> TlsSettings:
+        for listener in info.data.get("listeners", ()):
+            if listener.tls != "none" and value.cert is None:
+                raise ValueError(
+                    f'cert is missing: the listener {listener.address} has tls = "{listener.tls}"'
+                )
+        return value
+
+    @field_validator("clients")
+    @classmethod
+    def _clients_fit_listeners(cls, value: ClientSettings, info: ValidationInfo) -> ClientSettings:
+        listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
+        reasons = []
+        if (
+            value.auth != "none"
+            and not value.auth_without_tls
+            and all(each.tls == "none" for each in listeners)
+        ):
+            reasons.append(
+                f'auth = "{value.auth}" is offered with TLS alone, and no listener has it: set tls of a '
+                "listener (auth_without_tls = true would do for clients on this machine)"
+            )
+        proxied = [each.address for each in listeners if each.proxy_protocol]
+        if proxied and not value.trusted_proxies:
+            reasons.append(f"trusted_proxies is empty: the listener {proxied[0]} awaits PROXY headers")
+        if value.trusted_proxies and listeners and not proxied:
+            reasons.append("trusted_proxies is of no use: no listener has proxy_protocol = true")
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return value
+
     @field_validator("upstreams")
     @classmethod
     def _one_upstream(
@@ -632,6 +545,14 @@ class Settings(_Section):
             for upstream in value
             if any(upstream.collides(listener) for listener in listeners)
         ]
+        clients: ClientSettings | None = info.data.get("clients")
+        if clients is not None and clients.auth == "passthrough":
+            reasons += [
+                f"{upstream.address} would be given the passwords of clients in clear "
+                '(clients.auth = "passthrough"): set its tls = "starttls" or "implicit"'
+                for upstream in value
+                if upstream.tls not in ("starttls", "implicit") and not upstream.loopback
+            ]
         if reasons:
             raise ValueError("; ".join(reasons))
         return value
@@ -665,7 +586,12 @@ class Settings(_Section):
             for index, upstream in enumerate(self.upstreams)
             if not upstream.tls_verify
         )
-        return (*self._origin.warnings, *unverified)
+        unused = (
+            ["tls.cert: not used: no listener has tls"]
+            if self.tls.cert and all(listener.tls == "none" for listener in self.listeners)
+            else []
+        )
+        return (*self._origin.warnings, *unverified, *unused)
 
     @property
     def dev(self) -> bool:

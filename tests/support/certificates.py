@@ -27,6 +27,23 @@ class Certificates:
         issued.configure_cert(context)
         return context
 
+    def write_server(self, directory: Path, *names: str, days: float = 30) -> tuple[Path, Path]:
+        """Write a server's chain and key (PEM) to `directory`, as `[tls]` wants them; return both paths.
+
+        Files that are there are replaced, as a renewal does.
+        """
+        issued = self._authority.issue_cert(
+            *(names or ("localhost", "127.0.0.1")), not_after=datetime.now(UTC) + timedelta(days=days)
+        )
+        cert, key = directory / "cert.pem", directory / "key.pem"
+        chain = b"".join(part.bytes() for part in issued.cert_chain_pems)
+        for path, octets in ((cert, chain), (key, issued.private_key_pem.bytes())):
+            fresh = path.with_suffix(".new")
+            fresh.write_bytes(octets)
+            fresh.chmod(0o600)
+            fresh.replace(path)
+        return cert, key
+
     def client(self) -> ssl.SSLContext:
         """Return a client's context that trusts this authority alone."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
