@@ -5,7 +5,12 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass
 
-__all__ = ["Credentials", "Password", "Token"]
+__all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Credentials", "Password", "Token"]
+
+PASSWORD_MECHANISMS = ("PLAIN", "LOGIN")
+"""SASL mechanisms that carry a `Password`, the better one first."""
+TOKEN_MECHANISMS = ("XOAUTH2", "OAUTHBEARER")
+"""SASL mechanisms that carry a `Token`."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
