@@ -1,4 +1,4 @@
-"""Who may relay."""
+"""Who may relay, and as whom."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from relay.policy import client_address, may_relay
+from relay.policy import client_address, may_relay, may_send
 
 LOOPBACK = [ip_network("127.0.0.0/8"), ip_network("::1/128")]
 
@@ -32,3 +32,82 @@ def test_by_default_only_loopback_may_relay(peer: str, allowed: bool) -> None:
 def test_a_peer_without_an_address_came_by_a_socket_that_its_file_mode_guards() -> None:
     assert client_address("unix") is None
     assert may_relay(None, LOOPBACK)
+
+
+TEAM = ("*@example.com", "noreply@Example.ORG", "app-?@*.example.net", "<>")
+
+
+@pytest.mark.parametrize(
+    "reverse_path",
+    [
+        b"",
+        b"a@example.com",
+        b"A.B+tag@EXAMPLE.com",
+        b'"a b"@example.com',
+        b'"a@evil.example"@example.com',
+        b"noreply@example.org",
+        b"NoReply@example.org",
+        b'"noreply"@example.org',
+        b'"no\\reply"@example.org',
+        b"app-1@eu.example.net",
+        "jürgen@example.com".encode(),
+    ],
+)
+def test_senders_that_match(reverse_path: bytes) -> None:
+    assert may_send(TEAM, reverse_path)
+    assert may_send(None, reverse_path)
+
+
+@pytest.mark.parametrize(
+    "reverse_path",
+    [
+        b"a@example.org",
+        b"app-12@eu.example.net",
+        b"app-1@example.net",
+        b"noreply",
+        b"@example.com",
+        b"a@",
+        b"<>",
+        b'"a@example.com"',
+        b'"@example.com"@evil.example',
+        b'"a"@evil.example"@example.com"',
+        b'a@evil.example"@example.com"',
+        b'"a"b@example.com',
+        b"a@evil.example@example.com",
+        b"a@example.com@evil.example",
+        b"@example.com:ceo@evil.example",
+        b"@evil.example:ceo@example.com",
+        b"@evil.example,@example.com:a@example.com",
+        b"a@evil.example,b@example.com",
+        b"a@evil.example (b@example.com",
+        b"a@example.com.",
+        b"a@example.com.evil.example",
+        b"a@evilexample.com",
+        b"a\\@evil.example@example.com",
+        "a@\N{FULLWIDTH COMMERCIAL AT}example.com".encode(),
+        "noreply@example.or\N{LATIN SMALL LETTER SCRIPT G}".encode(),
+        b"\xff@example.com",
+        b"a@[192.0.2.1]",
+    ],
+)
+def test_senders_that_do_not_match(reverse_path: bytes) -> None:
+    assert not may_send(TEAM, reverse_path)
+    assert may_send(None, reverse_path)
+
+
+def test_a_letter_that_only_looks_like_another_case_is_none() -> None:
+    kelvin = "\N{KELVIN SIGN}"
+    assert kelvin.lower() == "k"
+    assert may_send(("k@example.com",), b"K@example.com")
+    assert not may_send(("k@example.com",), f"{kelvin}@example.com".encode())
+
+
+def test_a_pattern_for_one_side_does_not_reach_over_the_other() -> None:
+    assert may_send(("ceo@*",), b"ceo@anywhere.example")
+    assert not may_send(("ceo@*",), b'"ceo@x"@anywhere.example')
+
+
+def test_without_patterns_nothing_may_be_sent() -> None:
+    assert not may_send((), b"a@example.com")
+    assert not may_send(("*@*",), b"")
+    assert not may_send((), b"")
