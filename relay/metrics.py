@@ -35,6 +35,7 @@ from relay import __version__
 from relay.outcome import Outcome
 
 __all__ = [
+    "AUTH_OUTCOMES",
     "CONNECT_OUTCOMES",
     "NO_UPSTREAM",
     "OTHER_TASK_TYPE",
@@ -71,6 +72,9 @@ REJECT_REASONS: Final = (
 
 NO_UPSTREAM: Final = "none"
 """The `upstream` label of a transaction that got no upstream."""
+
+AUTH_OUTCOMES: Final = ("ok", "failed", "unavailable", "throttled", "aborted")
+"""How an AUTH command of a client can end."""
 
 OTHER_TASK_TYPE: Final = "other"
 """The `task_type` label of every type that the configuration does not name."""
@@ -137,6 +141,10 @@ class Metrics:
         self._rejects = {
             reason: series.counter("client_rejects_total", text, reason=reason) for reason in REJECT_REASONS
         }
+        text = "Logins of clients by outcome."
+        self._auth = {
+            outcome: series.counter("auth_total", text, outcome=outcome) for outcome in AUTH_OUTCOMES
+        }
 
     def _bind_octets(self, series: _Series) -> None:
         text = "Octets of message content: in, all that clients sent; out, messages that were accepted."
@@ -181,6 +189,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count a refusal of the relay's own; `reason` is one of REJECT_REASONS."""
         self._rejects[reason].value += 1
+
+    def auth(self, outcome: str) -> None:
+        """Count an AUTH command of a client; `outcome` is one of AUTH_OUTCOMES."""
+        self._auth[outcome].value += 1
 
     def message_in(self, octets: int) -> None:
         """Count octets of content that came from a client."""

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from relay import maillog, reply
 from relay.classify import MAX_TASK_TYPE, Classifier
-from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
+from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
 from relay.records.spool import Spool, encode
@@ -200,6 +200,7 @@ async def test_every_label_value_stands_in_the_metrics(start: Any, upstream: Any
 
     assert values("`outcome` of messages and recipients") == [outcome.value for outcome in Outcome]
     assert values("`outcome` of connects") == list(CONNECT_OUTCOMES)
+    assert values("`outcome` of AUTH") == list(AUTH_OUTCOMES)
     assert values("`reason`") == list(REJECT_REASONS)
     other = {quoted(label)[0]: quoted(found) for label, found in table(page, "other label")}
     assert other["command"] == list(REPLY_COMMANDS)

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from relay import __version__
-from relay.metrics import CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, Metrics
+from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, Metrics
 from relay.outcome import Outcome
 from relay.web import Web
 
@@ -69,6 +69,7 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "client_sessions": {},
     "client_sessions_total": {"listener": ["127.0.0.1:2525"]},
     "client_rejects_total": {"reason": list(REJECT_REASONS)},
+    "auth_total": {"outcome": list(AUTH_OUTCOMES)},
     "upstream_connections": {"upstream": UPSTREAMS, "state": ["idle", "active", "connecting"]},
     "upstream_connects_total": {"upstream": UPSTREAMS, "outcome": list(CONNECT_OUTCOMES)},
     "upstream_up": {"upstream": UPSTREAMS},
@@ -191,6 +192,8 @@ async def test_the_client_instruments_move(metrics: Metrics, scrape: Scrape, acc
     metrics.session_closed()
     for reason in REJECT_REASONS:
         metrics.rejected(reason)
+    for outcome in AUTH_OUTCOMES:
+        metrics.auth(outcome)
     metrics.message_in(1000)
     metrics.message_out(900)
     metrics.message_size(5000)
@@ -199,6 +202,8 @@ async def test_the_client_instruments_move(metrics: Metrics, scrape: Scrape, acc
     assert labelled(series, "client_sessions_total", listener="127.0.0.1:2525") == 2
     for reason in REJECT_REASONS:
         assert labelled(series, "client_rejects_total", reason=reason) == 1
+    for outcome in AUTH_OUTCOMES:
+        assert labelled(series, "auth_total", outcome=outcome) == 1
     assert labelled(series, "message_bytes_total", direction="in") == 1000
     assert labelled(series, "message_bytes_total", direction="out") == 900
     assert labelled(series, "message_size_bytes_sum") == 5000
