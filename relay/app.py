@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from relay import __version__, maillog
@@ -22,6 +23,7 @@ from relay.records.retention import Retention
 from relay.records.spool import Spool, SpoolError
 from relay.records.store import Store, StoreError, utc_now
 from relay.session.reception import Reception
+from relay.session.tls import Certificate, CertificateError
 from relay.transaction import Services
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
@@ -30,6 +32,7 @@ from relay.web import Web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
+    from relay.session.doorkeeper import Doorkeeper
     from relay.settings import Settings
 
 __all__ = ["Relay", "StartError", "run"]
@@ -38,9 +41,6 @@ SWEEP_INTERVAL = 1.0
 """Seconds between two looks at all waits; finer where a configured wait is shorter."""
 CLOSE_TIMEOUT = 10.0
 """Seconds that the recorder gets to make the last rows durable."""
-
-
-_NO_RELOAD = "SIGHUP: nothing is read again in this version; restart to apply changed settings"
 
 
 class StartError(Exception):
@@ -63,6 +63,8 @@ class Relay:
         self._store: Store
         self._spool: Spool
         self._expiry: ExpiryLoop
+        self.certificate: Certificate | None = None
+        self.doorkeeper: Doorkeeper | None = None
         self.recorder: Recorder
         self.pool: Pool
         self.reception: Reception
@@ -86,12 +88,22 @@ class Relay:
                 settling=set(),
                 running=set(),
             )
-            self.reception = Reception(settings, services, self.pool, token=token)
+            self.certificate = _certificate(settings)
+            if self.certificate is not None:
+                self.metrics.certificate(self.certificate.not_after)
+            self.reception = Reception(
+                settings,
+                services,
+                self.pool,
+                token=token,
+                certificate=self.certificate,
+                doorkeeper=self.doorkeeper,
+            )
             self.web = Web(self.metrics, self.readiness)
             await self.web.start(settings.http.host, settings.http.port)
             await self._try_upstream()
             await self.reception.open()
-        except (StoreError, SpoolError, OSError) as error:
+        except (StoreError, SpoolError, CertificateError, OSError) as error:
             await self._stop_parts()
             raise StartError(str(error)) from error
         self._spawn(self._sweep())
@@ -143,6 +155,21 @@ class Relay:
         with contextlib.suppress(UnavailableError, TimeoutError):
             async with asyncio.timeout(self._upstream.connect_timeout):
                 await self.pool.probe()
+
+    def reread(self, *, force: bool = True) -> None:
+        """Read the certificate and the users again, those that have changed or, with `force`, all of them.
+
+        What cannot be used is reported and changes nothing.
+        """
+        if self.certificate is not None:
+            try:
+                changed = self.certificate.refresh(force=force)
+            except CertificateError as error:
+                maillog.certificate_refused(str(error))
+            else:
+                if changed:
+                    self.metrics.certificate(self.certificate.not_after)
+                    maillog.certificate_read(_date(self.certificate.not_after))
 
     async def stop(self) -> None:
         """Drain the sessions, record what was settled, close everything."""
@@ -196,6 +223,7 @@ class Relay:
             try:
                 self.reception.sweep(now, now - looked)
                 self.pool.sweep(now)
+                self.reread(force=False)
             except Exception as error:
                 maillog.unforeseen("sweep", None, error)
             looked = now
@@ -232,10 +260,10 @@ async def _serve(settings: Settings) -> int:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    loop.add_signal_handler(signal.SIGHUP, maillog.warning, _NO_RELOAD)
     relay = Relay(settings)
     async with _built_in_upstream(settings):
         await relay.start()
+        loop.add_signal_handler(signal.SIGHUP, relay.reread)
         await ended.wait()
         await relay.stop()
     return 0
@@ -250,6 +278,17 @@ async def _built_in_upstream(settings: Settings) -> AsyncIterator[None]:
             yield
     else:
         yield
+
+
+def _certificate(settings: Settings) -> Certificate | None:
+    tls = settings.tls
+    if tls.cert is None or tls.key is None or all(each.tls == "none" for each in settings.listeners):
+        return None
+    return Certificate(tls.cert, tls.key)
+
+
+def _date(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat()
 
 
 def _classifier(settings: Settings) -> Classifier:

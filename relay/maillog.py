@@ -133,9 +133,25 @@ def unforeseen(where: str, task_id: UUID | str | None, error: BaseException) -> 
 # ---------------------------------------------------------------------------------- sessions and mail
 
 
-def session_refused(peer: str, listener: str, reason: str) -> None:
-    """A client was turned away before its first command."""
-    _current.log.info("session refused", peer=peer, listener=listener, reason=reason)
+def session_refused(peer: str, listener: str, reason: str, detail: str | None = None) -> None:
+    """A client was turned away, or its session was ended."""
+    _current.log.info("session refused", peer=peer, listener=listener, reason=reason, detail=detail)
+
+
+def login(outcome: str, user: str, client: str, listener: str, reply: Wire) -> None:
+    """Somebody tried to log in; `user` is whom they said to be."""
+    level = _current.log.info if outcome == "ok" else _current.log.warning
+    level("login", outcome=outcome, user=user, client=client, listener=listener, reply=reply)
+
+
+def certificate_read(not_after: str) -> None:
+    """The listeners' certificate was read again."""
+    _current.log.info("certificate read", not_after=not_after)
+
+
+def certificate_refused(reason: str) -> None:
+    """The listeners' new certificate cannot be used; the one before stays in use."""
+    _current.log.error("certificate refused", reason=reason)
 
 
 def transaction(

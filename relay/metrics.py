@@ -67,6 +67,10 @@ REJECT_REASONS: Final = (
     "draining",
     "records",
     "internal",
+    "proxy",
+    "tls",
+    "too_many_logins",
+    "crowded",
 )
 """Why the relay itself turned a client away."""
 
@@ -114,7 +118,7 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-        series = _Series()
+        self._series = series = _Series()
         self.registry.register(series)
         # Without an upstream there are transactions and no connections: `upstream_up{upstream="none"} 0`
         # would be a false alarm for ever, so those series are in no scrape.
@@ -123,6 +127,7 @@ class Metrics:
             NO_UPSTREAM: UpstreamMetrics(NO_UPSTREAM, series, _Series()),
         }
         """By upstream name; `none` is for transactions that got no upstream."""
+        self._certificate: _Number | None = None
         self._bind_clients(series, listeners)
         self._bind_octets(series)
         self._bind_records(series, task_types)
@@ -193,6 +198,13 @@ class Metrics:
     def auth(self, outcome: str) -> None:
         """Count an AUTH command of a client; `outcome` is one of AUTH_OUTCOMES."""
         self._auth[outcome].value += 1
+
+    def certificate(self, not_after: float) -> None:
+        """Show when the listeners' certificate expires, in seconds since 1970; none, no series."""
+        text = "When the certificate that listeners show expires, in seconds since 1970."
+        if self._certificate is None:
+            self._certificate = self._series.gauge("certificate_expiry_timestamp_seconds", text)
+        self._certificate.value = not_after
 
     def message_in(self, octets: int) -> None:
         """Count octets of content that came from a client."""

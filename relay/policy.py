@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Address", "client_address", "may_relay", "may_send"]
+__all__ = ["LOCAL", "Address", "client_address", "may_relay", "may_send", "trusted_proxy"]
 
 Address = IPv4Address | IPv6Address
+
+LOCAL = IPv4Address("127.0.0.1")
+"""What a peer on a unix socket counts as: it has no address, and is on this machine."""
 
 # Local part (RFC 5321 4.1.2): a quoted string, or octets of which none means anything to a parser; then the
 # one "@", and a domain or an address literal.
@@ -24,7 +27,7 @@ _QUOTED_PAIR = re.compile(rb"\\(.)")
 
 
 def client_address(peer: str) -> Address | None:
-    """Return a peer's address, an IPv4 one that came mapped into IPv6 as IPv4; None for a unix socket."""
+    """Return a peer's address, an IPv4 one that came mapped into IPv6 as IPv4; None if it is none."""
     try:
         address = ip_address(peer.partition("%")[0])
     except ValueError:
@@ -33,11 +36,13 @@ def client_address(peer: str) -> Address | None:
 
 
 def may_relay(client: Address | None, allow: Sequence[IPv4Network | IPv6Network]) -> bool:
-    """Whether a client without AUTH may relay: its address lies in an allowed network.
+    """Whether a client without AUTH may relay: its address is known, and lies in an allowed network."""
+    return client is not None and any(client in network for network in allow)
 
-    A client on a unix socket has no address; who may open the socket is for its file mode to say.
-    """
-    return client is None or any(client in network for network in allow)
+
+def trusted_proxy(peer: Address, trusted: Sequence[IPv4Network | IPv6Network]) -> bool:
+    """Whether a peer's PROXY header is to be believed: its address lies in a network of trusted proxies."""
+    return any(peer in network for network in trusted)
 
 
 def may_send(senders: tuple[str, ...] | None, reverse_path: bytes) -> bool:

@@ -35,7 +35,8 @@ class Running:
     def __init__(self, relay: Relay, database: Path) -> None:
         self.relay = relay
         self.database = database
-        self.port = int(relay.reception.addresses[0].rpartition(":")[2])
+        address = relay.reception.addresses[0]
+        self.port = 0 if address.startswith("unix:") else int(address.rpartition(":")[2])
         self.http_port = relay.web.port
 
     def rows(self, query: str = "SELECT * FROM task_done ORDER BY id") -> list[dict[str, Any]]:

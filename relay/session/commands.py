@@ -12,6 +12,7 @@ import re
 from typing import NamedTuple
 
 from relay.reply import Reply
+from relay.session.lines import MAX_AUTH_LINE
 
 __all__ = ["LINE_LIMITS", "CommandError", "Mail", "Rcpt", "is_text", "parse_mail", "parse_rcpt"]
 
@@ -22,6 +23,7 @@ LINE_LIMITS = {
     # RET and ENVID 115, NOTIFY 28 and ORCPT 507 (RFC 3461).
     b"MAIL": DEFAULT_LINE_LIMIT + 26 + 17 + 10 + 115,
     b"RCPT": DEFAULT_LINE_LIMIT + 28 + 507,
+    b"AUTH": MAX_AUTH_LINE,
 }
 
 # Mailbox = quoted strings and other visible octets; a "<", ">" or blank only inside quotes (RFC 5321 4.1.2).

@@ -3,7 +3,8 @@
 Rules: a command is acted on only when whatever it depends on is known; until then it stays in the input, and
 what is in the input is bounded by not reading more. A client that is out of step (input where it must
 wait, something that is not SMTP, line ends that are not CRLF) is out: what it meant as text must never
-run as commands. An error of ours is 451 with the transaction's id; its cause is for the log alone.
+run as commands. Nothing that was said before TLS counts within it (RFC 3207 4.2). An error of ours is 451
+with the transaction's id; its cause is for the log alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from relay import maillog
+from relay.account import Sender
 from relay.records.identity import uuid7
 from relay.reply import Reply
 from relay.session import answers
@@ -25,14 +27,18 @@ from relay.session.commands import (
     parse_rcpt,
 )
 from relay.session.lines import EndlessLineError, Lines, NotCrlfError
+from relay.session.login import Login
 from relay.session.replies import Replies
 from relay.transaction import Transaction, refused_at_mail
 
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.account import Sender
+    from relay.auth.verdict import Verdict
+    from relay.credentials import Credentials
+    from relay.session.doorkeeper import Doorkeeper
     from relay.session.reception import Reception
+    from relay.settings import ListenerSettings
 
 __all__ = ["Dialogue", "Wire"]
 
@@ -56,14 +62,20 @@ _FOREIGN_VERBS = frozenset(
 )
 """First words of HTTP, and of the PROXY header: behind one, the peer's address is not the client's."""
 
-_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT"))
-"""Commands that end a transaction: they wait until all of its replies have been given."""
+_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT", b"STARTTLS", b"AUTH"))
+"""Commands that end a transaction or cannot be within one: they wait until all replies have been given."""
+
+_BEFORE_TLS = frozenset((b"EHLO", b"NOOP", b"STARTTLS", b"QUIT"))
+"""What may be said before TLS where TLS is required (RFC 3207 section 4)."""
 
 
 class State(Enum):
     """What the session does with input."""
 
     COMMANDS = "commands"
+    SECURING = "securing"
+    CHALLENGED = "challenged"
+    DECIDING = "deciding"
     AWAITS_354 = "awaits_354"
     CONTENT = "content"
     SETTLING = "settling"
@@ -72,7 +84,7 @@ class State(Enum):
 
 
 # By name, since looking a member up at its class costs ten times as much, forty times a message.
-COMMANDS, AWAITS_354, CONTENT, SETTLING, ENDING, CLOSED = State
+COMMANDS, SECURING, CHALLENGED, DECIDING, AWAITS_354, CONTENT, SETTLING, ENDING, CLOSED = State
 
 
 class Wire(Protocol):
@@ -90,6 +102,9 @@ class Wire(Protocol):
     def close(self) -> None:
         """Close after what has been written."""
 
+    def secure(self) -> None:
+        """Begin TLS; `Dialogue.secured` is called when it stands."""
+
 
 class Dialogue:
     """One SMTP dialogue, from the greeting to the last word."""
@@ -106,10 +121,13 @@ class Dialogue:
         "_idle_commands",
         "_input",
         "_last_moved",
+        "_listener",
+        "_login",
         "_loop",
         "_may_relay",
         "_reception",
         "_replies",
+        "_secured",
         "_sender",
         "_slowed",
         "_smtputf8",
@@ -118,14 +136,29 @@ class Dialogue:
         "_wire",
     )
 
-    def __init__(self, wire: Wire, reception: Reception, sender: Sender, *, may_relay: bool) -> None:
-        """Begin; `sender` is who is at the other end, `may_relay` whether the policy lets it relay."""
+    def __init__(
+        self,
+        wire: Wire,
+        reception: Reception,
+        listener: ListenerSettings,
+        sender: Sender,
+        *,
+        may_relay: bool,
+        local: bool,
+    ) -> None:
+        """Begin; `sender` is who is at the other end.
+
+        `may_relay`: whether the policy lets it relay without AUTH. `local`: whether it is on this machine.
+        """
         self._wire = wire
         self._reception = reception
+        self._listener = listener
         self._sender = sender
         self._may_relay = may_relay
+        self._login = Login(reception.doorkeeper, local=local and reception.auth_without_tls)
+        self._secured = False
         self._loop: asyncio.AbstractEventLoop = reception.loop
-        self._state = COMMANDS
+        self._state = SECURING if listener.tls == "implicit" else COMMANDS
         self._replies = Replies(wire.write, self._moved)
         self._input = Lines()
         self._advancing = False
@@ -152,9 +185,21 @@ class Dialogue:
             self._wire.write(refusal.wire)
             self._close()
 
+    def secured(self) -> None:
+        """Go on within TLS: as a new session after STARTTLS (RFC 3207 4.2), as one that begins otherwise."""
+        self._secured = True
+        self._last_moved = self._loop.time()
+        self._state = COMMANDS
+        self._greeted = False
+        if self._listener.tls == "implicit":
+            self.begin(None)
+        self.advance()
+
     def take(self, octets: bytes) -> None:
         """Take input: commands or content, as the state says."""
-        if self._state is AWAITS_354:
+        if self._state is SECURING:
+            self._input.feed(octets)
+        elif self._state is AWAITS_354:
             self._out_of_step()
         elif not self.over:
             self._input.feed(octets)
@@ -206,6 +251,8 @@ class Dialogue:
         """Take one command line or block of content; False when nothing can be taken now."""
         if self._state is CONTENT:
             return self._take_content()
+        if self._state is CHALLENGED:
+            return self._take_response()
         if self._state is not COMMANDS or self._wire.choked:
             return False
         if self._slowed or len(self._replies.owed) >= MAX_OWED:
@@ -240,6 +287,8 @@ class Dialogue:
             self._error(answers.LINE_TOO_LONG)
         elif not is_text(line):
             self._error(answers.CONTROLS)
+        elif not self._secured and self._listener.tls == "required" and verb not in _BEFORE_TLS:
+            self._error(answers.TLS_FIRST)
         else:
             act(self, argument)
         return True
@@ -260,7 +309,8 @@ class Dialogue:
 
     def _ehlo(self, argument: bytes) -> None:
         if self._hello(argument):
-            self._replies.say(self._reception.ehlo())
+            mechanisms = self._login.offered(secured=self._secured)
+            self._replies.say(self._reception.ehlo(starttls=self._starttls_offered, mechanisms=mechanisms))
 
     def _helo(self, argument: bytes) -> None:
         if self._hello(argument):
@@ -287,7 +337,7 @@ class Dialogue:
         except CommandError as error:
             self._error(error.reply)
             return
-        refusal = self._refusal(mail.size)
+        refusal = self._refusal(mail.reverse_path, mail.size)
         if refusal is not None:
             reply, reason = refusal
             self._reception.metrics.rejected(reason)
@@ -303,10 +353,12 @@ class Dialogue:
         transaction.on_flow = self._on_flow
         transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe())
 
-    def _refusal(self, size: int | None) -> tuple[Reply, str] | None:
+    def _refusal(self, reverse_path: bytes, size: int | None) -> tuple[Reply, str] | None:
         """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
         if not self._may_relay:
-            return answers.NOT_ALLOWED, "not_allowed"
+            return answers.AUTH_FIRST if self._login.possible else answers.NOT_ALLOWED, "not_allowed"
+        if not self._login.may_use(reverse_path):
+            return answers.NOT_YOUR_SENDER, "not_allowed"
         limit = self._reception.max_message_size
         if size is not None and limit and size > limit:
             return answers.TOO_LARGE, "too_large"
@@ -379,6 +431,88 @@ class Dialogue:
         del argument
         if self._not_idle():
             self._replies.say(answers.HELP)
+
+    # TLS
+
+    @property
+    def _starttls_offered(self) -> bool:
+        return not self._secured and self._listener.tls in ("starttls", "required")
+
+    def _starttls(self, argument: bytes) -> None:
+        if argument:
+            self._error(answers.NO_ARGUMENT)
+        elif self._secured:
+            self._error(answers.TLS_ALREADY)
+        elif not self._starttls_offered:
+            self._error(answers.NOT_HERE)
+        elif self._transaction is not None:
+            self._error(answers.NESTED)
+        elif self._input.size:
+            # Whoever put this behind STARTTLS wants it to be taken for what TLS protects (RFC 3207 4.2).
+            self._out_of_step()
+        else:
+            self._state = SECURING
+            self._replies.say(answers.START_TLS)
+            self._wire.secure()
+
+    # AUTH (RFC 4954)
+
+    def _auth(self, argument: bytes) -> None:
+        if self._login.exhausted:
+            self._end(answers.TOO_MANY_LOGINS, "too_many_logins")
+        elif self._transaction is not None:
+            self._error(answers.AUTH_IN_TRANSACTION)
+        elif not self._greeted:
+            self._error(answers.START)
+        else:
+            self._go_on_with_login(self._login.begin(argument, secured=self._secured))
+
+    def _go_on_with_login(self, step: Reply | Credentials) -> None:
+        """Give the challenge or the refusal to the client, or have the credentials decided about."""
+        if not isinstance(step, Reply):
+            self._state = DECIDING
+            cast("Doorkeeper", self._reception.doorkeeper).decide(step, self._sender, self._decided)
+        elif step.code != 334:
+            self._error(step)
+        elif self._input.size:  # the answer came before the challenge
+            self._out_of_step()
+        else:
+            self._state = CHALLENGED
+            self._replies.say(step)
+
+    def _take_response(self) -> bool:
+        """Take the client's next line in the exchange; False if it is not complete."""
+        try:
+            line = self._input.next(exchange=True)
+        except NotCrlfError:
+            self._end(answers.NOT_CRLF, "out_of_step")
+            return False
+        except EndlessLineError:
+            self._end(answers.AUTH_LINE_TOO_LONG, "out_of_step")
+            return False
+        if line is None:
+            return False
+        self._last_moved = self._loop.time()
+        self._state = COMMANDS
+        self._go_on_with_login(self._login.respond(line))
+        return True
+
+    def _decided(self, verdict: Verdict) -> None:
+        """Hear whether the login is good; the client may have gone in the meantime."""
+        if self._state is not DECIDING:
+            return
+        self._state = COMMANDS
+        self._last_moved = self._loop.time()
+        if verdict.outcome == "throttled":
+            self._end(verdict.reply, "too_many_logins")
+            return
+        self._login.decided(verdict)
+        if self._login.done:
+            self._may_relay = True
+            address, listener = self._sender.client, self._sender.listener
+            self._sender = Sender(verdict.user, listener, address, verdict.credentials)
+        self._replies.say(verdict.reply)
+        self.advance()
 
     def _not_available(self, argument: bytes) -> None:
         del argument
@@ -517,7 +651,7 @@ class Dialogue:
         """Look at what the client is waited for (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
         if self._state is CONTENT:
             self._check_content(now, elapsed)
-        elif self._state is COMMANDS and not self._replies.owed and not self._slowed:
+        elif self._state in (COMMANDS, CHALLENGED) and not self._replies.owed and not self._slowed:
             self._check_silence(now)
 
     def _check_content(self, now: float, elapsed: float) -> None:
@@ -541,6 +675,18 @@ class Dialogue:
         elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
             self._transaction.silent()
 
+    def make_room(self) -> None:
+        """Say 421 to a client that is idle, since others find no place."""
+        if self.idle_since is not None:
+            self._end(answers.CROWDED, "crowded")
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when nothing is under way, in the loop's time; None while something is."""
+        if self._state is COMMANDS and self._transaction is None and not self._replies.owed:
+            return self._last_moved
+        return None
+
     def drain(self) -> None:
         """Say 421 if nothing is under way; what is under way is finished first."""
         if self._state is COMMANDS and self._transaction is None and not self._replies.owed:
@@ -560,6 +706,6 @@ class Dialogue:
         b"EXPN": _not_available,
         b"TURN": _not_available,
         b"ETRN": _not_available,
-        b"AUTH": _not_available,
-        b"STARTTLS": _not_available,
+        b"AUTH": _auth,
+        b"STARTTLS": _starttls,
     }

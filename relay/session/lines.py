@@ -7,10 +7,12 @@ commands where the other sees one. The octets are walked by offset, not copied l
 
 from __future__ import annotations
 
-__all__ = ["MAX_LINE", "EndlessLineError", "Lines", "NotCrlfError"]
+__all__ = ["MAX_AUTH_LINE", "MAX_LINE", "EndlessLineError", "Lines", "NotCrlfError"]
 
 MAX_LINE = 2048
 """Octets after which a line without end is no command line, whatever follows."""
+MAX_AUTH_LINE = 12288
+"""Octets of AUTH and of the lines of its exchange, CRLF included (RFC 4954 section 4)."""
 
 
 class NotCrlfError(Exception):
@@ -18,7 +20,7 @@ class NotCrlfError(Exception):
 
 
 class EndlessLineError(Exception):
-    """More than MAX_LINE octets came without the end of a line."""
+    """More octets than a line may have came without its end."""
 
 
 class Lines:
@@ -39,16 +41,17 @@ class Lines:
         self._at = 0
         self.size = len(self._octets)
 
-    def next(self) -> bytes | None:
+    def next(self, *, exchange: bool = False) -> bytes | None:
         """Return the next line without its CRLF, or None as long as it is not complete.
 
-        Raises NotCrlfError or EndlessLineError; there is no going on after either.
+        Raises NotCrlfError or EndlessLineError; there is no going on after either. `exchange`: the line is
+        part of an AUTH exchange.
         """
         end = self._octets.find(b"\r\n", self._at)
         line = self._octets[self._at : end] if end >= 0 else self._octets[self._at :].removesuffix(b"\r")
         if b"\n" in line or b"\r" in line:
             raise NotCrlfError
-        if len(line) > MAX_LINE:
+        if len(line) > MAX_LINE and (len(line) + 2 > MAX_AUTH_LINE or not (exchange or _is_auth(line))):
             raise EndlessLineError
         if end < 0:
             return None
@@ -72,3 +75,7 @@ class Lines:
         self._octets = b""
         self._at = 0
         self.size = 0
+
+
+def _is_auth(line: bytes) -> bool:
+    return line[:5].upper() == b"AUTH "

@@ -1,6 +1,7 @@
-"""Where clients are received: the listeners, who is in, how many may be, and their leaving.
+"""Where clients are received: who is in, how many may be, what EHLO offers, and their leaving.
 
-Rules: what is counted in `admit` is taken back in `leave`, once for each session. All waits of all sessions
+Rules: what is counted in `enter` and `admit` is taken back in `leave`, once for each session. When all places
+are taken, those who sit idle longest make room. All waits of all sessions
 are looked at by one `sweep`; no session sets a timer for its commands.
 """
 
@@ -8,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections import Counter
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from relay import maillog
 from relay.reply import Reply
 from relay.session import answers
+from relay.session.listeners import Listener
 from relay.session.session import Session
 
 if TYPE_CHECKING:
     from relay.account import Sender
+    from relay.session.doorkeeper import Doorkeeper
+    from relay.session.tls import Certificate
     from relay.settings import Settings
     from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Reception"]
 
-BACKLOG = 4096
-"""Connections that the kernel may hold for us: a burst must not wait for SYN retries."""
+CROWDED_IDLE = 10.0
+"""Seconds without a transaction after which a session makes room for another when all places are taken."""
 COMMIT_TIMEOUT = 5.0
 """Seconds that rows of the last messages get to become durable before the sessions are cut."""
 MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
@@ -38,14 +42,30 @@ MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
 class Reception:
     """All client sessions of this relay."""
 
-    def __init__(self, settings: Settings, services: Services, pool: Pool, *, token: str) -> None:
-        """`token` marks our greeting, so that a relay that is its own upstream notices."""
+    def __init__(
+        self,
+        settings: Settings,
+        services: Services,
+        pool: Pool,
+        *,
+        token: str,
+        certificate: Certificate | None = None,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
+        """`token` marks our greeting, so that a relay that is its own upstream notices.
+
+        `certificate` is there if a listener has TLS, `doorkeeper` if clients can log in.
+        """
         server = settings.server
         self.loop = asyncio.get_running_loop()
         self.services = services
         self.pool = pool
         self.metrics = services.metrics
+        self.certificate = certificate
+        self.doorkeeper = doorkeeper
         self.allow = settings.clients.allow
+        self.auth_without_tls = settings.clients.auth_without_tls
+        self.trusted_proxies = settings.clients.trusted_proxies
         self.max_message_size = server.max_message_size
         self.max_recipients = server.max_recipients
         self.min_data_rate = server.min_data_rate
@@ -59,44 +79,48 @@ class Reception:
         self._settings = settings
         self._sessions: set[Session] = set()
         self._clients: Counter[str] = Counter()
-        self._servers: list[asyncio.Server] = []
-        self._ehlo: tuple[Capabilities, Reply] | None = None
+        self._listeners: list[Listener] = []
+        self._ehlo_of: Capabilities | None = None
+        self._ehlo: dict[tuple[bool, tuple[str, ...]], Reply] = {}
+        self._crowded = False
         self._left = asyncio.Event()
 
     # Listening
 
     async def open(self) -> None:
         """Listen on every configured address; raises OSError whose text names the address."""
-        for listener in self._settings.listeners:
-            name = listener.address
+        for settings in self._settings.listeners:
             try:
-                bound = _bind(listener.host, listener.port, reuse_port=self._settings.server.reuse_port)
+                listener = Listener(settings, reuse_port=self._settings.server.reuse_port)
             except OSError as error:
                 await self.close()
-                raise OSError(f"cannot listen on {name}: {error.strerror or error}") from error
-            server = await self.loop.create_server(partial(Session, self, name), sock=bound, backlog=BACKLOG)
-            self._servers.append(server)
-            host, port = bound.getsockname()[:2]
-            self.addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-            maillog.listening(self.addresses[-1])
+                raise OSError(f"cannot listen on {settings.address}: {error.strerror or error}") from error
+            self._listeners.append(listener)
+            await listener.serve(partial(Session, self, settings))
+            self.addresses.append(listener.address)
+            maillog.listening(listener.address)
 
     async def close(self) -> None:
         """Listen no more; the sessions that are in stay in."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
 
     # Coming and going
 
-    def admit(self, session: Session, sender: Sender) -> Reply | None:
-        """Count a session in; return the refusal if there are too many."""
+    def enter(self, session: Session, listener: str) -> None:
+        """Count a connection in, before it is known whose it is."""
         self._sessions.add(session)
+        self.metrics.session_opened(listener)
+
+    def admit(self, sender: Sender) -> Reply | None:
+        """Count a session for its client; return the refusal if there are too many."""
         self._clients[sender.client] += 1
-        self.metrics.session_opened(sender.listener)
         server = self._settings.server
         if self.draining:
             reply, reason = answers.DRAINING, "draining"
         elif len(self._sessions) > server.max_connections:
+            self._crowded = True
             reply, reason = answers.TOO_MANY_CONNECTIONS, "too_many_connections"
         elif self._clients[sender.client] > server.max_connections_per_client:
             reply, reason = answers.TOO_MANY_FROM_CLIENT, "too_many_client_connections"
@@ -106,27 +130,39 @@ class Reception:
         maillog.session_refused(sender.client, sender.listener, reason)
         return reply
 
-    def leave(self, session: Session, client: str) -> None:
-        """Count a session out."""
+    def leave(self, session: Session, client: str | None) -> None:
+        """Count a session out; `client` if it was counted for one."""
         self._sessions.discard(session)
-        self._clients[client] -= 1
-        if not self._clients[client]:
-            del self._clients[client]
+        if client is not None:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
         self.metrics.session_closed()
         if not self._sessions:
             self._left.set()
 
-    def ehlo(self) -> Reply:
-        """Return the EHLO reply: what the relay can carry and the upstream can do (RFC 5321 4.1.1.1)."""
-        capabilities = self.pool.capabilities
-        if self._ehlo is None or self._ehlo[0] is not capabilities:
-            self._ehlo = capabilities, self._ehlo_for(capabilities)
-        return self._ehlo[1]
+    def ehlo(self, *, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
+        """Return the EHLO reply: what the relay can carry and the upstream can do (RFC 5321 4.1.1.1).
 
-    def _ehlo_for(self, capabilities: Capabilities) -> Reply:
+        STARTTLS and AUTH are the relay's own affair; what it offers of them is for the session to say.
+        """
+        capabilities = self.pool.capabilities
+        if self._ehlo_of is not capabilities:
+            self._ehlo_of = capabilities
+            self._ehlo.clear()
+        reply = self._ehlo.get((starttls, mechanisms))
+        if reply is None:
+            reply = self._ehlo[starttls, mechanisms] = self._ehlo_for(capabilities, starttls, mechanisms)
+        return reply
+
+    def _ehlo_for(self, capabilities: Capabilities, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
         limits = [size for size in (self.max_message_size, capabilities.size) if size]
         offered = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
         offered += [keyword for keyword in MIRRORED if keyword in capabilities]
+        if starttls:
+            offered.append("STARTTLS")
+        if mechanisms:
+            offered.append(" ".join(("AUTH", *mechanisms)))
         return Reply.plain(250, self._settings.server.hostname, *offered)
 
     # Time and the end
@@ -137,6 +173,20 @@ class Reception:
             session.check(now, elapsed)
         for transaction in tuple(self.services.settling):
             transaction.check(now)
+        if self._crowded:
+            self._crowded = False
+            self._make_room(now)
+
+    def _make_room(self, now: float) -> None:
+        """Somebody was turned away for want of a place: end what has been idle longest, a tenth at a time."""
+        idle = [
+            (since, session)
+            for session in self._sessions
+            if (since := session.idle_since) is not None and now - since > CROWDED_IDLE
+        ]
+        idle.sort(key=itemgetter(0))
+        for _, session in idle[: max(1, self._settings.server.max_connections // 10)]:
+            session.make_room()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new transaction, let those under way finish for `timeout_s` seconds, then end them all.
@@ -167,19 +217,3 @@ class Reception:
 
     def __repr__(self) -> str:
         return f"<Reception: {len(self._sessions)} sessions, {len(self.services.settling)} settling>"
-
-
-def _bind(host: str, port: int, *, reuse_port: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound

@@ -14,11 +14,9 @@ from collections.abc import Callable, Generator
 from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS, Credentials, Password, Token
 from relay.reply import Reply
 from relay.session.commands import is_text
+from relay.session.lines import MAX_AUTH_LINE
 
-__all__ = ["MAX_AUTH_LINE", "PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Exchange", "SaslError"]
-
-MAX_AUTH_LINE = 12288
-"""Octets of a line in an exchange, CRLF included (RFC 4954 section 4)."""
+__all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Exchange", "SaslError"]
 
 _ABORTED = Reply.own(501, "7.0", "The login was given up")
 _NOT_BASE64 = Reply.own(501, "5.2", "That is not base64 (RFC 4648)")

@@ -1,8 +1,9 @@
 """One client connection: what goes over the wire, and when it is cut. What is said is the dialogue's.
 
-Rules: what is written is bounded, since nothing is read from a client that does not take its replies; a
-client that takes neither them nor our close is cut off. The last octets from a client that has gone are
-not acted on.
+A connection begins as its listener asks: with the PROXY header that says who the client is, with TLS from
+the first octet, and then with the greeting. Rules: what is written is bounded, since nothing is read from
+a client that does not take its replies; a client that takes neither them nor our close is cut off. The last
+octets from a client that has gone are not acted on.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from typing import TYPE_CHECKING, cast
 
 from aiosmtpd import smtp
 
+from relay import maillog
 from relay.account import Sender
-from relay.policy import client_address, may_relay
+from relay.policy import LOCAL, Address, client_address, may_relay, trusted_proxy
 from relay.session.dialogue import Dialogue
+from relay.session.proxy import Header, ProxyError
+from relay.session.tls import shake_hands
 
 if TYPE_CHECKING:
     from relay.session.reception import Reception
+    from relay.session.tls import Certificate
+    from relay.settings import ListenerSettings
 
 __all__ = ["Session"]
 
+HEADER_TIMEOUT = 10.0
+"""Seconds that a proxy gets for its header; it is the first thing that it sends."""
 LINGER = 10.0
 """Seconds that a client gets to take the last reply and leave."""
 WRITE_TIMEOUT = 60.0
@@ -34,43 +42,103 @@ class Session(smtp.SMTP):
     constructor is not called: it inspects itself anew for each connection, which costs more than a message.
     """
 
-    def __init__(self, reception: Reception, listener: str) -> None:
+    def __init__(self, reception: Reception, listener: ListenerSettings) -> None:
         self.loop = reception.loop
         self.transport: asyncio.BaseTransport | None = None
         self.choked = False
         self._reception = reception
         self._listener = listener
-        self._dialogue: Dialogue
+        self._header: Header | None = None
+        self._dialogue: Dialogue | None = None
+        self._securing: asyncio.Task[None] | None = None
         self._client = ""
-        self._since = 0.0
+        self._since = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet the client, or turn it away."""
+        """Find out who it is, then greet the client or turn it away."""
         self.transport = transport
         peername = transport.get_extra_info("peername")
-        address = client_address(peername[0]) if peername else None
-        self._client = str(address) if address is not None else "unix"
-        sender = Sender(self._client, self._listener)
-        self._dialogue = Dialogue(
-            self, self._reception, sender, may_relay=may_relay(address, self._reception.allow)
+        peer = (client_address(peername[0]) or LOCAL) if peername else LOCAL  # a unix socket has no name
+        self._client = str(peer) if peername else "unix"
+        self._reception.enter(self, self._listener.address)
+        if not self._listener.proxy_protocol:
+            self._admit(peer)
+        elif trusted_proxy(peer, self._reception.trusted_proxies):
+            self._header = Header()
+        else:
+            self._turn_away("proxy", "not one of clients.trusted_proxies")
+
+    def _admit(self, client: Address | None, received: bytes = b"") -> None:
+        """Begin with a client whose address is known now; `received` came behind the PROXY header.
+
+        A client of a proxy that does not say who it is may do nothing without AUTH.
+        """
+        sender = Sender(self._client, self._listener.address)
+        self._dialogue = dialogue = Dialogue(
+            self,
+            self._reception,
+            self._listener,
+            sender,
+            may_relay=may_relay(client, self._reception.allow),
+            local=client is not None and client.is_loopback,
         )
-        self._dialogue.begin(self._reception.admit(self, sender))
+        refusal = self._reception.admit(sender)
+        if self._listener.tls != "implicit":
+            dialogue.begin(refusal)
+            if received:
+                dialogue.take(received)
+        elif refusal is None:
+            self.secure(received)
+        else:  # no handshake for somebody who is turned away
+            self.cut()
+
+    def _turn_away(self, reason: str, detail: str) -> None:
+        """Drop a connection that never came to a dialogue."""
+        self._reception.metrics.rejected(reason)
+        maillog.session_refused(self._client, self._listener.address, reason, detail)
+        self.cut()
+
+    # What comes in
 
     def data_received(self, data: bytes) -> None:
-        """Give what the client sent to the dialogue."""
-        self._dialogue.take(data)
+        """Give what the client sent to the dialogue; before that, to the PROXY header."""
+        if self._dialogue is not None:
+            self._dialogue.take(data)
+        elif self._header is not None:
+            self._take_header(self._header, data)
+
+    def _take_header(self, header: Header, data: bytes) -> None:
+        try:
+            found = header.feed(data)
+        except ProxyError as error:
+            self._header = None
+            self._turn_away("proxy", str(error))
+            return
+        if found is None:
+            return
+        self._header = None
+        if found.source is None:  # a health check, as a rule
+            self._admit(None, found.rest)
+            return
+        self._client = str(found.source.address)
+        self._admit(found.source.address, found.rest)
 
     def eof_received(self) -> bool:
         """Keep a half-closed connection open: the client may still wait for its replies."""
+        if self._dialogue is None:
+            return False
         self._dialogue.end_of_input()
         return self.transport is not None and self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
+        """The connection is gone; called once or, where TLS failed, twice."""
         del error
+        if self.transport is None:
+            return
         self.transport = None
-        self._dialogue.client_gone()
-        self._reception.leave(self, self._client)
+        if self._dialogue is not None:
+            self._dialogue.client_gone()
+        self._reception.leave(self, self._client if self._dialogue is not None else None)
 
     def pause_writing(self) -> None:
         """The client does not read its replies."""
@@ -80,7 +148,30 @@ class Session(smtp.SMTP):
     def resume_writing(self) -> None:
         """The client reads again."""
         self.choked = False
-        self._dialogue.advance()
+        if self._dialogue is not None:
+            self._dialogue.advance()
+
+    # TLS
+
+    def secure(self, received: bytes = b"") -> None:
+        """Begin TLS; `received` are octets of the client's handshake that have been read already."""
+        transport = cast("asyncio.Transport", self.transport)
+        transport.pause_reading()  # at once: what still comes in clear is not to be taken for protected
+        self._securing = self.loop.create_task(self._secure(transport, received))
+
+    async def _secure(self, transport: asyncio.Transport, received: bytes) -> None:
+        context = cast("Certificate", self._reception.certificate).context
+        try:
+            secured = await shake_hands(transport, self, context, received)
+        except OSError as error:  # also ssl.SSLError
+            self._turn_away("tls", str(error) or type(error).__name__)
+            self.connection_lost(error)  # asyncio does not always say so itself
+            return
+        if self.transport is None:
+            secured.abort()
+            return
+        self.transport = secured
+        cast("Dialogue", self._dialogue).secured()
 
     # What the dialogue asks for
 
@@ -122,9 +213,25 @@ class Session(smtp.SMTP):
         elif self.choked and now - self._since > WRITE_TIMEOUT:
             self._reception.metrics.rejected("timeout")
             self.cut()
-        else:
+        elif self._dialogue is not None:
             self._dialogue.check(now, elapsed)
+        elif now - self._since > HEADER_TIMEOUT:
+            self._header = None
+            self._turn_away("proxy", "no PROXY header in time")
 
     def drain(self) -> None:
         """Say goodbye if nothing is under way; what is under way is finished first."""
-        self._dialogue.drain()
+        if self._dialogue is not None:
+            self._dialogue.drain()
+        else:
+            self.cut()
+
+    def make_room(self) -> None:
+        """End the session: it is idle, and others have no place."""
+        if self._dialogue is not None:
+            self._dialogue.make_room()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the client has nothing under way, in the loop's time; None while it has."""
+        return self._dialogue.idle_since if self._dialogue is not None else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_network
 
 import pytest
 
-from relay.policy import client_address, may_relay, may_send
+from relay.policy import LOCAL, client_address, may_relay, may_send, trusted_proxy
 
 LOOPBACK = [ip_network("127.0.0.0/8"), ip_network("::1/128")]
 
@@ -29,9 +29,22 @@ def test_by_default_only_loopback_may_relay(peer: str, allowed: bool) -> None:
     assert may_relay(client_address(peer), LOOPBACK) is allowed
 
 
-def test_a_peer_without_an_address_came_by_a_socket_that_its_file_mode_guards() -> None:
+def test_a_peer_on_a_unix_socket_counts_as_this_machine() -> None:
     assert client_address("unix") is None
-    assert may_relay(None, LOOPBACK)
+    assert may_relay(LOCAL, LOOPBACK)
+    assert trusted_proxy(LOCAL, LOOPBACK)
+
+
+def test_a_client_that_nobody_knows_may_not_relay() -> None:
+    assert not may_relay(None, LOOPBACK)
+    assert not may_relay(None, [IPv4Network("0.0.0.0/0")])
+
+
+def test_a_proxy_is_trusted_by_its_network() -> None:
+    trusted = [IPv4Network("10.0.0.8/30")]
+    assert trusted_proxy(IPv4Address("10.0.0.9"), trusted)
+    assert not trusted_proxy(IPv4Address("10.0.0.12"), trusted)
+    assert not trusted_proxy(LOCAL, [])
 
 
 TEAM = ("*@example.com", "noreply@Example.ORG", "app-?@*.example.net", "<>")

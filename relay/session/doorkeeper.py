@@ -1,0 +1,87 @@
+"""Who logs in: the authenticator's verdicts, slowed for those who guess (RFC 4954).
+
+Rules: somebody who has failed too often is not even tried, unless the credentials are known to be good: an
+application with a wrong password does not lock out its neighbour with the right one. A refusal is given late,
+later each time. Every attempt is counted and logged, without what it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from relay import maillog
+from relay.auth.verdict import Verdict
+from relay.records.identity import uuid7
+from relay.session import answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.account import Sender
+    from relay.auth.guard import Guard
+    from relay.credentials import Credentials
+    from relay.metrics import Metrics
+
+__all__ = ["Authenticator", "Doorkeeper"]
+
+
+class Authenticator(Protocol):
+    """Who knows whether credentials are good: the users file, or the upstream."""
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What EHLO offers now, in this order."""
+
+    def known(self, credentials: Credentials) -> bool:
+        """Whether these were found good a short while ago."""
+
+    async def login(self, credentials: Credentials) -> Verdict:
+        """Try them."""
+
+
+class Doorkeeper:
+    """Decides about logins, for all sessions."""
+
+    def __init__(self, authenticator: Authenticator, guard: Guard, metrics: Metrics) -> None:
+        self._authenticator = authenticator
+        self._guard = guard
+        self._metrics = metrics
+        self._deciding: set[asyncio.Task[None]] = set()
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What EHLO offers now, in this order."""
+        return self._authenticator.mechanisms
+
+    def decide(self, credentials: Credentials, sender: Sender, answer: Callable[[Verdict], None]) -> None:
+        """Find out about `credentials`, and give the verdict to `answer` when the time has come."""
+        deciding = asyncio.get_running_loop().create_task(self._decide(credentials, sender, answer))
+        self._deciding.add(deciding)
+        deciding.add_done_callback(self._deciding.discard)
+
+    async def _decide(
+        self, credentials: Credentials, sender: Sender, answer: Callable[[Verdict], None]
+    ) -> None:
+        verdict = await self._verdict(credentials, sender)
+        self._metrics.auth(verdict.outcome)
+        maillog.login(verdict.outcome, credentials.user, sender.client, sender.listener, str(verdict.reply))
+        if verdict.outcome == "failed":
+            await asyncio.sleep(self._guard.failed(sender.client))
+        elif verdict.outcome == "ok":
+            self._guard.succeeded(sender.client)
+        answer(verdict)
+
+    async def _verdict(self, credentials: Credentials, sender: Sender) -> Verdict:
+        if self._guard.blocked(sender.client) and not self._authenticator.known(credentials):
+            return Verdict(answers.TOO_MANY_LOGINS, "throttled")
+        try:
+            return await self._authenticator.login(credentials)
+        except Exception as error:  # the client must hear something, and the log why
+            identity = uuid7()
+            maillog.unforeseen("login", identity, error)
+            return Verdict(answers.login_failed(identity), "unavailable")
+
+    def aborted(self) -> None:
+        """Count an exchange that came to nothing that could be tried."""
+        self._metrics.auth("aborted")
