@@ -49,6 +49,9 @@ __all__ = [
     "upstream_connected",
     "upstream_failed",
     "upstream_retired",
+    "user_not_checked",
+    "users_not_read",
+    "users_read",
     "warning",
 ]
 
@@ -211,6 +214,24 @@ def transaction(
         getattr(_current.output, level)(line)
     else:
         getattr(_current.log, level)("message", fields=fields)
+
+
+# ---------------------------------------------------------------------------------------------- users
+
+
+def users_read(file: str, users: int) -> None:
+    """The file of users has changed: it has `users` of them, and they are in force."""
+    _current.log.info("users read", file=file, users=users)
+
+
+def users_not_read(file: str, reasons: Sequence[str]) -> None:
+    """The file of users has changed and cannot be used; the users that were stay in force."""
+    _current.log.error("users not read", file=file, reasons=reasons)
+
+
+def user_not_checked(file: str, user: str, reason: str) -> None:
+    """A password could not be held against the user's hash."""
+    _current.log.error("user not checked", file=file, user=user, reason=reason)
 
 
 # ------------------------------------------------------------------------------------------ upstreams
