@@ -36,6 +36,8 @@ class Sender:
     """Where it connects from, if that is not its name already."""
     credentials: Credentials | None = None
     """What the upstream knows it by, where the upstream is to decide; None: the relay's own account."""
+    port: int | None = None
+    """The TCP port that it connects from; None: there is none, or it is not known."""
 
 
 @dataclass(slots=True)

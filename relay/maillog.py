@@ -53,6 +53,7 @@ __all__ = [
     "users_not_read",
     "users_read",
     "warning",
+    "xforward_refused",
 ]
 
 Wire = str | bytes
@@ -245,6 +246,11 @@ def upstream_connected(name: str, address: str, reason: Wire) -> None:
 def upstream_failed(name: str, address: str, reason: Wire) -> None:
     """An upstream could not be connected to."""
     _current.log.warning("upstream failed", upstream=name, address=address, reason=reason)
+
+
+def xforward_refused(name: str, address: str, reason: Wire) -> None:
+    """An upstream that offers XFORWARD did not take it; mail goes on without, on that connection."""
+    _current.log.warning("xforward refused", upstream=name, address=address, reason=reason)
 
 
 def upstream_retired(name: str, address: str, reason: Wire) -> None:

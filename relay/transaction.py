@@ -26,6 +26,7 @@ from relay.envelope import Envelope, Recipient
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
 from relay.reply import Reply
+from relay.upstream import xforward
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.pool import UnavailableError
 
@@ -46,6 +47,8 @@ MAX_RECEIVED = 50
 WRITE_SIZE = 16 * 1024
 """Octets of content that gather before they are written: a small message then goes up in one piece, for half
 the system calls of one that is passed on segment by segment."""
+
+_XFORWARD = "xforward"
 
 LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
 SILENT = Reply.own(451, "4.2", "Silent for too long: the upstream connection was given up, try again")
@@ -96,7 +99,15 @@ class _Command:
 class Transaction:
     """One mail transaction."""
 
-    def __init__(self, services: Services, pool: Pool, sender: Sender, reverse_path: bytes) -> None:
+    def __init__(
+        self,
+        services: Services,
+        pool: Pool,
+        sender: Sender,
+        reverse_path: bytes,
+        client: xforward.Client | None = None,
+    ) -> None:
+        """Begin with nothing sent; `client` is who the upstream is told about, if it is to be told."""
         self.task_id = uuid7()
         self.envelope = Envelope(reverse_path)
         self.body: Body | None = None
@@ -109,6 +120,7 @@ class Transaction:
         """Called with True when the client must stop sending content, with False when it may go on."""
         self._services = services
         self._pool = pool
+        self._client = client
         self._account = Account(self.task_id, sender, pool.name, self.envelope)
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
@@ -184,7 +196,15 @@ class Transaction:
         self._connection = connection
         connection.lessee = self
         connection.transactions += 1
+        if self._client is not None:
+            self._introduce(connection, self._client)
         self._pump()
+
+    def _introduce(self, connection: Connection, client: xforward.Client) -> None:
+        """Tell the upstream who the client is, before MAIL and anew each time: connections are shared."""
+        line = xforward.command(connection.xforward, client, self.task_id)
+        if line is not None:
+            self._queued.appendleft(_Command(_XFORWARD, line, _ignore))
 
     def _pump(self) -> None:
         """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
@@ -205,6 +225,8 @@ class Transaction:
         command = self._sent.popleft()
         if command.verb == "mail":
             self._mail_answered(reply)
+        elif command.verb == _XFORWARD:
+            self._introduction_answered(reply)
         elif command.recipient is not None:
             command.recipient.reply = reply
         elif command.verb == "data":
@@ -212,6 +234,12 @@ class Transaction:
         self.over = self.refused and not self._sent and not self._queued
         command.answer(reply)
         self._pump()
+
+    def _introduction_answered(self, reply: Reply) -> None:
+        """Go on whatever the upstream says to XFORWARD, as Postfix does; the client has no part in it."""
+        if not reply.positive and self._connection is not None:
+            self._connection.xforward = ()
+            self._pool.xforward_refused(reply)
 
     def _mail_answered(self, reply: Reply) -> None:
         self._mail_reply = reply
@@ -262,7 +290,8 @@ class Transaction:
 
     def _replace(self) -> None:
         """Begin again on a new connection: an idle one was found dead before it had accepted MAIL."""
-        self._queued.extendleft(reversed(self._sent))
+        # The next connection gets an introduction of its own, by what it offers.
+        self._queued.extendleft(each for each in reversed(self._sent) if each.verb != _XFORWARD)
         self._sent.clear()
         self._lease(fresh=True)
 
@@ -448,7 +477,8 @@ class Transaction:
         if self.body is not None or self._sent:
             connection.abort("transaction unfinished")
         else:
-            self._pool.release(connection, reset=not self.refused)
+            # A refused MAIL opened nothing, but what XFORWARD said would stay in force for the next client.
+            self._pool.release(connection, reset=not self.refused or self._client is not None)
 
     def _last_reply(self) -> Reply | None:
         refused = self.envelope.refused

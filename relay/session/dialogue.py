@@ -10,11 +10,11 @@ with the transaction's id; its cause is for the log alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from relay import maillog
-from relay.account import Sender
 from relay.records.identity import uuid7
 from relay.reply import Reply
 from relay.session import answers
@@ -30,10 +30,12 @@ from relay.session.lines import EndlessLineError, Lines, NotCrlfError
 from relay.session.login import Login
 from relay.session.replies import Replies
 from relay.transaction import Transaction, refused_at_mail
+from relay.upstream.xforward import Client
 
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.account import Sender
     from relay.auth.verdict import Verdict
     from relay.credentials import Credentials
     from relay.session.doorkeeper import Doorkeeper
@@ -115,8 +117,10 @@ class Dialogue:
         "_content_began",
         "_eof",
         "_errors",
+        "_esmtp",
         "_flow_paused",
         "_greeted",
+        "_helo_name",
         "_holding",
         "_idle_commands",
         "_input",
@@ -163,6 +167,8 @@ class Dialogue:
         self._input = Lines()
         self._advancing = False
         self._greeted = False
+        self._helo_name = b""
+        self._esmtp = False
         self._answer_data: Callable[[Reply], None] = self._replies.say
         self._smtputf8 = False
         self._transaction: Transaction | None = None
@@ -309,11 +315,13 @@ class Dialogue:
 
     def _ehlo(self, argument: bytes) -> None:
         if self._hello(argument):
+            self._esmtp = True
             mechanisms = self._login.offered(secured=self._secured)
             self._replies.say(self._reception.ehlo(starttls=self._starttls_offered, mechanisms=mechanisms))
 
     def _helo(self, argument: bytes) -> None:
         if self._hello(argument):
+            self._esmtp = False
             self._replies.say(self._reception.helo)
 
     def _hello(self, argument: bytes) -> bool:
@@ -323,6 +331,7 @@ class Dialogue:
             return False
         self._reset()
         self._greeted = True
+        self._helo_name = argument
         return self._not_idle()
 
     def _mail(self, argument: bytes) -> None:
@@ -347,11 +356,20 @@ class Dialogue:
         self._idle_commands = 0
         self._smtputf8 = mail.smtputf8
         transaction = Transaction(
-            self._reception.services, self._reception.pool, self._sender, mail.reverse_path
+            self._reception.services,
+            self._reception.pool,
+            self._sender,
+            mail.reverse_path,
+            self._client() if self._reception.pool.xforward else None,
         )
         self._transaction = transaction
         transaction.on_flow = self._on_flow
         transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe())
+
+    def _client(self) -> Client:
+        """Who sends, for an upstream that is to be told."""
+        sender = self._sender
+        return Client(sender.address or sender.client, sender.port, self._helo_name, self._esmtp)
 
     def _refusal(self, reverse_path: bytes, size: int | None) -> tuple[Reply, str] | None:
         """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
@@ -509,8 +527,12 @@ class Dialogue:
         self._login.decided(verdict)
         if self._login.done:
             self._may_relay = True
-            address, listener = self._sender.client, self._sender.listener
-            self._sender = Sender(verdict.user, listener, address, verdict.credentials)
+            self._sender = replace(
+                self._sender,
+                client=verdict.user,
+                address=self._sender.client,
+                credentials=verdict.credentials,
+            )
         self._replies.say(verdict.reply)
         self.advance()
 

@@ -62,18 +62,18 @@ class Session(smtp.SMTP):
         self._client = str(peer) if peername else "unix"
         self._reception.enter(self, self._listener.address)
         if not self._listener.proxy_protocol:
-            self._admit(peer)
+            self._admit(peer, peername[1] if peername else None)
         elif trusted_proxy(peer, self._reception.trusted_proxies):
             self._header = Header()
         else:
             self._turn_away("proxy", "not one of clients.trusted_proxies")
 
-    def _admit(self, client: Address | None, received: bytes = b"") -> None:
+    def _admit(self, client: Address | None, port: int | None, received: bytes = b"") -> None:
         """Begin with a client whose address is known now; `received` came behind the PROXY header.
 
         A client of a proxy that does not say who it is may do nothing without AUTH.
         """
-        sender = Sender(self._client, self._listener.address)
+        sender = Sender(self._client, self._listener.address, port=port)
         self._dialogue = dialogue = Dialogue(
             self,
             self._reception,
@@ -118,10 +118,11 @@ class Session(smtp.SMTP):
             return
         self._header = None
         if found.source is None:  # a health check, as a rule
-            self._admit(None, found.rest)
+            self._admit(None, None, found.rest)
             return
-        self._client = str(found.source.address)
-        self._admit(found.source.address, found.rest)
+        address, port = found.source
+        self._client = str(address)
+        self._admit(address, port, found.rest)
 
     def eof_received(self) -> bool:
         """Keep a half-closed connection open: the client may still wait for its replies."""

@@ -251,6 +251,8 @@ class UpstreamSettings(_Endpoint):
     """How long the reply to a whole message may take (RFC 5321 4.5.3.2.6 asks for 10 minutes)."""
     lease_wait_timeout: Duration = written("10s")
     """How long a transaction waits for a free connection; then the client is told to try later."""
+    xforward: Flag = False
+    """Whether an upstream that offers XFORWARD is told each message's client and task id, for its log."""
     priority: Annotated[int, Strict(), Field(ge=0)] = 10
     """Lower is tried first. With one upstream it makes no difference."""
     weight: Count = 1

@@ -89,6 +89,8 @@ class Connection(asyncio.Protocol):
         self._end_of_data_timeout = end_of_data_timeout
         self.capabilities = capabilities
         self.pipelining = "PIPELINING" in capabilities
+        self.xforward = capabilities.parameters.get("XFORWARD", ())
+        """The attributes that XFORWARD may tell; empty once the upstream has refused it."""
         self.lessee: Lessee | None = None
         self.usable = True
         """False once anything but clean replies was seen, or the connection is gone."""

@@ -47,6 +47,8 @@ class Pool:
         """What the upstream said that it can do, at its last EHLO."""
         self.metrics = metrics
         self.end_of_data_timeout = upstream.end_of_data_timeout
+        self.xforward = upstream.xforward
+        """Whether the upstream is to be told who the clients are."""
         self._settings = upstream
         self._dialer = dialer
         self._open: set[Connection] = set()
@@ -206,6 +208,10 @@ class Pool:
                 connection.quit()
         idle = len(self._idle)
         self.metrics.connections(idle=idle, active=len(self._open) - idle, connecting=self._dialing)
+
+    def xforward_refused(self, reply: Reply) -> None:
+        """Warn that an upstream refuses what it offered; once for each connection."""
+        maillog.xforward_refused(self.name, self._settings.address, str(reply))
 
     def connection_ended(self, connection: Connection, reason: str) -> None:
         """Forget a connection that is gone (called by the connection)."""

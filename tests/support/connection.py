@@ -206,7 +206,9 @@ class Connection:
             self.wire.close()
             raise _EndedError
         else:
-            await self._answer(verb, line, b"500 5.5.1 unknown command\r\n")
+            offered = any(each.partition(" ")[0] == verb for each in self._upstream.extensions)
+            usual = b"250 2.0.0 Ok\r\n" if offered else b"500 5.5.1 unknown command\r\n"
+            await self._answer(verb, line, usual)
 
     def _hello(self, verb: str) -> bytes:
         if verb == "HELO":

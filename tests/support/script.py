@@ -31,7 +31,7 @@ __all__ = [
 
 STAGES: tuple[str, ...] = (
     *("connect", "greeting", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "body", "end_of_data"),
-    *("RSET", "NOOP", "QUIT"),
+    *("RSET", "NOOP", "QUIT", "XFORWARD"),
 )
 """HELO counts as EHLO; an action at AUTH stands for the whole exchange; `connect` is before the greeting."""
 

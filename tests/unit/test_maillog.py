@@ -129,6 +129,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "users_read": lambda text: maillog.users_read(text, 8),
     "users_not_read": lambda text: maillog.users_not_read(text, [text]),
     "user_not_checked": lambda text: maillog.user_not_checked(text, text, text),
+    "xforward_refused": lambda text: maillog.xforward_refused(text, text, text),
     "row_lost": lambda text: maillog.row_lost(record(sender=text, data={text: text}), text),
     "expiry_done": lambda _: maillog.expiry_done(5, 0.25),
     "expiry_failed": maillog.expiry_failed,
