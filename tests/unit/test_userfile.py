@@ -118,43 +118,24 @@ def test_a_user_does_not_show_its_hash() -> None:
     assert HASH not in repr(User(HASH, None))
 
 
-@pytest.mark.parametrize(
-    ("name", "good"),
-    [
-        ("a", True),
-        ("ü@example.com", True),
-        ("a" * 255, True),
-        ("ü" * 127, True),
-        ("", False),
-        ("a" * 256, False),
-        ("ü" * 128, False),
-        ("a b", False),
-        ("a\n", False),
-        ("�", False),
-    ],
-)
-def test_names(name: str, good: bool) -> None:
-    assert (name_problem(name) is None) is good
+@pytest.mark.parametrize("name", ["a", "ü@example.com", "a" * 255, "ü" * 127])
+def test_names(name: str) -> None:
+    assert name_problem(name) is None
 
 
-@pytest.mark.parametrize(
-    ("pattern", "good"),
-    [
-        ("<>", True),
-        ("*@example.com", True),
-        ("a b@example.com", True),
-        ("app-[0-9]@*", True),
-        ("", False),
-        ("*", False),
-        ("@example.com", False),
-        ("a@", False),
-        ("<a@b>", False),
-        ("a@b\n", False),
-        ('"a"@b', False),
-    ],
-)
-def test_sender_patterns(pattern: str, good: bool) -> None:
-    assert (sender_problem(pattern) is None) is good
+@pytest.mark.parametrize("name", ["", "a" * 256, "ü" * 128, "a b", "a\n", "a\u202eb", "\udcff"])
+def test_what_is_no_name(name: str) -> None:
+    assert name_problem(name)
+
+
+@pytest.mark.parametrize("pattern", ["<>", "*@example.com", "a b@example.com", "app-[0-9]@*"])
+def test_sender_patterns(pattern: str) -> None:
+    assert sender_problem(pattern) is None
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "@example.com", "a@", "<a@b>", "a@b\n", '"a"@b'])
+def test_what_is_no_sender_pattern(pattern: str) -> None:
+    assert sender_problem(pattern)
 
 
 @given(st.binary() | st.text().map(str.encode))
