@@ -1,8 +1,7 @@
 """Who logs in: the authenticator's verdicts, slowed for those who guess (RFC 4954).
 
-Rules: somebody who has failed too often is not even tried, unless the credentials are known to be good: an
-application with a wrong password does not lock out its neighbour with the right one. A refusal is given late,
-later each time. Every attempt is counted and logged, without what it held.
+Rules: somebody who has failed too often is not even tried, and hears so as late as after a failure. A refusal
+is given late, later each time. Every attempt is counted and logged, without what it held.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from relay import maillog
+from relay.auth.guard import MAX_DELAY_S
 from relay.auth.verdict import Verdict
 from relay.records.identity import uuid7
 from relay.session import answers
@@ -32,9 +32,6 @@ class Authenticator(Protocol):
     @property
     def mechanisms(self) -> tuple[str, ...]:
         """What EHLO offers now, in this order."""
-
-    def known(self, credentials: Credentials) -> bool:
-        """Whether these were found good a short while ago."""
 
     async def login(self, credentials: Credentials) -> Verdict:
         """Try them."""
@@ -67,13 +64,15 @@ class Doorkeeper:
         self._metrics.auth(verdict.outcome)
         maillog.login(verdict.outcome, credentials.user, sender.client, sender.listener, str(verdict.reply))
         if verdict.outcome == "failed":
-            await asyncio.sleep(self._guard.failed(sender.client))
+            await asyncio.sleep(self._guard.failed(sender.client, credentials))
+        elif verdict.outcome == "throttled":
+            await asyncio.sleep(MAX_DELAY_S)
         elif verdict.outcome == "ok":
-            self._guard.succeeded(sender.client)
+            self._guard.succeeded(sender.client, credentials)
         answer(verdict)
 
     async def _verdict(self, credentials: Credentials, sender: Sender) -> Verdict:
-        if self._guard.blocked(sender.client) and not self._authenticator.known(credentials):
+        if self._guard.blocked(sender.client, credentials):
             return Verdict(answers.TOO_MANY_LOGINS, "throttled")
         try:
             return await self._authenticator.login(credentials)

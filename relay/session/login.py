@@ -9,6 +9,7 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import TYPE_CHECKING, cast
 
+from relay.auth.guard import FAILURES_PER_SESSION
 from relay.policy import may_send
 from relay.reply import Reply
 from relay.session import answers
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from relay.session.doorkeeper import Doorkeeper
 
 __all__ = ["Login"]
-
-MAX_FAILED = 3
-"""Failed logins after which another one ends the session."""
 
 
 class Login:
@@ -48,7 +46,7 @@ class Login:
     @property
     def exhausted(self) -> bool:
         """Whether there were too many failures for another attempt."""
-        return self._failed >= MAX_FAILED
+        return self._failed >= FAILURES_PER_SESSION
 
     def offered(self, *, secured: bool) -> tuple[str, ...]:
         """The mechanisms for EHLO."""
