@@ -171,7 +171,8 @@ class Transaction:
     # The lease
 
     def _lease(self, *, fresh: bool = False) -> None:
-        connection = None if fresh else self._pool.take()
+        sender = self._account.sender
+        connection = None if fresh else self._pool.take(sender.client, sender.credentials)
         if connection is not None:
             self._leased(connection)
             return
@@ -180,8 +181,9 @@ class Transaction:
         self._leasing.add_done_callback(self._services.running.discard)
 
     async def _await_lease(self, *, fresh: bool) -> None:
+        sender = self._account.sender
         try:
-            connection = await self._pool.acquire(fresh=fresh)
+            connection = await self._pool.acquire(sender.client, sender.credentials, fresh=fresh)
         except UnavailableError as error:
             self._break(error.reply, Outcome.UNAVAILABLE)
         except Exception as error:  # the client must hear something, and the log why

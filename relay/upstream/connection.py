@@ -75,8 +75,13 @@ class Connection(asyncio.Protocol):
         *,
         reply_timeout: float,
         end_of_data_timeout: float,
+        identity: bytes | None = None,
     ) -> None:
-        """Make the protocol for an open transport; times in seconds."""
+        """Make the protocol for an open transport; times in seconds.
+
+        `identity` is the keyed hash of the client's credentials that it is logged in with; None: it is not
+        logged in, or as the relay's own account.
+        """
         self._owner = owner
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
@@ -88,6 +93,7 @@ class Connection(asyncio.Protocol):
         self._reply_timeout = reply_timeout
         self._end_of_data_timeout = end_of_data_timeout
         self.capabilities = capabilities
+        self.identity = identity
         self.pipelining = "PIPELINING" in capabilities
         self.xforward = capabilities.parameters.get("XFORWARD", ())
         """The attributes that XFORWARD may tell; empty once the upstream has refused it."""
@@ -97,6 +103,10 @@ class Connection(asyncio.Protocol):
         self.opened_at = self._loop.time()
         self.idle_since = self.opened_at
         self.transactions = 0
+        self.max_transactions = 0
+        """After how many it is not used again; set by the pool."""
+        self.leased_to: str | None = None
+        """The client that has it on lease, by its name in the record; kept by the pool."""
         self.reused = False
         """Whether it has been in the pool: it may have died there, and only the reply to MAIL will tell."""
 

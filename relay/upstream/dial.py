@@ -1,26 +1,33 @@
 """Opening one upstream connection: connect, greeting, EHLO, TLS, AUTH. The only module that uses aiosmtplib.
 
 Rules: every failure ends here as a DialError that says at which stage it happened and what the client may be
-told. Credentials go out once, with one mechanism, and never in clear (settings see to it). After the
-handshake the socket belongs to our own Connection; octets that the library still holds then answer nothing
-that was asked, and end the attempt.
+told. Credentials go out once, with one mechanism, and never in clear but to this machine itself. From the
+greeting on, every reply is read by our own parser, and the library sees whole replies only, each after the
+command that it answers: octets that answer nothing end the attempt, so that nothing that was said in clear,
+glued to a reply, can count as said within TLS (RFC 3207 sections 4.2 and 6).
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Any, cast
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiosmtplib
 
-from relay.reply import Reply
+from relay.reply import MalformedReplyError, Reply, ReplyParser
+from relay.upstream import sasl
 from relay.upstream.capabilities import Capabilities
+from relay.upstream.tokens import TokenError, token_source
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from relay.credentials import Credentials
     from relay.settings import UpstreamSettings
 
-__all__ = ["DialError", "Dialer"]
+__all__ = ["DialError", "Dialed", "Dialer"]
 
 UNREACHABLE = Reply.own(451, "4.1", "The upstream server cannot be reached now, try again later")
 NOT_SECURED = Reply.own(451, "7.0", "The upstream server cannot be reached securely now, try again later")
@@ -31,13 +38,25 @@ class DialError(Exception):
     """The upstream could not be reached, secured or logged in to.
 
     `stage` is one of the fixed connect outcomes of the metrics; `reply` is what the client hears; the
-    text is for the operator.
+    text is for the operator. `verdict` is set when it is the upstream's own reply to the credentials of a
+    client; `reply` is then the same.
     """
 
-    def __init__(self, stage: str, text: str, reply: Reply) -> None:
+    def __init__(self, stage: str, text: str, reply: Reply, *, verdict: bool = False) -> None:
         super().__init__(text)
         self.stage = stage
         self.reply = reply
+        self.verdict = reply if verdict else None
+
+
+class Dialed(NamedTuple):
+    """A connection that is open, with the handshake done and reading paused."""
+
+    transport: asyncio.Transport
+    capabilities: Capabilities
+    """What the upstream can do."""
+    welcome: Reply | None = None
+    """Its reply to the login, if there was one."""
 
 
 class Dialer:
@@ -49,12 +68,33 @@ class Dialer:
         self._hostname = hostname
         self._own_token = own_token
         self._context = _tls_context(upstream)
+        self._tokens = token_source(upstream.token) if upstream.token is not None else None
 
-    async def dial(self) -> tuple[asyncio.Transport, Capabilities]:
-        """Return an open transport with the handshake done, reading paused, and what the upstream can do.
+    async def dial(self, credentials: Credentials | None = None) -> Dialed:
+        """Open a connection, logged in with a client's `credentials`, else with the relay's own account.
 
         Each step takes at most `connect_timeout`. Raises DialError.
         """
+        login: sasl.Login | None = None
+        token = ""
+        if credentials is not None:
+            login = sasl.of_client(credentials)
+        elif self._upstream.username is not None and self._tokens is not None:
+            try:
+                token = await self._tokens.token()  # before there is a connection that would have to wait
+            except TokenError as error:
+                raise DialError("auth", str(error), NOT_SECURED) from error
+            login = sasl.with_token(self._upstream.username, token, self._upstream.host, self._upstream.port)
+        elif self._upstream.username is not None and self._upstream.password is not None:
+            login = sasl.with_password(self._upstream.username, self._upstream.password.get_secret_value())
+        try:
+            return await self._open(login)
+        except sasl.RefusedError as error:
+            if self._tokens is not None and token and not error.reply.transient:
+                self._tokens.refused(token)
+            raise _refused(error, of_client=credentials is not None) from error
+
+    async def _open(self, login: sasl.Login | None) -> Dialed:
         upstream = self._upstream
         client = aiosmtplib.SMTP(
             hostname=upstream.host,
@@ -66,72 +106,154 @@ class Dialer:
             timeout=upstream.connect_timeout,
         )
         stage = "unreachable"
+        watch: _Watch | None = None
         try:
             greeting = await client.connect()
             if self._own_token in greeting.message:
                 raise DialError("protocol", "mail loop: the upstream is this relay itself", LOOP)
             stage = "protocol"
-            await _greet(client)
+            watch = _Watch(client)
+            await _greet(client, watch)
             if upstream.tls == "starttls" or (
                 upstream.tls == "opportunistic" and client.supports_extension("starttls")
             ):
                 stage = "tls"
-                await client.starttls(tls_context=self._context, server_hostname=upstream.host)
+                await watch.ask(client.starttls(tls_context=self._context, server_hostname=upstream.host))
                 stage = "protocol"
-                await client.ehlo()
-            if upstream.username is not None and upstream.password is not None:
+                watch = _Watch(client)
+                await watch.ask(client.ehlo())
+            welcome = None
+            if login is not None:
                 stage = "auth"
-                await _login(client, upstream.username, upstream.password.get_secret_value())
-            return _take_over(client), Capabilities.of(client.esmtp_extensions)
-        except DialError:
+                welcome = await _login(client, watch, login)
+            return Dialed(_take_over(client), Capabilities.of(client.esmtp_extensions), welcome)
+        except (DialError, sasl.RefusedError):
             _discard(client)
             raise
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             _discard(client)
-            raise _classified(stage, error) from error
+            raise _classified(stage, error, watch) from error
         except BaseException:
             _discard(client)
             raise
 
 
-async def _greet(client: aiosmtplib.SMTP) -> None:
+class _Watch(asyncio.Protocol):
+    """Stands between the transport and the library, from the greeting on (and anew within TLS).
+
+    The library drops octets that come when it awaits nothing, and reads what is glued to a reply as the reply
+    to its next command. Here either ends the connection.
+    """
+
+    def __init__(self, client: aiosmtplib.SMTP) -> None:
+        transport = cast("asyncio.Transport | None", client.transport)
+        protocol: Any = client.protocol
+        if transport is None or transport.is_closing() or protocol is None:
+            raise aiosmtplib.SMTPServerDisconnected("the upstream closed during the handshake")
+        self._transport = transport
+        self._library = protocol
+        self._parser = ReplyParser()
+        self._awaits = False
+        self.fault: str | None = None
+        """Why the connection was ended from our side."""
+        self.reply: Reply | None = None
+        """The last reply, as the upstream gave it."""
+        if protocol._buffer:  # noqa: SLF001  no public way to see octets behind the greeting
+            raise aiosmtplib.SMTPServerDisconnected("out of step: octets behind the greeting")
+        transport.set_protocol(self)
+
+    async def ask(self, exchange: Awaitable[object]) -> Reply:
+        """Let the library send one command; return the reply."""
+        self.reply = None
+        self._awaits = True
+        try:
+            await exchange
+        finally:
+            self._awaits = False
+        return cast("Reply", self.reply)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand one whole reply to the library, if it awaits one."""
+        if self.fault is not None:
+            return
+        try:
+            replies = self._parser.feed(data)
+        except MalformedReplyError as error:
+            self._end(f"out of step: {error}")
+            return
+        if len(replies) > self._awaits or (self._parser.pending and (replies or not self._awaits)):
+            self._end("out of step: octets that answer nothing")
+        elif replies:
+            self._awaits = False
+            self.reply = replies[0]
+            self._library.data_received(self.reply.wire)
+
+    def _end(self, fault: str) -> None:
+        self.fault = fault
+        self._transport.abort()
+
+    def eof_received(self) -> bool | None:
+        """The upstream has closed."""
+        return cast("bool | None", self._library.eof_received())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport is gone."""
+        self._library.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The library sends one command at a time, and waits for its reply."""
+
+    def resume_writing(self) -> None:
+        """As `pause_writing`."""
+
+
+async def _greet(client: aiosmtplib.SMTP, watch: _Watch) -> None:
     """Say EHLO; to a server that does not know the command, HELO (RFC 5321 3.2)."""
     try:
-        await client.ehlo()
+        await watch.ask(client.ehlo())
     except aiosmtplib.SMTPHeloError as error:
         if error.code not in (500, 502):
             raise
-        await client.helo()
+        await watch.ask(client.helo())
 
 
-async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
-    """Log in with the best mechanism that both sides know; a refusal is final (no lock-outs).
-
-    Under TLS that is PLAIN, which every password store can check; in clear it is CRAM-MD5.
-    """
-    attempts = {
-        "plain": client.auth_plain,
-        "login": client.auth_login,
-        "cram-md5": client.auth_crammd5,
-    }
+async def _login(client: aiosmtplib.SMTP, watch: _Watch, login: sasl.Login) -> Reply:
+    """Run one AUTH exchange (RFC 4954 section 4); return the 235. Raises sasl.RefusedError."""
     secured = client.get_transport_info("sslcontext") is not None
-    offered = {mechanism.lower() for mechanism in client.supported_auth_methods}
-    for mechanism in attempts if secured else reversed(attempts):
-        if mechanism in offered:
-            await attempts[mechanism](username, password)
-            return
-    raise aiosmtplib.SMTPException("the upstream offers no AUTH mechanism that the relay knows")
+    if not secured and not _is_this_machine(client.get_transport_info("peername")):
+        raise aiosmtplib.SMTPException("credentials would go in clear: AUTH is for TLS and for loopback")
+    offered = frozenset(mechanism.upper() for mechanism in client.supported_auth_methods)
+    exchange = login(offered, secured=secured)
+    if exchange is None:
+        raise aiosmtplib.SMTPException("the upstream offers no AUTH mechanism that the relay knows")
+    line = next(exchange)
+    while True:
+        reply = await watch.ask(client.execute_command(line))
+        if reply.code == 235:
+            return reply
+        if reply.code >= 400:
+            raise sasl.RefusedError(reply)
+        try:
+            if reply.code != 334:
+                raise StopIteration
+            line = exchange.send(reply)
+        except StopIteration:
+            raise aiosmtplib.SMTPException(f"out of step: {reply.code} to AUTH") from None
+
+
+def _is_this_machine(peername: Any) -> bool:
+    try:
+        return ip_address(peername[0]).is_loopback
+    except (TypeError, ValueError, IndexError):
+        return False
 
 
 def _take_over(client: aiosmtplib.SMTP) -> asyncio.Transport:
     """Detach the open transport from the library."""
     transport = cast("asyncio.Transport | None", client.transport)
-    protocol: Any = client.protocol
-    if transport is None or transport.is_closing() or protocol is None:
+    if transport is None or transport.is_closing() or client.protocol is None:
         raise aiosmtplib.SMTPServerDisconnected("the upstream closed during the handshake")
     transport.pause_reading()
-    if protocol._buffer:  # noqa: SLF001  no public way to see octets behind the last reply
-        raise aiosmtplib.SMTPServerDisconnected("out of step: octets behind the last reply of the handshake")
     client.transport = None
     client.protocol = None
     return transport
@@ -144,8 +266,17 @@ def _discard(client: aiosmtplib.SMTP) -> None:
     client.close()
 
 
-def _classified(stage: str, error: Exception) -> DialError:
+def _refused(error: sasl.RefusedError, *, of_client: bool) -> DialError:
+    text = f"the upstream refused the login: {error.reply}"
+    if of_client:
+        return DialError("auth", text, error.reply, verdict=True)
+    return DialError("auth", text, NOT_SECURED)
+
+
+def _classified(stage: str, error: Exception, watch: _Watch | None) -> DialError:
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if watch is not None and watch.fault is not None:
+        text = watch.fault
     if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError):
         stage = "tls"
     if stage == "unreachable":

@@ -1,41 +1,60 @@
 """The pool of one upstream's connections: bounded, reused last in first out, retired in time.
 
 Rules: every connection, from the first octet of its handshake to its end, holds one of `max_connections`
-permits. Waiters are served in order, with a connection that comes back or with the permit of one that
-went. Only a connection that saw nothing but clean replies comes back. An idle connection on which the
-upstream closes, or speaks, is gone before anybody can be given it.
+permits. A connection belongs to an identity, the relay's own account or the credentials of a client, and
+is given to nobody else; it is known by a keyed hash, and no credentials are kept. Waiters are served in
+fair shares between clients, with a connection that comes back or with the permit of one that went. Only a
+connection that saw nothing but clean replies comes back. An idle connection on which the upstream closes,
+or speaks, is gone before anybody can be given it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
+import re
+import secrets
+import sys
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.reply import Reply
 from relay.upstream.capabilities import UNKNOWN, Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import Dialer, DialError
+from relay.upstream.shares import Shares, Waiter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.credentials import Credentials
     from relay.metrics import UpstreamMetrics
     from relay.settings import UpstreamSettings
 
-__all__ = ["Pool", "UnavailableError"]
+__all__ = ["MAX_LOGIN_AGE", "Pool", "UnavailableError"]
 
 BUSY = Reply.own(451, "3.2", "No connection to the upstream server is free now, try again later")
+LOG_IN_AGAIN = Reply.own(530, "7.0", "The upstream server refuses this login now: connect and log in again")
 CLOSE_TIMEOUT = 2.0
 """Seconds that the upstream gets to answer QUIT when the pool closes."""
+MAX_LOGIN_AGE = 300.0
+"""Seconds for which a login of a client counts: a password that was revoked must end."""
+RELAY = ""
+"""The client on whose account the relay's own doings go: probes, and logins that are tried."""
 
 
 class UnavailableError(Exception):
-    """No connection can be had; `reply` is what the client hears."""
+    """No connection can be had; `reply` is what the client hears at MAIL.
 
-    def __init__(self, reply: Reply) -> None:
+    `verdict` is the upstream's own reply to the credentials of a client, if that is why.
+    """
+
+    def __init__(self, reply: Reply, verdict: Reply | None = None) -> None:
         super().__init__(str(reply))
         self.reply = reply
+        self.verdict = verdict
 
 
 class Pool:
@@ -51,46 +70,98 @@ class Pool:
         """Whether the upstream is to be told who the clients are."""
         self._settings = upstream
         self._dialer = dialer
+        self._key = secrets.token_bytes(32)
         self._open: set[Connection] = set()
-        self._idle: deque[Connection] = deque()
+        self._idle_own: deque[Connection] = deque()
+        self._idle: dict[bytes | None, deque[Connection]] = {None: self._idle_own}
+        """By identity; one that has none idle has no entry, but for the relay's own."""
         self._dialing = 0
-        self._waiters: deque[asyncio.Future[Connection | None]] = deque()
+        self._shares = Shares(upstream.max_connections)
+        self._leaving: set[Connection] = set()
+        """Those that are closed to make room for a waiter."""
         self._closing = False
         self._emptied = asyncio.Event()
+        self.on_refused: Callable[[bytes], None] = _ignore
+        """Called with the identity whose credentials the upstream has refused."""
         self.last_error: str | None = None
         """Why the last attempt to connect failed; None after one that did not."""
 
+    # Who is who
+
+    def identity(self, credentials: Credentials) -> bytes:
+        """Return the keyed hash that stands for the credentials while this process lives."""
+        return credentials.fingerprint(self._key)
+
+    @property
+    def contested(self) -> bool:
+        """Whether somebody waits for a connection."""
+        return self._shares.waiting > 0
+
+    def over_share(self, client: str) -> bool:
+        """Whether the client holds more than its fair share while another one waits."""
+        return self._shares.waiting > 0 and self._shares.over(client)
+
     # Leasing
 
-    def take(self) -> Connection | None:
-        """Return an idle connection at once, or None; the caller must release it."""
-        while self._idle:
-            connection = self._idle.pop()
+    def take(self, client: str, credentials: Credentials | None = None) -> Connection | None:
+        """Return an idle connection of this identity at once, or None; the caller must release it."""
+        if credentials is not None:
+            return self._take(client, self.identity(credentials))
+        idle = self._idle_own
+        while idle:
+            connection = idle.pop()
             if connection.usable:
+                connection.leased_to = client
+                self._shares.lend(client)
                 return connection
         return None
 
-    async def acquire(self, *, fresh: bool = False) -> Connection:
-        """Return a connection: idle, newly opened, or waited for; with `fresh`, newly opened only.
+    def _take(self, client: str, identity: bytes | None) -> Connection | None:
+        idle = self._idle.get(identity)
+        now = asyncio.get_running_loop().time()
+        while idle:
+            connection = idle.pop()
+            self._forget_if_empty(identity)
+            if self._worn(connection, now):
+                connection.quit()
+            elif connection.usable and _same(connection.identity, identity):
+                self._lend(connection, client)
+                return connection
+        return None
+
+    async def acquire(
+        self, client: str, credentials: Credentials | None = None, *, fresh: bool = False
+    ) -> Connection:
+        """Return a connection of this identity: idle, new, or waited for; with `fresh`, newly opened only.
 
         Raises UnavailableError when none can be had within `lease_wait_timeout`.
         """
-        if not fresh and (connection := self.take()) is not None:
-            return connection
-        if fresh and self._idle and self._used >= self._settings.max_connections:
-            self._idle.popleft().abort("made room for a new connection")
-        if self._used < self._settings.max_connections:
-            self._dialing += 1
-            return await self._dial()
-        connection = await self._wait()
-        if connection is None:
-            return await self._dial()
-        # It may have ended between being handed over and this task's turn; its permit is free again then.
-        return connection if connection.usable else await self.acquire(fresh=fresh)
+        identity = None if credentials is None else self.identity(credentials)
+        while True:
+            if not fresh and (connection := self._take(client, identity)) is not None:
+                return connection
+            granted = await self._room(client, identity, fresh=fresh)
+            if granted is None:
+                return (await self._dial(client, identity, credentials))[0]
+            # It may have ended between being handed over and this task's turn; its permit is free again then.
+            if granted.usable:
+                return granted
+
+    async def login(self, credentials: Credentials) -> Reply:
+        """Try the credentials on a new connection, which is kept; return the upstream's 235.
+
+        Raises UnavailableError, with the upstream's own reply as its `verdict` if it gave one.
+        """
+        identity = self.identity(credentials)
+        await self._room(RELAY, identity, fresh=True)
+        connection, welcome = await self._dial(RELAY, identity, credentials)
+        self.release(connection, reset=False)
+        return cast("Reply", welcome)
 
     def release(self, connection: Connection, *, reset: bool) -> None:
         """Take a connection back after its transaction; `reset`: a transaction is still open on it."""
         connection.lessee = None
+        self._end_lease(connection)
         if not connection.usable:
             connection.abort("not clean")
         elif reset:
@@ -110,35 +181,126 @@ class Pool:
             connection.quit()
             return
         connection.reused = True
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(connection)
-                return
+        if self._shares.waiting and self._hand_on(connection):
+            return
         connection.idle_since = now
-        self._idle.append(connection)
+        self._idle.setdefault(connection.identity, deque()).append(connection)
+
+    def _hand_on(self, connection: Connection) -> bool:
+        """Give it to whose turn it is, or end it if that one can only use its permit; False: not needed."""
+
+        def takes(waiter: Waiter) -> bool:
+            return not waiter.fresh and _same(waiter.identity, connection.identity)
+
+        waiter = self._shares.next(lambda _: True)
+        if waiter is not None and not takes(waiter):
+            if len(self._leaving) < self._shares.waiting:
+                self._leaving.add(connection)
+                connection.quit()
+                return True
+            waiter = self._shares.next(takes)
+        if waiter is None:
+            return False
+        self._lend(connection, waiter.client)
+        self._grant(waiter, connection)
+        return True
 
     def _worn(self, connection: Connection, now: float) -> bool:
-        return (
-            connection.transactions >= self._settings.max_messages
-            or now - connection.opened_at > self._settings.max_age
-        )
+        max_age = self._settings.max_age
+        if connection.identity is not None:
+            max_age = min(max_age, MAX_LOGIN_AGE)
+        return connection.transactions >= connection.max_transactions or now - connection.opened_at > max_age
 
-    # Opening
+    def _lend(self, connection: Connection, client: str) -> None:
+        connection.leased_to = client
+        self._shares.lend(client)
+
+    def _end_lease(self, connection: Connection) -> None:
+        if connection.leased_to is not None:
+            self._shares.give_back(connection.leased_to)
+            connection.leased_to = None
+
+    def _forget_if_empty(self, identity: bytes | None) -> None:
+        if identity is not None and not self._idle[identity]:
+            del self._idle[identity]
+
+    # Room for a connection
 
     @property
     def _used(self) -> int:
         return len(self._open) + self._dialing
 
-    async def _dial(self) -> Connection:
-        """Open a connection within a permit that the caller has counted in `_dialing`."""
+    async def _room(self, client: str, identity: bytes | None, *, fresh: bool) -> Connection | None:
+        """Return a connection that was waited for, or None: a permit to open one (counted in `_dialing`).
+
+        Either is counted as a lease of the client.
+        """
+        if self._used >= self._settings.max_connections:
+            self._end_oldest_idle()
+        if self._used < self._settings.max_connections:
+            self._dialing += 1
+            self._shares.lend(client)
+            return None
+        return await self._wait(client, identity, fresh=fresh)
+
+    def _end_oldest_idle(self) -> None:
+        """End the connection that has been idle longest, of whatever identity."""
+        oldest = min((idle[0] for idle in self._idle.values() if idle), key=_idle_since, default=None)
+        if oldest is not None:
+            oldest.abort("made room for a new connection")
+
+    async def _wait(self, client: str, identity: bytes | None, *, fresh: bool) -> Connection | None:
+        granted: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(client, identity, fresh=fresh, granted=granted)
+        self._shares.wait(waiter)
         try:
-            transport, capabilities = await self._dialer.dial()
+            async with asyncio.timeout(self._settings.lease_wait_timeout):
+                return await granted
+        except BaseException as error:
+            if granted.done() and not granted.cancelled():
+                self._hand_back(client, granted.result())
+            if isinstance(error, TimeoutError):
+                raise UnavailableError(BUSY) from error
+            raise
+        finally:
+            self._shares.remove(waiter)
+
+    def _grant(self, waiter: Waiter, connection: Connection | None) -> None:
+        self._shares.remove(waiter)
+        waiter.granted.set_result(connection)
+
+    def _hand_back(self, client: str, granted: Connection | None) -> None:
+        """Take back what a waiter was given after it had stopped waiting."""
+        if granted is None:
+            self._dialing -= 1
+            self._shares.give_back(client)
+            self._pass_permits()
+        elif granted.usable:
+            self.release(granted, reset=False)
+
+    def _pass_permits(self) -> None:
+        while self._shares.waiting and self._used < self._settings.max_connections:
+            waiter = self._shares.next(lambda _: True)
+            if waiter is None:  # those that are left have stopped waiting
+                return
+            self._dialing += 1
+            self._shares.lend(waiter.client)
+            self._grant(waiter, None)
+
+    # Opening
+
+    async def _dial(
+        self, client: str, identity: bytes | None, credentials: Credentials | None
+    ) -> tuple[Connection, Reply | None]:
+        """Open a connection within a permit that the caller has; return it with the reply to its login."""
+        leased = False
+        try:
+            transport, capabilities, welcome = await self._dialer.dial(credentials)
         except DialError as error:
-            self.last_error = str(error)
-            self.metrics.connected(error.stage)
-            self.metrics.up(value=False)
-            maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
+            self._failed(error, identity)
+            if error.verdict is not None:
+                heard = error.verdict.recoded(451) if error.verdict.transient else LOG_IN_AGAIN
+                raise UnavailableError(heard, error.verdict) from error
             raise UnavailableError(error.reply) from error
         else:
             connection = Connection(
@@ -147,7 +309,11 @@ class Pool:
                 self.metrics,
                 reply_timeout=self._settings.reply_timeout,
                 end_of_data_timeout=self._settings.end_of_data_timeout,
+                identity=identity,
             )
+            connection.max_transactions = min(self._settings.max_messages, _mail_max(capabilities))
+            connection.leased_to = client
+            leased = True
             self._open.add(connection)
             self.last_error = None
             self.capabilities = capabilities
@@ -155,58 +321,49 @@ class Pool:
             self.metrics.up(value=True)
             maillog.upstream_connected(self.name, self._settings.address, self._settings.tls)
             connection.attach(transport)
-            return connection
+            return connection, welcome
         finally:
             self._dialing -= 1
+            if not leased:
+                self._shares.give_back(client)
             self._pass_permits()
 
-    async def _wait(self) -> Connection | None:
-        """Wait in order for a connection, or for a permit to open one (None; counted in `_dialing`)."""
-        waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout(self._settings.lease_wait_timeout):
-                return await waiter
-        except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
-                self._hand_back(waiter.result())
-            if isinstance(error, TimeoutError):
-                raise UnavailableError(BUSY) from error
-            raise
-        finally:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
+    def _failed(self, error: DialError, identity: bytes | None) -> None:
+        """Take note of a dial that failed; whose credentials are refused says nothing of the upstream."""
+        self.metrics.connected(error.stage)
+        self.metrics.up(value=error.verdict is not None)
+        if error.verdict is None:
+            self.last_error = str(error)
+            maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
+            return
+        self.last_error = None
+        if identity is not None and not error.verdict.transient:
+            self._retire(identity)
+            self.on_refused(identity)
 
-    def _hand_back(self, granted: Connection | None) -> None:
-        """Take back what a waiter was given after it had stopped waiting."""
-        if granted is None:
-            self._dialing -= 1
-            self._pass_permits()
-        elif granted.usable:
-            self._back(granted)
-
-    def _pass_permits(self) -> None:
-        while self._waiters and self._used < self._settings.max_connections:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                self._dialing += 1
-                waiter.set_result(None)
+    def _retire(self, identity: bytes) -> None:
+        """Use no connection of this identity again: what it is logged in with is not valid any more."""
+        for connection in tuple(self._open):
+            if _same(connection.identity, identity):
+                connection.max_transactions = 0
+        for connection in self._idle.pop(identity, ()):
+            connection.quit()
 
     # Looking after them
 
     async def probe(self) -> None:
         """Open one connection, so that the upstream's extensions are known; raises UnavailableError."""
-        self.release(await self.acquire(), reset=False)
+        self.release(await self.acquire(RELAY), reset=False)
 
     def sweep(self, now: float) -> None:
         """End what has waited too long, retire what is idle or worn, and show the counts; every second."""
         for connection in tuple(self._open):
             connection.check(now)
-        for connection in tuple(self._idle):
+        for connection in [each for idle in self._idle.values() for each in idle]:
             if now - connection.idle_since > self._settings.idle_timeout or self._worn(connection, now):
-                self._idle.remove(connection)
+                self._not_idle(connection)
                 connection.quit()
-        idle = len(self._idle)
+        idle = self._idle_count
         self.metrics.connections(idle=idle, active=len(self._open) - idle, connecting=self._dialing)
 
     def xforward_refused(self, reply: Reply) -> None:
@@ -216,8 +373,9 @@ class Pool:
     def connection_ended(self, connection: Connection, reason: str) -> None:
         """Forget a connection that is gone (called by the connection)."""
         self._open.discard(connection)
-        with contextlib.suppress(ValueError):
-            self._idle.remove(connection)
+        self._leaving.discard(connection)
+        self._end_lease(connection)
+        self._not_idle(connection)
         maillog.upstream_retired(self.name, self._settings.address, reason)
         self._pass_permits()
         if not self._open:
@@ -226,8 +384,9 @@ class Pool:
     async def close(self) -> None:
         """Say QUIT on idle connections and cut what is left; no lease is given any more."""
         self._closing = True
-        while self._idle:
-            self._idle.pop().quit()
+        for connection in [each for idle in self._idle.values() for each in idle]:
+            self._not_idle(connection)
+            connection.quit()
         if self._open:
             self._emptied.clear()
             with contextlib.suppress(TimeoutError):
@@ -235,9 +394,42 @@ class Pool:
         for connection in tuple(self._open):
             connection.abort("the relay stops")
 
+    def _not_idle(self, connection: Connection) -> None:
+        idle = self._idle.get(connection.identity, ())
+        if connection in idle:
+            self._idle[connection.identity].remove(connection)
+            self._forget_if_empty(connection.identity)
+
+    @property
+    def _idle_count(self) -> int:
+        return sum(len(idle) for idle in self._idle.values())
+
     def __repr__(self) -> str:
-        idle = len(self._idle)
+        idle = self._idle_count
         return (
             f"<Pool {self.name}: {len(self._open) - idle} active, {idle} idle, "
-            f"{self._dialing} connecting, {len(self._waiters)} waiting>"
+            f"{self._dialing} connecting, {self._shares.waiting} waiting>"
         )
+
+
+def _same(one: bytes | None, other: bytes | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return hmac.compare_digest(one, other)
+
+
+def _idle_since(connection: Connection) -> float:
+    return connection.idle_since
+
+
+def _mail_max(capabilities: Capabilities) -> int:
+    """How many transactions the upstream takes in one session (RFC 9422 section 4)."""
+    for word in capabilities.parameters.get("LIMITS", ()):
+        name, _, value = word.partition("=")
+        if name == "MAILMAX" and re.fullmatch(r"[1-9][0-9]{0,5}", value):
+            return int(value)
+    return sys.maxsize
+
+
+def _ignore(_: bytes) -> None:
+    """Take no notice."""

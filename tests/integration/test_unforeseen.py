@@ -25,7 +25,7 @@ async def test_while_a_connection_is_opened(
         await client.ehlo()
         with monkeypatch.context() as broken:
 
-            async def dial() -> None:
+            async def dial(_: object) -> None:
                 raise RuntimeError("secret detail")
 
             broken.setattr(running.relay.pool._dialer, "dial", dial)

@@ -73,7 +73,7 @@ class MachineDialer:
     def open(self) -> list[MemoryTransport]:
         return [transport for transport in self.transports if not transport.over]
 
-    async def dial(self) -> tuple[asyncio.Transport, Capabilities]:
+    async def dial(self, credentials: Any = None) -> Any:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bool] = loop.create_future()
         self.pending.append(answer)
@@ -84,7 +84,7 @@ class MachineDialer:
         if not succeeds:
             raise DialError("unreachable", "refused", UNREACHABLE)
         self.transports.append(MemoryTransport(loop))
-        return self.transports[-1], CAPABILITIES
+        return self.transports[-1], CAPABILITIES, None
 
 
 class Holder:
@@ -155,7 +155,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.asked) + len(self.holders) < MAX_ASKED)
     @rule(fresh=st.booleans())
     def ask(self, fresh: bool) -> None:
-        self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire(fresh=fresh))))
+        self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire("a", fresh=fresh))))
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -242,7 +242,7 @@ class PoolMachine(RuleBasedStateMachine):
         while self.holders:
             self.give_back_last()
         for _ in range(MAX_CONNECTIONS):
-            self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire())))
+            self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire("a"))))
             if self.dialer.pending:
                 self.run(lambda: self.dialer.pending[0].set_result(True))
         assert len(self.holders) == MAX_CONNECTIONS
