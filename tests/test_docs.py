@@ -14,6 +14,7 @@ import sys
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 from uuid import UUID
 
@@ -107,7 +108,8 @@ def key_tables() -> dict[str, type[BaseModel] | None]:
         for inner, inner_field in model.model_fields.items() if model else ():
             for kind in get_args(inner_field.annotation):
                 if is_model(kind):
-                    found[f"[[{name}.{inner}]]"] = kind
+                    single = NoneType in get_args(inner_field.annotation)
+                    found[f"[{name}.{inner}]" if single else f"[[{name}.{inner}]]"] = kind
     return found
 
 
@@ -122,6 +124,8 @@ def form(schema: dict[str, Any]) -> str:
         return form(kinds[0])
     if kinds:
         return "size"
+    if "$ref" in schema:
+        return "table"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     pattern = schema.get("pattern", "")

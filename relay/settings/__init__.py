@@ -14,6 +14,7 @@ from relay.settings.model import (
     TaskTypeRule,
     TaskTypeSettings,
     TlsSettings,
+    TokenSettings,
     UpstreamSettings,
 )
 from relay.settings.networks import Network
@@ -34,6 +35,7 @@ __all__ = [
     "TaskTypeRule",
     "TaskTypeSettings",
     "TlsSettings",
+    "TokenSettings",
     "UpstreamSettings",
     "load",
     "schema",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,31 @@ def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str
     for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
         if not isinstance(upstream, dict):
             continue
-        for name, use in (("password_file", _use_password_file), ("ca_file", _use_ca_file)):
-            key: Key = ("upstreams", index, name)
-            value = upstream.get(name)
-            if isinstance(value, str):
-                try:
-                    warnings += [f"{dotted(key)}: {doubt}" for doubt in use(upstream, Path(value))]
-                except ValueError as error:
-                    problems.append((key, str(error)))
+        place: Key = ("upstreams", index)
+        problems += _use(upstream, place, {"password_file": _use_secret, "ca_file": _use_ca_file}, warnings)
+        token = upstream.get("token")
+        if isinstance(token, dict):
+            secrets = {"client_secret_file": _use_secret, "refresh_token_file": _use_secret}
+            problems += _use(token, (*place, "token"), secrets, warnings)
     return problems + _try_certificate(tree, warnings)
+
+
+def _use(
+    table: dict[str, Any],
+    place: Key,
+    uses: Mapping[str, Callable[[dict[str, Any], str, Path], list[str]]],
+    warnings: list[str],
+) -> list[tuple[Key, str]]:
+    """Use the files that keys of one table name; return what fails."""
+    problems: list[tuple[Key, str]] = []
+    for name, use in uses.items():
+        key, value = (*place, name), table.get(name)
+        if isinstance(value, str):
+            try:
+                warnings += [f"{dotted(key)}: {doubt}" for doubt in use(table, name, Path(value))]
+            except ValueError as error:
+                problems.append((key, str(error)))
+    return problems
 
 
 def _try_certificate(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:
@@ -138,10 +154,11 @@ def _detail(error: Exception) -> str:
     return f": {error.reason.replace('_', ' ').lower()}" if error.reason else ""
 
 
-def _use_password_file(upstream: dict[str, Any], path: Path) -> list[str]:
-    """Put the password from `path` into `upstream`; return doubts; raise ValueError if there is none."""
-    if "password" in upstream:
-        raise ValueError("given together with password: keep one of the two")
+def _use_secret(table: dict[str, Any], name: str, path: Path) -> list[str]:
+    """Put the secret from `path` where `name` says; return doubts; raise ValueError if there is none."""
+    key = name.removesuffix("_file")
+    if key in table:
+        raise ValueError(f"given together with {key}: keep one of the two")
     try:
         with path.open("rb") as file:
             secret = file.read(64 * 1024).decode()
@@ -153,13 +170,13 @@ def _use_password_file(upstream: dict[str, Any], path: Path) -> list[str]:
     secret = secret.removesuffix("\n").removesuffix("\r")
     if not secret:
         raise ValueError(f"{path} is empty")
-    upstream["password"] = SecretStr(secret)
+    table[key] = SecretStr(secret)
     return [f"every user of the machine can read {path} (chmod o-r)"] if others_read else []
 
 
-def _use_ca_file(upstream: dict[str, Any], path: Path) -> list[str]:
+def _use_ca_file(table: dict[str, Any], name: str, path: Path) -> list[str]:
     """Raise ValueError when `path` holds no certificates that TLS can use; there are no doubts to return."""
-    del upstream
+    del table, name
     try:
         ssl.create_default_context(cafile=str(path))
     except ssl.SSLError:

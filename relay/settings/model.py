@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -57,6 +58,7 @@ __all__ = [
     "TaskTypeRule",
     "TaskTypeSettings",
     "TlsSettings",
+    "TokenSettings",
     "UpstreamSettings",
 ]
 
@@ -216,6 +218,99 @@ class ClientSettings(_Section):
         return value
 
 
+class TokenSettings(_Section):
+    """Where the bearer token for an upstream comes from: a file, a command or an OAuth 2.0 token endpoint."""
+
+    file: Path | None = None
+    """File that holds the token; it is read anew for every login."""
+    command: tuple[str, ...] = ()
+    """Program and arguments that print the token; run for every login, without a shell."""
+    url: str | None = None
+    """Token endpoint (RFC 6749), https; http only on loopback."""
+    client_id: str | None = None
+    """The relay's identifier at the token endpoint."""
+    client_secret_file: Path | None = None
+    """File that holds the client's secret; its last line end does not count."""
+    client_secret: SecretStr | None = None
+    """The client's secret. Better: client_secret_file."""
+    refresh_token_file: Path | None = None
+    """File that holds the refresh token. Without one the grant is client_credentials."""
+    refresh_token: SecretStr | None = None
+    """The refresh token. Better: refresh_token_file."""
+    scope: str | None = None
+    """Scope to ask the token endpoint for, several with spaces between."""
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and (not value[0] or any("\0" in part for part in value)):
+            raise ValueError("must be a program and its arguments, without NUL")
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _one_source(cls, value: str | None, info: ValidationInfo) -> str | None:
+        named = [name for name in ("file", "command") if info.data.get(name)]
+        if value is None:
+            if len(named) == 2:
+                raise ValueError("file and command are given together: keep one of file, command and url")
+            if not named and {"file", "command"} <= info.data.keys():
+                raise ValueError("missing: one of file, command and url must say where the token comes from")
+            return value
+        if named:
+            raise ValueError(f"given together with {named[0]}: keep one of file, command and url")
+        return _endpoint_url(value)
+
+    @field_validator("client_id", "client_secret", "refresh_token", "scope")
+    @classmethod
+    def _of_the_endpoint(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("url", "") is None:
+            raise ValueError("is of no use without url")
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if text is not None and (not text or any(character in "\0\r\n" for character in text)):
+            raise ValueError("must not be empty or hold line ends or NUL")
+        return value
+
+    @field_validator("client_id")
+    @classmethod
+    def _client(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("url"):
+            raise ValueError("missing: the token endpoint wants to know who asks")
+        return value
+
+    @field_validator("refresh_token")
+    @classmethod
+    def _grant(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        data = info.data
+        files = data.get("client_secret_file") or data.get("refresh_token_file")
+        if value is None and data.get("url") and not files and data.get("client_secret", "") is None:
+            raise ValueError("missing: url needs a refresh token, or a client secret (client_credentials)")
+        return value
+
+
+def _endpoint_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        host = Address(parts.hostname or "", parts.port or 0)
+    except ValueError:
+        raise ValueError("is no URL") from None
+    if parts.scheme not in ("https", "http") or not host.host:
+        raise ValueError("must be an https URL")
+    if parts.username is not None or parts.fragment:
+        raise ValueError("must have no user and no fragment")
+    if parts.scheme == "http" and not host.loopback:
+        raise ValueError("secrets would go in clear: https is needed, but on loopback")
+    return text
+
+
+def _not_in_clear(info: ValidationInfo) -> None:
+    address, tls = info.data.get("address"), info.data.get("tls")
+    if tls == "opportunistic":  # whoever strips STARTTLS from the EHLO reply would be handed the credentials
+        raise ValueError('credentials could go in clear: set tls = "starttls" or "implicit"')
+    if tls == "none" and address and not Address.parse(address).loopback:
+        raise ValueError('credentials would go in clear: set tls = "starttls" or "implicit"')
+
+
 class UpstreamSettings(_Endpoint):
     """The server that messages are relayed to."""
 
@@ -231,6 +326,8 @@ class UpstreamSettings(_Endpoint):
     """File with the certificates to trust instead of the system's, PEM."""
     username: str | None = None
     """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
+    token: TokenSettings | None = None
+    """A bearer token instead of a password (XOAUTH2, OAUTHBEARER), and where it comes from."""
     password_file: Path | None = None
     """File that holds the password; its last line end does not count."""
     password: SecretStr | None = None
@@ -294,23 +391,32 @@ class UpstreamSettings(_Endpoint):
             raise ValueError("must not be empty or hold line ends or NUL")
         return value
 
+    @field_validator("token")
+    @classmethod
+    def _token(cls, value: TokenSettings | None, info: ValidationInfo) -> TokenSettings | None:
+        if value is None:
+            return value
+        if info.data.get("username", "") is None:
+            raise ValueError("is of no use without username")
+        _not_in_clear(info)
+        return value
+
     @field_validator("password")
     @classmethod
     def _credentials(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None:
-            if info.data.get("username") and not info.data.get("password_file"):
+            without = "token" in info.data and info.data["token"] is None
+            if info.data.get("username") and without and not info.data.get("password_file"):
                 raise ValueError("missing: username needs password_file (or password)")
             return value
+        if info.data.get("token") is not None:
+            raise ValueError("given together with token: keep one of the two")
         secret = value.get_secret_value()
         if not secret or any(character in "\0\r\n" for character in secret):
             raise ValueError("must not be empty or hold line ends or NUL")
         if info.data.get("username", "") is None:
             raise ValueError("is of no use without username")
-        address, tls = info.data.get("address"), info.data.get("tls")
-        if tls == "opportunistic":  # whoever strips STARTTLS from the EHLO reply would be handed the password
-            raise ValueError('credentials could go in clear: set tls = "starttls" or "implicit"')
-        if tls == "none" and address and not Address.parse(address).loopback:
-            raise ValueError('credentials would go in clear: set tls = "starttls" or "implicit"')
+        _not_in_clear(info)
         return value
 
     @field_validator("match")
