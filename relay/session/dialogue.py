@@ -58,6 +58,11 @@ MAX_IDLE_COMMANDS = 100
 """Commands other than a transaction's in a row; a session is for sending mail."""
 DATA_RATE_GRACE = 30.0
 """Seconds before the minimum data rate of the content counts."""
+CONTESTED_SILENCE = 2.0
+"""Seconds of silence that end the lease of a client which holds more than its share while others wait."""
+CONTESTED_GRACE = 5.0
+"""Seconds before such a client's content must come at CONTESTED_RATE times the minimum data rate."""
+CONTESTED_RATE = 10
 
 _FOREIGN_VERBS = frozenset(
     (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH", b"PROXY")
@@ -685,7 +690,10 @@ class Dialogue:
         transaction.pass_on()
         took = now - self._content_began
         received = transaction.body.received if transaction.body is not None else 0
-        if took > DATA_RATE_GRACE and received < took * self._reception.min_data_rate:
+        grace, rate = DATA_RATE_GRACE, self._reception.min_data_rate
+        if took > CONTESTED_GRACE and self._reception.pool.over_share(self._sender.client):
+            grace, rate = CONTESTED_GRACE, CONTESTED_RATE * rate
+        if took > grace and received < took * rate:
             self._end(answers.TOO_SLOW, "slow")
         else:
             self._check_silence(now)
@@ -694,7 +702,10 @@ class Dialogue:
         silence = now - self._last_moved
         if silence > self._reception.idle_timeout:
             self._end(answers.TIMEOUT, "timeout")
-        elif self._transaction is not None and silence > self._reception.lease_idle_timeout:
+        elif self._transaction is not None and (
+            silence > self._reception.lease_idle_timeout
+            or (silence > CONTESTED_SILENCE and self._reception.pool.over_share(self._sender.client))
+        ):
             self._transaction.silent()
 
     def make_room(self) -> None:

@@ -99,6 +99,10 @@ class Connection:
         """Every transaction of this connection, finished or not."""
         self.user: str | None = None
         """Who has logged in."""
+        self.authorization = b""
+        """Whom a PLAIN login asked to act as."""
+        self.answers: list[bytes] = []
+        """What the client said to the error that a refused token is answered with, decoded."""
         self.greeted = False
         """EHLO or HELO was answered 2yz (since STARTTLS, if there was one)."""
         self.message: Message | None = None
@@ -271,12 +275,15 @@ class Connection:
         if mechanism not in self._upstream.mechanisms:
             return None
         if mechanism == "PLAIN":
-            _, name, password = (
+            self.authorization, name, password = (
                 base64.b64decode(words[2]) if len(words) > 2 else await self._challenge(b"")
             ).split(b"\0")
         elif mechanism == "LOGIN":
             name = base64.b64decode(words[2]) if len(words) > 2 else await self._challenge(b"Username:")
             password = await self._challenge(b"Password:")
+        elif mechanism in ("XOAUTH2", "OAUTHBEARER"):
+            response = base64.b64decode(words[2]) if len(words) > 2 else await self._challenge(b"")
+            return await self._token(mechanism, response)
         else:
             nonce = f"<{self.number}.1@upstream.test>".encode()
             name, digest = (await self._challenge(nonce)).rsplit(b" ", 1)
@@ -284,6 +291,28 @@ class Connection:
             right = hmac.new(secret, nonce, hashlib.md5).hexdigest().encode()
             return name.decode() if name.decode() in users and hmac.compare_digest(digest, right) else None
         return name.decode() if users.get(name.decode()) == password.decode() else None
+
+    async def _token(self, mechanism: str, response: bytes) -> str | None:
+        """Check a bearer token; a wrong one is told so before the final reply (RFC 7628 3.2.2)."""
+        fields = response.split(b"\1")
+        if mechanism == "XOAUTH2":
+            name = fields[0].removeprefix(b"user=").decode()
+        else:
+            name = (
+                fields[0]
+                .split(b",")[1]
+                .removeprefix(b"a=")
+                .replace(b"=2C", b",")
+                .replace(b"=3D", b"=")
+                .decode()
+            )
+        bearer = next(field for field in fields if field.startswith(b"auth=Bearer ")).decode()
+        if fields[-2:] == [b"", b""] and self._upstream.users.get(name) == bearer.removeprefix(
+            "auth=Bearer "
+        ):
+            return name
+        self.answers.append(await self._challenge(b'{"status":"invalid_token","schemes":"bearer"}'))
+        return None
 
     async def _challenge(self, text: bytes) -> bytes:
         await self._send(b"334 " + base64.b64encode(text) + b"\r\n")
