@@ -14,28 +14,16 @@ Rules, in force for every way in which TCP may cut the octets:
 from __future__ import annotations
 
 import re
-from enum import Enum
 
-__all__ = ["MAX_HEADER", "MAX_RECEIVED_OVERSHOOT", "Body", "Fault"]
+from relay.content import Fault, Header, far_beyond
 
-MAX_HEADER = 64 * 1024
-"""Octets of the header section that are kept for classification; the rest streams past."""
-MAX_RECEIVED_OVERSHOOT = 1024 * 1024
-"""Octets that are still read after the size limit was passed, beyond half of that limit."""
+__all__ = ["Body"]
 
 _END_OF_DATA = b"\r\n.\r\n"
 _TEXT = bytes(octet for octet in range(256) if octet not in b"\0\r\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
 _BARE_LF = re.compile(rb"(?<!\r)\n(\.?)")
-
-
-class Fault(Enum):
-    """Why a message cannot go out, found while it streams."""
-
-    TOO_LARGE = "too_large"
-    STRAY_NEWLINE = "stray_newline"
-    NUL = "nul"
 
 
 class Body:
@@ -48,8 +36,7 @@ class Body:
 
     __slots__ = (
         "_after_stray_lf",
-        "_head",
-        "_head_done",
+        "_header",
         "_held",
         "_max_size",
         "_normalize",
@@ -70,8 +57,7 @@ class Body:
         self._held = b"\r\n"
         self._unsent = 2
         self._after_stray_lf = False
-        self._head = bytearray()
-        self._head_done = False
+        self._header = Header()
         self.ended = False
         self.rest = b""
         self.fault: Fault | None = None
@@ -83,20 +69,17 @@ class Body:
     @property
     def hopeless(self) -> bool:
         """Whether so much came after the size limit that waiting for the end is no longer worth it."""
-        return (
-            self.fault is Fault.TOO_LARGE
-            and self.received > self._max_size + self._max_size // 2 + MAX_RECEIVED_OVERSHOOT
-        )
+        return self.fault is Fault.TOO_LARGE and far_beyond(self.received, self._max_size)
 
     @property
     def header_complete(self) -> bool:
         """Whether the header section has passed, or as much of it as is kept."""
-        return self._head_done
+        return self._header.complete
 
     @property
     def header(self) -> bytes:
-        """The header section as it went upstream, at most MAX_HEADER octets, without the empty line."""
-        return bytes(self._head[2:])
+        """The header section as it went upstream, without the empty line."""
+        return self._header.octets
 
     def feed(self, block: bytes) -> bytes:
         """Return the octets that may go upstream after `block` has arrived; may be empty."""
@@ -125,12 +108,14 @@ class Body:
             if not self._normalize:
                 return self._fail(Fault.STRAY_NEWLINE)
             content = self._mended(content)
-        if not self._head_done:
-            self._keep_header(content)
         self.size += len(content) - content.count(b"\r\n.") - self._unsent
         if self._unsent:
             content = content[self._unsent :]
             self._unsent = 0
+        if not self._header.complete:
+            self._header.keep(content)
+            if self.ended:
+                self._header.end()
         if self._max_size and self.size > self._max_size:
             return self._fail(Fault.TOO_LARGE)
         return content
@@ -150,17 +135,6 @@ class Body:
             self.size -= 1  # counted with the content below, but a stuffing dot is not content
             content = b"." + content
         return content
-
-    def _keep_header(self, content: bytes) -> None:
-        head = self._head
-        start = max(0, len(head) - 3)
-        head += content[: MAX_HEADER + 2 - len(head)]
-        end = head.find(b"\r\n\r\n", start)
-        if end >= 0:
-            del head[max(end, 2) :]
-            self._head_done = True
-        elif len(head) >= MAX_HEADER + 2 or self.ended:
-            self._head_done = True
 
     def _fail(self, fault: Fault) -> bytes:
         self.fault = fault

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.body import MAX_HEADER, Body, Fault
+from relay.body import Body
+from relay.content import MAX_HEADER, Fault
 
 
 def carry(
