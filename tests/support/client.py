@@ -14,7 +14,7 @@ from typing import Self
 from .content import stuff
 from .wire import GoneError, Wire
 
-__all__ = ["Client", "Reply"]
+__all__ = ["Client", "Reply", "bdat"]
 
 DEADLINE_S = 10.0
 
@@ -162,6 +162,16 @@ class Client:
             replies.append(await self.reply())
         return replies
 
+    async def chunks(
+        self, sender: bytes | str, recipients: Sequence[bytes | str], chunks: Sequence[bytes]
+    ) -> list[Reply]:
+        """Run one transaction by BDAT, in one write; return all its replies. The last chunk is LAST."""
+        commands = [b"MAIL FROM:<%b>\r\n" % _octets(sender)]
+        commands += [b"RCPT TO:<%b>\r\n" % _octets(recipient) for recipient in recipients]
+        commands += [bdat(chunk) for chunk in chunks[:-1]] + [bdat(chunks[-1], last=True)]
+        await self.send(b"".join(commands))
+        return await self.replies(len(commands))
+
     async def quit(self) -> None:
         """Say QUIT, expect 221 and the end of the connection."""
         await self.command(b"QUIT", 221)
@@ -220,6 +230,11 @@ class _Deadline:
             await self._timeout.__aexit__(*error)  # type: ignore[arg-type]
         except TimeoutError:
             raise AssertionError(self._complaint) from None
+
+
+def bdat(chunk: bytes, *, last: bool = False) -> bytes:
+    """Return a BDAT command and its chunk (RFC 3030 2)."""
+    return b"BDAT %d%b\r\n%b" % (len(chunk), b" LAST" if last else b"", chunk)
 
 
 def _octets(text: bytes | str) -> bytes:

@@ -11,9 +11,10 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import re
 import ssl
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .content import ContentScanner, unstuff
 from .script import Action, AfterOctets, Close, Delay, Garbage, HalfReply, Reset, Silence, StopReading
@@ -49,9 +50,14 @@ class Message:
     refused: list[bytes] = field(default_factory=list)
     """The RCPT command lines that were not."""
     wire: bytes = b""
-    """The octets after 354 and before the line with the period alone, as they came."""
+    """The octets between 354 and the line with the period alone, or those of all chunks, as they came."""
     size: int = 0
     """Octets of `wire`, also where the upstream does not keep it."""
+    chunks: list[int] = field(default_factory=list)
+    """The size of each chunk that came whole, if the content came by BDAT."""
+    failed: bool = False
+    """Whether a chunk was not answered 2yz."""
+    digest: Any = field(default_factory=hashlib.sha256, repr=False)
     sha256: str = ""
     """Of `wire`, hexadecimal, also where the upstream does not keep it. Set at the end of data."""
     complete: bool = False
@@ -66,8 +72,8 @@ class Message:
 
     @property
     def content(self) -> bytes:
-        """The message itself: `wire` with transparency undone (RFC 5321 4.5.2)."""
-        return unstuff(self.wire)
+        """The message itself: `wire`, after DATA with transparency undone (RFC 5321 4.5.2)."""
+        return self.wire if self.chunks else unstuff(self.wire)
 
     @property
     def reverse_path(self) -> bytes:
@@ -200,6 +206,8 @@ class Connection:
                 (self.message.rcpts if _positive(reply) else self.message.refused).append(line)
         elif verb == "DATA":
             await self._data(line)
+        elif verb == "BDAT":
+            await self._bdat(line)
         elif verb == "RSET":
             await self._answer("RSET", line, b"250 2.0.0 reset\r\n")
             self.message = None
@@ -323,7 +331,10 @@ class Connection:
     async def _data(self, line: bytes) -> None:
         message = self.message
         usual = b"354 go ahead\r\n"
-        if message is None:
+        if message is not None and (message.chunks or b"BINARYMIME" in message.mail.upper()):
+            self._violation("DATA after BDAT or BODY=BINARYMIME")
+            usual = b"503 5.5.1 BDAT it is\r\n"
+        elif message is None:
             usual = b"503 5.5.1 MAIL first\r\n"
         elif not message.rcpts:
             usual = b"554 5.5.1 no valid recipients\r\n"
@@ -334,20 +345,15 @@ class Connection:
             return
         message = message or Message(b"")
         await self._body(message)
-        message.complete = True
-        self._upstream.messages.append(message)
-        self._upstream.log.append(message)
-        usual = b"250 2.0.0 accepted as %d\r\n" % len(self._upstream.messages)
         self.transcript.append(f"C: ({message.size} octets, end of data)")
-        self._upstream.changed()
-        self.message = None
+        self._finished(message)
+        usual = b"250 2.0.0 accepted as %d\r\n" % len(self._upstream.messages)
         await self._answer("end_of_data", line, usual, message)
 
     async def _body(self, message: Message) -> None:
         """Read the content into `message`; what came before a client left is kept too."""
         plan = self._upstream.plan("body", b"", self)
         scanner = ContentScanner()
-        digest = hashlib.sha256()
         kept = bytearray()
         rest: bytes | None = None
         try:
@@ -358,14 +364,74 @@ class Connection:
                     await self._act("body", action, b"")
                 piece, rest = scanner.feed(await self.wire.octets())
                 message.size += len(piece)
-                digest.update(piece)
+                message.digest.update(piece)
                 if self._upstream.keep_content:
                     kept += piece
                 self._upstream.changed()
         finally:
             message.wire = bytes(kept)
         self.wire.give_back(rest)
-        message.sha256 = digest.hexdigest()
+        message.sha256 = message.digest.hexdigest()
+
+    async def _bdat(self, line: bytes) -> None:
+        """Read one chunk (RFC 3030 2) and answer it; a message ends with the last one."""
+        match = re.fullmatch(rb"BDAT (\d{1,20})( LAST)?", line)
+        if match is None or "CHUNKING" not in self._upstream.extensions:
+            self._violation(f"no BDAT that is understood here: {line!r}")
+            self.wire.abort()
+            raise _EndedError
+        message = self.message
+        usual = b"250 2.0.0 chunk taken\r\n"
+        if message is None:
+            usual = b"503 5.5.1 MAIL first\r\n"
+        elif not message.rcpts:
+            usual = b"554 5.5.1 no valid recipients\r\n"
+        elif message.failed:
+            usual = b"503 5.5.1 a chunk was refused\r\n"
+        await self._chunk(line, int(match[1]), message or Message(b""))
+        self.transcript.append(f"C: ({match[1].decode()} octets)")
+        if match[2] is None or message is None or not usual.startswith(b"250"):
+            reply = await self._answer("BDAT" if match[2] is None else "end_of_data", line, usual)
+            if message is not None and not _positive(reply):
+                message.failed = True
+            if match[2] is not None:
+                self.message = None
+            return
+        message.sha256 = message.digest.hexdigest()
+        self._finished(message)
+        usual = b"250 2.0.0 accepted as %d\r\n" % len(self._upstream.messages)
+        await self._answer("end_of_data", line, usual, message)
+
+    async def _chunk(self, line: bytes, size: int, message: Message) -> None:
+        plan = self._upstream.plan("chunk", line, self)
+        kept = bytearray()
+        left = size
+        try:
+            while left:
+                if plan is not None and size - left >= (plan.count if isinstance(plan, AfterOctets) else 0):
+                    action = plan.then if isinstance(plan, AfterOctets) else plan
+                    plan = None
+                    await self._act("chunk", action, b"")
+                octets = await self.wire.octets()
+                piece, rest = octets[:left], octets[left:]
+                self.wire.give_back(rest)
+                left -= len(piece)
+                message.size += len(piece)
+                message.digest.update(piece)
+                if self._upstream.keep_content:
+                    kept += piece
+                self._upstream.changed()
+        finally:
+            message.wire += kept
+        message.chunks.append(size)
+
+    def _finished(self, message: Message) -> None:
+        """The end of data has come, in either way."""
+        message.complete = True
+        self._upstream.messages.append(message)
+        self._upstream.log.append(message)
+        self._upstream.changed()
+        self.message = None
 
     # Answering.
 

@@ -177,6 +177,9 @@ class _Conversation:
 def _lines(entry: Command | Message) -> Iterator[bytes]:
     """Give what the upstream saw as the lines of a trace; commands of the relay's own needs are left out."""
     if isinstance(entry, Message):
+        if entry.chunks:
+            yield from entry.wire.removesuffix(b"\r\n").split(b"\r\n")
+            return
         yield from entry.wire.split(b"\r\n")[:-1]
         yield b"."
     elif entry.verb not in _HOUSEKEEPING:

@@ -31,9 +31,11 @@ __all__ = [
 
 STAGES: tuple[str, ...] = (
     *("connect", "greeting", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "body", "end_of_data"),
-    *("RSET", "NOOP", "QUIT", "XFORWARD"),
+    *("chunk", "BDAT", "RSET", "NOOP", "QUIT", "XFORWARD"),
 )
-"""HELO counts as EHLO; an action at AUTH stands for the whole exchange; `connect` is before the greeting."""
+"""HELO counts as EHLO; an action at AUTH stands for the whole exchange; `connect` is before the greeting;
+`chunk` is inside a chunk as `body` is inside the content after DATA, `BDAT` the reply to a chunk that is not
+the last one, `end_of_data` the reply to that."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from .script import (
 from .wire import Wire
 
 __all__ = [
+    "CHUNKING",
     "EXTENSIONS",
     "Action",
     "AfterOctets",
@@ -49,6 +50,8 @@ __all__ = [
     "StopReading",
 ]
 
+CHUNKING = ("CHUNKING", "BINARYMIME")
+"""What it offers besides, where a test asks for BDAT."""
 EXTENSIONS = ("PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE 52428800", "DSN", "ENHANCEDSTATUSCODES")
 """What a ScriptedUpstream offers by default, besides STARTTLS and AUTH."""
 
