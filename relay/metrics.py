@@ -45,7 +45,7 @@ __all__ = [
     "UpstreamMetrics",
 ]
 
-REPLY_COMMANDS: Final = ("mail", "rcpt", "data", "end_of_data", "rset")
+REPLY_COMMANDS: Final = ("mail", "rcpt", "data", "bdat", "end_of_data", "rset")
 """The commands whose upstream replies are timed."""
 
 CONNECT_OUTCOMES: Final = ("ok", "unreachable", "timeout", "greeting", "tls", "auth", "protocol")

@@ -2,8 +2,9 @@
 
 A message's way, top to bottom: `mail` takes a connection from the pool and sends MAIL up as the client
 wrote it; `rcpt` and `data` follow, pipelined where the upstream can; every reply goes back as it came. `feed`
-streams the content. At the end of data `_settle` begins: it awaits the upstream's verdict, has the row
-written, answers the client and says once, to metrics and log, what became of the message. Nobody holds a
+streams the content; or `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end
+of data, which is also the end of the last chunk, `_settle` begins: it awaits the upstream's verdict, has the
+row written, answers the client and says once, to metrics and log, what became of the message. Nobody holds a
 handle by which `_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the
 client hears.
 
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.account import Account, Sender, negative_outcome
-from relay.body import Body, Fault
+from relay.body import Body
+from relay.chunks import Chunks
+from relay.content import Fault
 from relay.envelope import Envelope, Recipient
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
@@ -59,6 +62,7 @@ FAULTS = {
     Fault.STRAY_NEWLINE: Reply.own(550, "5.2", "The message holds a bare CR or LF (RFC 5321 2.3.8)"),
     Fault.NUL: Reply.own(550, "6.0", "The message holds a NUL octet (RFC 5321 4.1.1.4)"),
 }
+NO_CHUNKING = Reply.own(451, "3.3", "The upstream server does not take BDAT now, try again later")
 LOOP = Reply.own(554, "4.6", f"Mail loop: more than {MAX_RECEIVED} Received fields")
 
 
@@ -94,6 +98,8 @@ class _Command:
     line: bytes
     answer: Callable[[Reply], None]
     recipient: Recipient | None = None
+    without_auth: bytes | None = None
+    """The line for an upstream without AUTH, if it is another."""
 
 
 class Transaction:
@@ -110,8 +116,10 @@ class Transaction:
         """Begin with nothing sent; `client` is who the upstream is told about, if it is to be told."""
         self.task_id = uuid7()
         self.envelope = Envelope(reverse_path)
-        self.body: Body | None = None
-        """The content; set once the upstream has said 354."""
+        self.body: Body | Chunks | None = None
+        """The content; set once the upstream has said 354, or the client its first BDAT."""
+        self.binary = False
+        """Whether MAIL announced BODY=BINARYMIME; to be set before any content comes."""
         self.over = False
         """Whether MAIL was not accepted and everything sent behind it has been answered."""
         self.settling = False
@@ -139,9 +147,14 @@ class Transaction:
 
     # Commands, as the client gives them
 
-    def mail(self, line: bytes, answer: Callable[[Reply], None]) -> None:
-        """Begin: lease a connection and send MAIL; `answer` gets the upstream's reply."""
-        self._queued.append(_Command("mail", line, answer))
+    def mail(
+        self, line: bytes, answer: Callable[[Reply], None], *, without_auth: bytes | None = None
+    ) -> None:
+        """Begin: lease a connection and send MAIL; `answer` gets the upstream's reply.
+
+        `without_auth` is the line for an upstream that does not offer AUTH, if `line` has an AUTH parameter.
+        """
+        self._queued.append(_Command("mail", line, answer, without_auth=without_auth))
         self._lease()
 
     def rcpt(self, line: bytes, path: bytes, answer: Callable[[Reply], None]) -> None:
@@ -214,7 +227,11 @@ class Transaction:
         while connection is not None and self._queued and (connection.pipelining or not self._sent):
             command = self._queued.popleft()
             self._sent.append(command)
-            connection.send(command.line, command.verb, self._answered)
+            line = command.line
+            if command.without_auth is not None and "AUTH" not in connection.capabilities:
+                # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
+                line = command.without_auth
+            connection.send(line, command.verb, self._answered)
 
     # Replies, as the upstream gives them
 
@@ -222,7 +239,12 @@ class Transaction:
         if reply.code == 421:
             # RFC 5321 3.8: the upstream closes. Our own session with the client goes on, so it hears 451.
             self._cut("upstream said 421")
-            self._go_on_without(reply.recoded(451))
+            if self.settling:  # to a chunk before the last one, which is up as well
+                self._connection = None
+                self._sent.popleft().answer(reply.recoded(451))
+                self._verdict_failed(Failure("upstream said 421", reply))
+            else:
+                self._go_on_without(reply.recoded(451))
             return
         command = self._sent.popleft()
         if command.verb == "mail":
@@ -233,6 +255,8 @@ class Transaction:
             command.recipient.reply = reply
         elif command.verb == "data":
             reply = self._data_answered(reply)
+        elif command.verb == "bdat" and not reply.positive and self._data_reply is None:
+            self._data_reply = reply  # later ones only follow from it (RFC 3030 2)
         self.over = self.refused and not self._sent and not self._queued
         command.answer(reply)
         self._pump()
@@ -327,18 +351,25 @@ class Transaction:
         """
         body = cast("Body", self.body)
         content = body.feed(block)
-        if body.header_complete and self._account.found is None:
-            self._classify(body.header)
-        if body.fault is not None and self._broken is None:
-            self._refuse(FAULTS[body.fault])
-        if content:
-            self._unwritten.append(content)
-            self._unwritten_size += len(content)
+        self._look_at(body)
+        self._gather(content)
         if body.ended:
             return body.rest
         if self._unwritten_size >= WRITE_SIZE:
             self._write_content()
         return None
+
+    def _look_at(self, body: Body | Chunks) -> None:
+        """Act on what has shown itself in the content."""
+        if body.header_complete and self._account.found is None:
+            self._classify(body.header)
+        if body.fault is not None and self._broken is None:
+            self._refuse(FAULTS[body.fault])
+
+    def _gather(self, content: bytes) -> None:
+        if content:
+            self._unwritten.append(content)
+            self._unwritten_size += len(content)
 
     def pass_on(self) -> None:
         """Write what has gathered: it comes slowly, and the upstream's patience has limits too."""
@@ -361,9 +392,8 @@ class Transaction:
         """Give the message up by the relay's own rule: content is cut off, the client hears at the end."""
         self._cut("content refused")
         self._connection = None
-        self._unwritten.clear()
-        self._broken, self._broken_as = reply, Outcome.REFUSED
-        self.on_flow(False)
+        self._unwritten, self._unwritten_size = [], 0
+        self._break(reply, Outcome.REFUSED)
 
     def pause_content(self) -> None:
         """The upstream is slower than the client (called by the connection)."""
@@ -373,10 +403,72 @@ class Transaction:
         """The upstream can take more (called by the connection)."""
         self.on_flow(False)
 
+    # Content in chunks
+
+    @property
+    def chunking(self) -> bool:
+        """Whether the content comes by BDAT."""
+        return isinstance(self.body, Chunks)
+
+    @property
+    def data_tried(self) -> bool:
+        """Whether DATA was said: BDAT cannot follow it (RFC 3030 2)."""
+        return self._data_reply is not None and not self.chunking
+
+    @property
+    def chunk_may_follow(self) -> bool:
+        """Whether a chunk may go up before the replies to what is up have come."""
+        connection = self._connection
+        return self.chunking and (connection is None or connection.pipelining)
+
+    @property
+    def nobody_accepted(self) -> bool:
+        """Whether the upstream took no recipient, all replies being known: there is nobody to send to."""
+        return self._broken is None and not self.envelope.accepted
+
+    def begin_chunk(self, size: int, *, last: bool) -> Chunks:
+        """Begin a chunk of `size` octets; it is fed next, and `end_chunk` or, the last one, `finish` follows.
+
+        The first one only when all replies before it are known. Returns the content, to which it belongs.
+        """
+        if self.body is None:
+            self.body = Chunks(max_size=self._max_size(), binary=self.binary)
+            if self._connection is not None and "CHUNKING" not in self._connection.capabilities:
+                self._drop_lease()
+                self._break(NO_CHUNKING, Outcome.UNAVAILABLE)
+        chunks = cast("Chunks", self.body)
+        chunks.begin(size, last=last)
+        self._gather(b"BDAT %d LAST\r\n" % size if last else b"BDAT %d\r\n" % size)
+        self._look_at(chunks)
+        return chunks
+
+    def feed_chunk(self, block: bytes) -> None:
+        """Carry octets of the chunk, no more than are left of it."""
+        chunks = cast("Chunks", self.body)
+        self._gather(chunks.feed(block))
+        self._look_at(chunks)
+        if chunks.left and self._unwritten_size >= WRITE_SIZE:
+            self._write_content()
+
+    def end_chunk(self, answer: Callable[[Reply], None]) -> None:
+        """The chunk, not the last one, has come to its end: `answer` gets the reply to it."""
+        connection = self._connection
+        if self._broken is not None or connection is None:
+            self._unwritten, self._unwritten_size = [], 0
+            answer(self._broken or LOST)
+            return
+        # Only now: a reply that comes before the chunk is up answers nothing.
+        self._sent.append(_Command("bdat", b"", answer))
+        connection.expect("bdat", self._answered)
+        self._write_content()
+
     # From the end of data to the outcome
 
     def finish(self, answer: Callable[[Reply], None]) -> None:
-        """The end of data has come from the client: send it up, and settle; `answer` gets the verdict."""
+        """The end of data has come from the client: send it up, and settle; `answer` gets the verdict.
+
+        The last octet of the last chunk is the end of data as well.
+        """
         self._answer_verdict = answer
         connection = self._connection
         if self._broken is not None or connection is None:
@@ -389,7 +481,8 @@ class Transaction:
         self._verdict: asyncio.Future[Reply | Failure] = self._loop.create_future()
         self._verdict_due = self._loop.time() + self._pool.end_of_data_timeout
         connection.expect("end_of_data", self._verdict.set_result)
-        self._write_content(b".\r\n")
+        end = () if self.chunking else (b".\r\n",)
+        self._write_content(*end)
         settled = self._loop.create_task(self._settle(connection))
         self._services.running.add(settled)
         settled.add_done_callback(self._services.running.discard)
@@ -404,10 +497,14 @@ class Transaction:
             self._conclude(Outcome.IN_DOUBT, verdict.reason)
             return
         self._connection = None
-        self._pool.release(connection, reset=False)
+        # After DATA the transaction is over, whatever the verdict (RFC 5321 4.1.1.4); after a chunk that was
+        # refused that is not certain (RFC 3030 2).
+        self._pool.release(connection, reset=self.chunking and not verdict.positive)
         if not verdict.positive:
             self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
-            self._conclude(negative_outcome(verdict), verdict)
+            # A chunk that was refused before the last one decided it; this only follows from that.
+            decisive = self._data_reply if self.chunking else None
+            self._conclude(negative_outcome(decisive or verdict), verdict)
             return
         await self._record(verdict)
         self._tell(verdict)
@@ -442,6 +539,10 @@ class Transaction:
 
     def _tell(self, reply: Reply) -> None:
         """Answer the client, once; a later verdict than the one it was told goes to the record alone."""
+        for earlier in tuple(
+            self._sent
+        ):  # chunks before the last one that are not answered, nor will be in time
+            earlier.answer(reply)
         if self._account.client_heard is None and not self._account.client_gone:
             self._account.client_heard = reply
             self._answer_verdict(reply)
@@ -476,7 +577,9 @@ class Transaction:
         if connection is None:
             return
         connection.lessee = None
-        if self.body is not None or self._sent:
+        # Between two chunks RSET is allowed, and clears those that are up (RFC 3030 2).
+        in_content = self.body.left > 0 if isinstance(self.body, Chunks) else self.body is not None
+        if in_content or self._sent:
             connection.abort("transaction unfinished")
         else:
             # A refused MAIL opened nothing, but what XFORWARD said would stay in force for the next client.

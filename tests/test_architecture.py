@@ -17,8 +17,8 @@ LAYERS = [
     {"session", "web", "dev"},
     {"transaction", "auth"},
     {"upstream", "records", "account"},
-    {"metrics", "maillog", "body", "classify", "policy", "settings"},
-    {"records.identity", "records.model", "envelope"},
+    {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
+    {"records.identity", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""

@@ -14,14 +14,24 @@ from typing import NamedTuple
 from relay.reply import Reply
 from relay.session.lines import MAX_AUTH_LINE
 
-__all__ = ["LINE_LIMITS", "CommandError", "Mail", "Rcpt", "is_text", "parse_mail", "parse_rcpt"]
+__all__ = [
+    "LINE_LIMITS",
+    "Chunk",
+    "CommandError",
+    "Mail",
+    "Rcpt",
+    "is_text",
+    "parse_bdat",
+    "parse_mail",
+    "parse_rcpt",
+]
 
 DEFAULT_LINE_LIMIT = 512
 """Octets of a command line, CRLF included (RFC 5321 4.5.3.1.4)."""
 LINE_LIMITS = {
     # What the offered extensions add: SIZE 26 (RFC 1870), BODY 17 (RFC 6152), SMTPUTF8 10 (RFC 6531),
-    # RET and ENVID 115, NOTIFY 28 and ORCPT 507 (RFC 3461).
-    b"MAIL": DEFAULT_LINE_LIMIT + 26 + 17 + 10 + 115,
+    # AUTH 500 (RFC 4954), RET and ENVID 115, NOTIFY 28 and ORCPT 507 (RFC 3461).
+    b"MAIL": DEFAULT_LINE_LIMIT + 26 + 17 + 10 + 500 + 115,
     b"RCPT": DEFAULT_LINE_LIMIT + 28 + 507,
     b"AUTH": MAX_AUTH_LINE,
 }
@@ -30,6 +40,8 @@ LINE_LIMITS = {
 _PATH = rb'<((?:[^\x00-\x20\x7f"\\<>]|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")*)>'
 _ARGUMENT = re.compile(rb"(FROM|TO): *" + _PATH + rb"((?: +[^ ]+)*) *", re.IGNORECASE)
 _PARAMETER = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20\x7f]+))?")
+_AUTH = re.compile(rb" +AUTH=[^ ]+(?= |$)", re.IGNORECASE)
+_CHUNK = re.compile(rb"([0-9]{1,20})( LAST)?", re.IGNORECASE)  # RFC 3030 2
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 # C1 controls, line and paragraph separators: valid UTF-8 that terminals and logs would obey.
 _CONTROL_UTF8 = re.compile("[\x80-\x9f\u2028\u2029]")
@@ -52,6 +64,17 @@ class Mail(NamedTuple):
     reverse_path: bytes
     size: int | None
     smtputf8: bool
+    binary: bool = False
+    """Whether it says BODY=BINARYMIME: content comes by BDAT only (RFC 3030 3)."""
+    without_auth: bytes | None = None
+    """The argument without its AUTH parameter (RFC 4954 5), where it has one."""
+
+
+class Chunk(NamedTuple):
+    """BDAT: the octets that follow the line, and whether they are the message's last."""
+
+    size: int
+    last: bool
 
 
 class Rcpt(NamedTuple):
@@ -62,24 +85,30 @@ class Rcpt(NamedTuple):
 
 def parse_mail(argument: bytes) -> Mail:
     """Parse what follows "MAIL "; raises CommandError."""
-    path, parameters = _parse(argument, b"FROM", "MAIL FROM:<address>")
+    path, parameters, at = _parse(argument, b"FROM", "MAIL FROM:<address>")
     smtputf8 = b"SMTPUTF8" in parameters
     _check_text(path, smtputf8=smtputf8)
     size = parameters.get(b"SIZE")
     if b"SIZE" in parameters and not (size and size.isdigit() and len(size) <= 20):
         raise CommandError(Reply.own(501, "5.4", "SIZE takes a number of octets (RFC 1870)"))
-    if (parameters.get(b"BODY") or b"").upper() == b"BINARYMIME":
-        raise CommandError(Reply.own(555, "5.4", "BODY=BINARYMIME is not offered here"))
-    return Mail(path, int(size) if size else None, smtputf8)
+    binary = (parameters.get(b"BODY") or b"").upper() == b"BINARYMIME"
+    without_auth = argument[:at] + _AUTH.sub(b"", argument[at:]) if parameters.get(b"AUTH") else None
+    return Mail(path, int(size) if size else None, smtputf8, binary, without_auth)
 
 
 def parse_rcpt(argument: bytes, *, smtputf8: bool) -> Rcpt:
     """Parse what follows "RCPT "; raises CommandError."""
-    path, _ = _parse(argument, b"TO", "RCPT TO:<address>")
+    path, _, _ = _parse(argument, b"TO", "RCPT TO:<address>")
     if not path:
         raise CommandError(Reply.own(501, "1.3", "A recipient's address is missing"))
     _check_text(path, smtputf8=smtputf8)
     return Rcpt(path)
+
+
+def parse_bdat(argument: bytes) -> Chunk | None:
+    """Parse what follows "BDAT "; None: nobody can tell where the chunk ends."""
+    match = _CHUNK.fullmatch(argument)
+    return None if match is None else Chunk(int(match[1]), match[2] is not None)
 
 
 def is_text(octets: bytes) -> bool:
@@ -93,13 +122,14 @@ def is_text(octets: bytes) -> bool:
     return not _CONTROL.search(octets) and not _CONTROL_UTF8.search(decoded)
 
 
-def _parse(argument: bytes, keyword: bytes, usage: str) -> tuple[bytes, dict[bytes, bytes | None]]:
+def _parse(argument: bytes, keyword: bytes, usage: str) -> tuple[bytes, dict[bytes, bytes | None], int]:
+    """Return the path, the parameters, and where these begin."""
     match = _ARGUMENT.fullmatch(argument)
     if match is None or match[1].upper() != keyword:
         raise CommandError(Reply.own(501, "5.4", f"Syntax: {usage} [parameters]"))
     if not match[3]:
-        return match[2], {}
-    return match[2], _parameters(match[3])
+        return match[2], {}, match.end(3)
+    return match[2], _parameters(match[3]), match.start(3)
 
 
 def _parameters(octets: bytes) -> dict[bytes, bytes | None]:

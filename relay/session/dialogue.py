@@ -15,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from relay import maillog
+from relay.chunks import Chunks
 from relay.records.identity import uuid7
 from relay.reply import Reply
 from relay.session import answers
@@ -23,13 +24,14 @@ from relay.session.commands import (
     LINE_LIMITS,
     CommandError,
     is_text,
+    parse_bdat,
     parse_mail,
     parse_rcpt,
 )
 from relay.session.lines import EndlessLineError, Lines, NotCrlfError
 from relay.session.login import Login
 from relay.session.replies import Replies
-from relay.transaction import Transaction, refused_at_mail
+from relay.transaction import NO_RECIPIENTS, Transaction, refused_at_mail
 from relay.upstream.xforward import Client
 
 if TYPE_CHECKING:
@@ -85,13 +87,14 @@ class State(Enum):
     DECIDING = "deciding"
     AWAITS_354 = "awaits_354"
     CONTENT = "content"
+    CHUNK = "chunk"
     SETTLING = "settling"
     ENDING = "ending"
     CLOSED = "closed"
 
 
 # By name, since looking a member up at its class costs ten times as much, forty times a message.
-COMMANDS, SECURING, CHALLENGED, DECIDING, AWAITS_354, CONTENT, SETTLING, ENDING, CLOSED = State
+COMMANDS, SECURING, CHALLENGED, DECIDING, AWAITS_354, CONTENT, CHUNK, SETTLING, ENDING, CLOSED = State
 
 
 class Wire(Protocol):
@@ -119,10 +122,13 @@ class Dialogue:
     __slots__ = (
         "_advancing",
         "_answer_data",
+        "_chunk_refusal",
+        "_chunks",
         "_content_began",
         "_eof",
         "_errors",
         "_esmtp",
+        "_fault_counted",
         "_flow_paused",
         "_greeted",
         "_helo_name",
@@ -176,6 +182,9 @@ class Dialogue:
         self._esmtp = False
         self._answer_data: Callable[[Reply], None] = self._replies.say
         self._smtputf8 = False
+        self._chunks: Chunks
+        self._chunk_refusal: Reply | None = None
+        self._fault_counted = False
         self._transaction: Transaction | None = None
         self._errors = 0
         self._idle_commands = 0
@@ -219,7 +228,7 @@ class Dialogue:
     def end_of_input(self) -> None:
         """The client will send no more; what is under way is still answered."""
         self._eof = True
-        if self._state is CONTENT:
+        if self._state is CONTENT or self._state is CHUNK:
             self._close()
         else:
             self.advance()
@@ -254,8 +263,8 @@ class Dialogue:
                 self._close()
             elif self._reception.draining and self._transaction is None:
                 self._end(answers.DRAINING, "draining")
-        elif self._state is CONTENT and self._eof:  # FIN came before the 354: there is no content
-            self._close()
+        elif self._eof and (self._state is CONTENT or self._state is CHUNK):
+            self._close()  # FIN came before the 354, or while BDAT waited: the content is not complete
         self._regulate()
 
     def _step(self) -> bool:
@@ -264,6 +273,8 @@ class Dialogue:
             return self._take_content()
         if self._state is CHALLENGED:
             return self._take_response()
+        if self._state is CHUNK:
+            return self._take_chunk()
         if self._state is not COMMANDS or self._wire.choked:
             return False
         if self._slowed or len(self._replies.owed) >= MAX_OWED:
@@ -294,6 +305,10 @@ class Dialogue:
         self._last_moved = self._loop.time()
         if self._reception.draining and self._transaction is None:
             self._end(answers.DRAINING, "draining")
+        elif verb == b"BDAT":
+            act(
+                self, argument
+            )  # strict about every octet: behind a line that is not understood is no command
         elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
             self._error(answers.LINE_TOO_LONG)
         elif not is_text(line):
@@ -306,12 +321,12 @@ class Dialogue:
 
     def _must_wait(self, verb: bytes) -> bool:
         """Whether the command changes what the replies still owed are about."""
+        if verb == b"BDAT":  # the first one counts on a recipient
+            return self._transaction is None or not self._transaction.chunk_may_follow
         return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
 
     def _not_known(self, verb: bytes) -> None:
-        if verb == b"BDAT":
-            self._end(answers.NO_CHUNKING, "out_of_step")  # its chunk comes with it: text, not commands
-        elif verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
+        if verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
             self._end(answers.NOT_SMTP, "out_of_step")
         else:
             self._error(answers.UNKNOWN)
@@ -369,7 +384,10 @@ class Dialogue:
         )
         self._transaction = transaction
         transaction.on_flow = self._on_flow
-        transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe())
+        transaction.binary = mail.binary
+        self._fault_counted = False
+        without_auth = None if mail.without_auth is None else b"MAIL " + mail.without_auth + b"\r\n"
+        transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe(), without_auth=without_auth)
 
     def _client(self) -> Client:
         """Who sends, for an upstream that is to be told."""
@@ -417,6 +435,8 @@ class Dialogue:
             self._error(answers.NO_TRANSACTION)
         elif not transaction.envelope.recipients:
             self._error(answers.NO_RCPT)
+        elif transaction.chunking or transaction.binary:
+            self._error(answers.MIXED)
         else:
             self._give_data(transaction)
 
@@ -431,6 +451,42 @@ class Dialogue:
             answer(reply)
 
         transaction.data(answered)
+
+    def _bdat(self, argument: bytes) -> None:
+        """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
+        transaction = self._open_transaction()
+        command = parse_bdat(argument)
+        if not (self._reception.chunking or (transaction is not None and transaction.chunking)):
+            self._end(answers.NO_CHUNKING, "out_of_step")
+        elif command is None:
+            self._end(answers.BAD_CHUNK, "out_of_step")
+        elif command.size or command.last or self._not_idle():
+            self._begin_chunk(transaction, command.size, last=command.last)
+
+    def _begin_chunk(self, transaction: Transaction | None, size: int, *, last: bool) -> None:
+        self._chunk_refusal = self._refusal_of_chunk(transaction)
+        if transaction is None or self._chunk_refusal is not None:
+            self._chunks = Chunks(max_size=self._reception.max_message_size, binary=True)
+            self._chunks.begin(size, last=last)
+        else:
+            self._chunks = transaction.begin_chunk(size, last=last)
+        if not self._chunks.received:
+            self._content_began = self._loop.time()
+        self._state = CHUNK
+        if self._chunks.hopeless:
+            self._end(answers.TOO_LARGE, "too_large")
+        elif not size:
+            self._end_chunk()
+
+    def _refusal_of_chunk(self, transaction: Transaction | None) -> Reply | None:
+        """Why the chunk cannot belong to a message; it is read and thrown away (RFC 3030 2)."""
+        if transaction is None:
+            return answers.NO_TRANSACTION
+        if not transaction.envelope.recipients:
+            return answers.NO_RCPT
+        if transaction.data_tried:
+            return answers.MIXED
+        return NO_RECIPIENTS if transaction.nobody_accepted else None
 
     def _rset(self, argument: bytes) -> None:
         if argument:
@@ -558,6 +614,7 @@ class Dialogue:
 
     def _reset(self) -> None:
         transaction, self._transaction = self._transaction, None
+        self._flow_paused = False
         if transaction is not None:
             transaction.abandon()
 
@@ -587,6 +644,33 @@ class Dialogue:
         self._flow_paused = False
         transaction.finish(self._settled)
         return True
+
+    def _take_chunk(self) -> bool:
+        self._last_moved = self._loop.time()
+        octets = self._input.take(self._chunks.left)
+        if self._chunk_refusal is None:
+            cast("Transaction", self._transaction).feed_chunk(octets)
+        else:
+            self._chunks.feed(octets)
+        if not self._chunks.left:
+            self._end_chunk()
+        return True
+
+    def _end_chunk(self) -> None:
+        self._state = COMMANDS
+        if self._chunk_refusal is not None:
+            self._error(self._chunk_refusal)
+            return
+        transaction, fault = cast("Transaction", self._transaction), self._chunks.fault
+        if fault is not None and not self._fault_counted:
+            self._fault_counted = True
+            self._reception.metrics.rejected(fault.value)
+        if self._chunks.ended:
+            self._state = SETTLING
+            self._flow_paused = False
+            transaction.finish(self._settled)
+        else:
+            transaction.end_chunk(self._replies.owe())
 
     def _settled(self, reply: Reply) -> None:
         """Give the verdict to the client; what it sent behind the end of data is next."""
@@ -676,20 +760,25 @@ class Dialogue:
 
     def check(self, now: float, elapsed: float) -> None:
         """Look at what the client is waited for (RFC 5321 4.5.3.2); called every `elapsed` seconds."""
-        if self._state is CONTENT:
+        transaction = self._transaction
+        between_chunks = self._state is COMMANDS and transaction is not None and transaction.chunking
+        if self._state is CONTENT or self._state is CHUNK or between_chunks:
             self._check_content(now, elapsed)
         elif self._state in (COMMANDS, CHALLENGED) and not self._replies.owed and not self._slowed:
             self._check_silence(now)
 
     def _check_content(self, now: float, elapsed: float) -> None:
-        if self._flow_paused:  # it is the upstream that takes its time
+        if self._flow_paused or (self._state is COMMANDS and self._replies.owed):
+            # It is the upstream that takes its time.
             self._content_began += elapsed
             self._last_moved = now
             return
-        transaction = cast("Transaction", self._transaction)
-        transaction.pass_on()
+        transaction = self._transaction
+        if transaction is not None:
+            transaction.pass_on()
         took = now - self._content_began
-        received = transaction.body.received if transaction.body is not None else 0
+        body = self._chunks if transaction is None or self._state is CHUNK else transaction.body
+        received = body.received if body is not None else 0
         grace, rate = DATA_RATE_GRACE, self._reception.min_data_rate
         if took > CONTESTED_GRACE and self._reception.pool.over_share(self._sender.client):
             grace, rate = CONTESTED_GRACE, CONTESTED_RATE * rate
@@ -731,6 +820,7 @@ class Dialogue:
         b"MAIL": _mail,
         b"RCPT": _rcpt,
         b"DATA": _data,
+        b"BDAT": _bdat,
         b"RSET": _rset,
         b"NOOP": _noop,
         b"VRFY": _vrfy,

@@ -64,8 +64,13 @@ class Lines:
         self._at = self._before
         self.size = len(self._octets) - self._at
 
-    def take(self) -> bytes:
-        """Return all input that waits as it is: content, not lines."""
+    def take(self, limit: int | None = None) -> bytes:
+        """Return the input that waits, at most `limit` octets of it, as it is: content, not lines."""
+        if limit is not None and limit < self.size:
+            octets = self._octets[self._at : self._at + limit]
+            self._at += limit
+            self.size -= limit
+            return octets
         octets = self._octets[self._at :] if self._at else self._octets
         self.clear()
         return octets

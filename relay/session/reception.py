@@ -18,6 +18,7 @@ from relay import maillog
 from relay.reply import Reply
 from relay.session import answers
 from relay.session.listeners import Listener
+from relay.session.offers import Offers
 from relay.session.session import Session
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from relay.session.tls import Certificate
     from relay.settings import Settings
     from relay.transaction import Services
-    from relay.upstream.capabilities import Capabilities
     from relay.upstream.pool import Pool
 
 __all__ = ["Reception"]
@@ -35,8 +35,6 @@ CROWDED_IDLE = 10.0
 """Seconds without a transaction after which a session makes room for another when all places are taken."""
 COMMIT_TIMEOUT = 5.0
 """Seconds that rows of the last messages get to become durable before the sessions are cut."""
-MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES")
-"""Extensions that the relay can carry and offers when the upstream has them."""
 
 
 class Reception:
@@ -80,8 +78,11 @@ class Reception:
         self._sessions: set[Session] = set()
         self._clients: Counter[str] = Counter()
         self._listeners: list[Listener] = []
-        self._ehlo_of: Capabilities | None = None
-        self._ehlo: dict[tuple[bool, tuple[str, ...]], Reply] = {}
+        self._offers = Offers(
+            server.hostname,
+            max_message_size=server.max_message_size,
+            max_recipients=server.max_recipients,
+        )
         self._crowded = False
         self._left = asyncio.Event()
 
@@ -142,28 +143,13 @@ class Reception:
             self._left.set()
 
     def ehlo(self, *, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
-        """Return the EHLO reply: what the relay can carry and the upstream can do (RFC 5321 4.1.1.1).
+        """Return the EHLO reply; what it offers of STARTTLS and AUTH is for the session to say."""
+        return self._offers.reply(self.pool.capabilities, starttls=starttls, mechanisms=mechanisms)
 
-        STARTTLS and AUTH are the relay's own affair; what it offers of them is for the session to say.
-        """
-        capabilities = self.pool.capabilities
-        if self._ehlo_of is not capabilities:
-            self._ehlo_of = capabilities
-            self._ehlo.clear()
-        reply = self._ehlo.get((starttls, mechanisms))
-        if reply is None:
-            reply = self._ehlo[starttls, mechanisms] = self._ehlo_for(capabilities, starttls, mechanisms)
-        return reply
-
-    def _ehlo_for(self, capabilities: Capabilities, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
-        limits = [size for size in (self.max_message_size, capabilities.size) if size]
-        offered = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
-        offered += [keyword for keyword in MIRRORED if keyword in capabilities]
-        if starttls:
-            offered.append("STARTTLS")
-        if mechanisms:
-            offered.append(" ".join(("AUTH", *mechanisms)))
-        return Reply.plain(250, self._settings.server.hostname, *offered)
+    @property
+    def chunking(self) -> bool:
+        """Whether BDAT is offered: the upstream has it."""
+        return "CHUNKING" in self.pool.capabilities
 
     # Time and the end
 

@@ -162,13 +162,15 @@ class Connection(asyncio.Protocol):
         try:
             replies = self._parser.feed(data)
         except MalformedReplyError as error:
-            if error.replies and self._awaits_verdict and _fits(error.replies[0], "end_of_data"):
-                self._answer(error.replies[0])  # a verdict stands, whatever comes behind it
+            if self._awaits_verdict:  # it stands, whatever comes behind it
+                self._answer_what_fits(error.replies)
             self._end(Failure(f"out of step: {error}"))
             return
         if len(replies) > len(self._awaited) and self._ahead(replies):
             self._end(Failure("out of step: more replies than commands"))
             return
+        # What waits for a reply goes up as soon as that is given: octets behind it now answer nothing.
+        early = len(replies) >= len(self._awaited) and self._parser.pending
         for reply in replies:
             if not self._awaited:
                 self._end(_unsolicited(reply))
@@ -179,7 +181,7 @@ class Connection(asyncio.Protocol):
             self._answer(reply)
             if self._transport is None:
                 return
-        if not self._awaited and self._parser.pending:
+        if early:
             self._end(Failure("out of step: octets that answer nothing"))
 
     def _ahead(self, replies: list[Reply]) -> bool:
@@ -194,7 +196,14 @@ class Connection(asyncio.Protocol):
 
     @property
     def _awaits_verdict(self) -> bool:
-        return bool(self._awaited) and self._awaited[0].command == "end_of_data"
+        """Whether the end of data is up, with nothing but chunks that are not answered before it."""
+        return bool(self._awaited) and self._awaited[-1].command == "end_of_data"
+
+    def _answer_what_fits(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            if not self._awaited or not _fits(reply, self._awaited[0].command):
+                return
+            self._answer(reply)
 
     def _answer(self, reply: Reply) -> None:
         awaited = self._awaited.popleft()
