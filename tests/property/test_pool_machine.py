@@ -1,8 +1,10 @@
 """The pool under any order of events: the bound holds, no permit is lost, nothing that failed is used again.
 
-Leases are asked for, given up while they wait, given back clean or in the middle of a transaction; dials
-succeed and fail; the upstream closes, says 421 or talks out of turn on any connection, idle or not; time
-passes. The upstream is in memory: it answers RSET and QUIT and does else what the machine decides.
+Nobody is given a connection of another identity, and whose turn it is gets what comes: who holds least, in
+order among equals. Leases are asked for by clients with and without credentials, given up while they wait,
+given back clean or in the middle of a transaction; dials succeed, fail, and are refused; the upstream
+closes, says 421 or talks out of turn on any connection, idle or not; time passes. The upstream is in memory:
+it answers RSET and QUIT and does else what the machine decides.
 """
 
 from __future__ import annotations
@@ -14,23 +16,30 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from relay.credentials import Credentials, Password
 from relay.metrics import Metrics
+from relay.reply import Reply
 from relay.settings import UpstreamSettings
 from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection, Failure
-from relay.upstream.dial import UNREACHABLE, DialError
+from relay.upstream.dial import UNREACHABLE, Dialed, DialError
 from relay.upstream.pool import Pool, UnavailableError
+from relay.upstream.shares import Waiter
 
 MAX_CONNECTIONS = 3
 MAX_ASKED = 8
+CLIENTS = "abc"
+LOGINS = [None, Password("x", "1"), Password("x", "2"), Password("y", "1")]
+REFUSED = Reply.own(535, "7.8", "wrong")
 CAPABILITIES = Capabilities(frozenset({"PIPELINING"}))
 
 
 class MemoryTransport(asyncio.Transport):
     """The upstream's end of one connection."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, credentials: Credentials | None) -> None:
         super().__init__()
+        self.credentials = credentials
         self._loop = loop
         self._protocol: Any = None
         self.over = False
@@ -66,32 +75,40 @@ class MachineDialer:
     """Dials end when the machine says so, and as it says."""
 
     def __init__(self) -> None:
-        self.pending: list[asyncio.Future[bool]] = []
+        self.pending: list[asyncio.Future[str]] = []
         self.transports: list[MemoryTransport] = []
+        self.failed: set[object] = set()
+        """The tasks whose dials have failed."""
 
     @property
     def open(self) -> list[MemoryTransport]:
         return [transport for transport in self.transports if not transport.over]
 
-    async def dial(self, credentials: Any = None) -> Any:
+    async def dial(self, credentials: Credentials | None = None) -> Dialed:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[bool] = loop.create_future()
+        answer: asyncio.Future[str] = loop.create_future()
         self.pending.append(answer)
+        end = "cancelled"
         try:
-            succeeds = await answer
+            end = await answer
         finally:
             self.pending.remove(answer)
-        if not succeeds:
+            if end != "succeeds":
+                self.failed.add(asyncio.current_task())
+        if end == "is refused" and credentials is not None:
+            raise DialError("auth", "refused", REFUSED, verdict=True)
+        if end != "succeeds":
             raise DialError("unreachable", "refused", UNREACHABLE)
-        self.transports.append(MemoryTransport(loop))
-        return self.transports[-1], CAPABILITIES, None
+        self.transports.append(MemoryTransport(loop, credentials))
+        return Dialed(self.transports[-1], CAPABILITIES, REFUSED)
 
 
 class Holder:
     """Who has a connection on lease."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, client: str) -> None:
         self.connection = connection
+        self.client = client
         connection.lessee = self
         connection.transactions += 1
 
@@ -123,8 +140,33 @@ class PoolMachine(RuleBasedStateMachine):
         metrics = Metrics(upstreams=["primary"], listeners=[], task_types=[])
         self.pool = Pool(upstream, self.dialer, metrics.upstreams["primary"])  # type: ignore[arg-type]
         self.asked: list[asyncio.Task[Connection]] = []
+        self.who: dict[object, tuple[str, Credentials | None]] = {}
+        """By task: the client that asks, and its credentials."""
+        self.grant = self.pool._grant
+        self.pool._grant = self.granted  # type: ignore[method-assign]
         self.holders: list[Holder] = []
         self.failed: set[int] = set()
+
+    def granted(self, waiter: Waiter, connection: Connection | None) -> None:
+        """Look whether it was the turn of who is given something, by the machine's own count."""
+        queue = [each for waiting in self.pool._shares._waiters.values() for each in waiting.values()]
+        held = {
+            client: sum(each.client == client and each.connection.usable for each in self.holders)
+            + sum(
+                self.who[task][0] == client and task not in self.dialer.failed and not task.cancelling()
+                for task in self.asked
+            )
+            - sum(each.client == client and not each.granted.cancelled() for each in queue)
+            for client in CLIENTS
+        }
+        rivals = [
+            each
+            for each in queue
+            if not each.granted.done()
+            and (connection is None or (not each.fresh and each.identity == connection.identity))
+        ]
+        assert waiter is min(rivals, key=lambda each: (held[each.client], each.number)), "not its turn"
+        self.grant(waiter, connection)
 
     def run(self, act: Any = None) -> None:
         """Do something in the loop, then let everything that follows from it happen."""
@@ -142,6 +184,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Take up the leases that have been granted."""
         for task in [task for task in self.asked if task.done()]:
             self.asked.remove(task)
+            client, credentials = self.who.pop(task)
             if task.cancelled():
                 continue
             if isinstance(task.exception(), UnavailableError):
@@ -150,12 +193,36 @@ class PoolMachine(RuleBasedStateMachine):
             assert connection.usable, "a lease on a connection that is gone"
             assert connection.lessee is None, "a lease on a connection that somebody has"
             assert id(connection) not in self.failed, "a lease on a connection that was not clean"
-            self.holders.append(Holder(connection))
+            transport: Any = connection._transport
+            assert transport.credentials == credentials, "a connection of another identity"
+            self.holders.append(Holder(connection, client))
+
+    def begin(self, client: str, credentials: Credentials | None, *, fresh: bool) -> None:
+        def act() -> None:
+            task = self.loop.create_task(self.pool.acquire(client, credentials, fresh=fresh))
+            self.who[task] = client, credentials
+            self.asked.append(task)
+
+        self.run(act)
 
     @precondition(lambda self: len(self.asked) + len(self.holders) < MAX_ASKED)
-    @rule(fresh=st.booleans())
-    def ask(self, fresh: bool) -> None:
-        self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire("a", fresh=fresh))))
+    @rule(client=st.sampled_from(CLIENTS), credentials=st.sampled_from(LOGINS), fresh=st.booleans())
+    def ask(self, client: str, credentials: Credentials | None, fresh: bool) -> None:
+        self.begin(client, credentials, fresh=fresh)
+
+    @precondition(lambda self: len(self.asked) + len(self.holders) < MAX_ASKED)
+    @rule(client=st.sampled_from(CLIENTS), credentials=st.sampled_from(LOGINS))
+    def take(self, client: str, credentials: Credentials | None) -> None:
+        async def act() -> Connection | None:
+            return self.pool.take(client, credentials)
+
+        connection = self.loop.run_until_complete(act())
+        if connection is not None:
+            transport: Any = connection._transport
+            assert transport.credentials == credentials, "a connection of another identity"
+            assert id(connection) not in self.failed
+            self.holders.append(Holder(connection, client))
+        self.run()
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -176,9 +243,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.run(act)
 
     @precondition(lambda self: self.dialer.pending)
-    @rule(succeeds=st.booleans())
-    def dial_ends(self, succeeds: bool) -> None:
-        self.run(lambda: self.dialer.pending[0].set_result(succeeds))
+    @rule(how=st.sampled_from(["succeeds", "succeeds", "fails", "is refused"]))
+    def dial_ends(self, how: str) -> None:
+        self.run(lambda: self.dialer.pending[0].set_result(how))
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), reset=st.booleans())
@@ -236,20 +303,24 @@ class PoolMachine(RuleBasedStateMachine):
             assert len(in_use) + len(self.dialer.pending) == MAX_CONNECTIONS
 
     def teardown(self) -> None:
-        """Whatever has happened: all connections can be had again, and all go when the pool closes."""
-        while self.asked:
-            self.run(self.asked[0].cancel)
-        while self.holders:
-            self.give_back_last()
-        for _ in range(MAX_CONNECTIONS):
-            self.run(lambda: self.asked.append(self.loop.create_task(self.pool.acquire("a"))))
+        """Whatever has happened: all who wait are served, all connections can be had again, and all go."""
+        for _ in range(10 * MAX_ASKED):
             if self.dialer.pending:
-                self.run(lambda: self.dialer.pending[0].set_result(True))
+                self.dial_ends("succeeds")
+            elif self.holders:
+                self.give_back_last()
+        assert not self.asked, "somebody waits for ever"
+        for client in CLIENTS[:MAX_CONNECTIONS]:
+            self.begin(client, None, fresh=False)
+            if self.dialer.pending:
+                self.dial_ends("succeeds")
         assert len(self.holders) == MAX_CONNECTIONS
         while self.holders:
             self.give_back_last()
         self.loop.run_until_complete(self.pool.close())
         assert repr(self.pool) == "<Pool primary: 0 active, 0 idle, 0 connecting, 0 waiting>"
+        assert repr(self.pool._shares) == "<Shares: 0 leases, 0 waiting>"
+        assert self.pool._idle.keys() == {None}, "something is kept of an identity"
         assert self.dialer.open == []
         self.loop.close()
 
@@ -259,15 +330,15 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
     machine = PoolMachine()
     for _ in range(MAX_CONNECTIONS + 1):
-        machine.ask(fresh=False)
+        machine.begin("a", None, fresh=False)
     for _ in range(MAX_CONNECTIONS):
-        machine.dial_ends(succeeds=True)
+        machine.dial_ends("succeeds")
     assert "1 waiting" in repr(machine.pool)
     dying = machine.holders.pop().connection
 
@@ -277,6 +348,6 @@ def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
 
     machine.run(act)
     assert len(machine.dialer.pending) == 1, "who waited has the permit now, and opens a new one"
-    machine.dial_ends(succeeds=True)
+    machine.dial_ends("succeeds")
     assert len(machine.holders) == MAX_CONNECTIONS
     machine.teardown()

@@ -43,8 +43,12 @@ class Client:
     is not read: `greeting()` or `ehlo()` does.
     """
 
-    def __init__(self, port: int, *, host: str = "127.0.0.1", deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self, port: int, *, host: str = "127.0.0.1", source: str = "", deadline_s: float = DEADLINE_S
+    ) -> None:
+        """`source`: the loopback address to come from."""
         self.host = host
+        self._source = (source, 0) if source else None
         self.port = port
         self.deadline_s = deadline_s
         self.extensions: dict[str, str] = {}
@@ -208,7 +212,12 @@ class Client:
         loop = asyncio.get_running_loop()
         async with self._deadline("no connection"):
             await loop.create_connection(
-                lambda: self.wire, self.host, self.port, ssl=tls, server_hostname="localhost" if tls else None
+                lambda: self.wire,
+                self.host,
+                self.port,
+                ssl=tls,
+                server_hostname="localhost" if tls else None,
+                local_addr=self._source,
             )
 
     def _deadline(self, complaint: str) -> _Deadline:
