@@ -15,6 +15,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from relay import __version__, maillog
+from relay.auth.guard import Guard
+from relay.auth.passthrough import Passthrough
+from relay.auth.userfile import UsersError
+from relay.auth.users import Users
 from relay.classify import Classifier
 from relay.metrics import Metrics
 from relay.records.expiry import ExpiryLoop
@@ -22,6 +26,7 @@ from relay.records.recorder import Recorder
 from relay.records.retention import Retention
 from relay.records.spool import Spool, SpoolError
 from relay.records.store import Store, StoreError, utc_now
+from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
 from relay.transaction import Services
@@ -32,7 +37,7 @@ from relay.web import Web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
-    from relay.session.doorkeeper import Doorkeeper
+    from relay.session.doorkeeper import Authenticator
     from relay.settings import Settings
 
 __all__ = ["Relay", "StartError", "run"]
@@ -64,6 +69,7 @@ class Relay:
         self._spool: Spool
         self._expiry: ExpiryLoop
         self.certificate: Certificate | None = None
+        self.users: Users | None = None
         self.doorkeeper: Doorkeeper | None = None
         self.recorder: Recorder
         self.pool: Pool
@@ -88,6 +94,7 @@ class Relay:
                 settling=set(),
                 running=set(),
             )
+            self.doorkeeper = self._let_in()
             self.certificate = _certificate(settings)
             if self.certificate is not None:
                 self.metrics.certificate(self.certificate.not_after)
@@ -103,7 +110,7 @@ class Relay:
             await self.web.start(settings.http.host, settings.http.port)
             await self._try_upstream()
             await self.reception.open()
-        except (StoreError, SpoolError, CertificateError, OSError) as error:
+        except (StoreError, SpoolError, CertificateError, UsersError, OSError) as error:
             await self._stop_parts()
             raise StartError(str(error)) from error
         self._spawn(self._sweep())
@@ -139,6 +146,18 @@ class Relay:
         )
         self._spawn(self._keep_house())
 
+    def _let_in(self) -> Doorkeeper | None:
+        """Build what decides about logins, if there are any; raises UsersError."""
+        clients = self.settings.clients
+        authenticator: Authenticator
+        if clients.auth == "passthrough":
+            authenticator = Passthrough(self.pool)
+        elif clients.users_file is not None:
+            authenticator = self.users = Users(clients.users_file)
+        else:
+            return None
+        return Doorkeeper(authenticator, Guard(), self.metrics)
+
     async def _keep_house(self) -> None:
         """Make existing rows follow changed retention settings, then delete what expires, for ever."""
         try:
@@ -161,6 +180,8 @@ class Relay:
 
         What cannot be used is reported and changes nothing.
         """
+        if self.users is not None:
+            self.users.refresh()
         if self.certificate is not None:
             try:
                 changed = self.certificate.refresh(force=force)
@@ -183,6 +204,8 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if hasattr(self, "reception"):
             await self.reception.close()
+        if self.users is not None:
+            self.users.close()
         if hasattr(self, "pool"):
             await self.pool.close()
         if hasattr(self, "_expiry"):

@@ -15,7 +15,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.auth.verdict import Verdict
+from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS
 from relay.reply import Reply
+from relay.upstream.capabilities import UNKNOWN
 from relay.upstream.pool import MAX_LOGIN_AGE, UnavailableError
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ MAX_REMEMBERED = 10_000
 UNAVAILABLE = Reply.own(454, "7.0", "The upstream server cannot be asked now, try again later")
 
 _PASSWORDS = frozenset(("PLAIN", "LOGIN", "CRAM-MD5"))
-_TOKENS = ("XOAUTH2", "OAUTHBEARER")
 
 
 class _Taken(NamedTuple):
@@ -55,10 +56,16 @@ class Passthrough:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        """What can be carried to the upstream as it is now: any password mechanism of its carries ours."""
+        """What can be carried to the upstream as it is now: any password mechanism of its carries ours.
+
+        Before the upstream has been reached it is passwords: a client that is told 454 tries again, one that
+        is offered no AUTH gives up.
+        """
+        if self._pool.capabilities is UNKNOWN:
+            return PASSWORD_MECHANISMS
         offered = self._pool.capabilities.mechanisms
-        passwords = ("PLAIN", "LOGIN") if offered & _PASSWORDS else ()
-        return (*passwords, *(mechanism for mechanism in _TOKENS if mechanism in offered))
+        passwords = PASSWORD_MECHANISMS if offered & _PASSWORDS else ()
+        return (*passwords, *(mechanism for mechanism in TOKEN_MECHANISMS if mechanism in offered))
 
     async def login(self, credentials: Credentials) -> Verdict:
         """Return the upstream's verdict; never raises for what the credentials are."""
@@ -74,10 +81,6 @@ class Passthrough:
             return _failed(error.verdict)
         self._remember(_Taken(identity, welcome, tried_at))
         return Verdict(welcome, "ok", credentials.user, credentials=credentials)
-
-    def known(self, credentials: Credentials) -> bool:
-        """Whether a login with them would be answered from what is remembered."""
-        return self._remembered(self._pool.identity(credentials)) is not None
 
     def _remembered(self, identity: bytes) -> _Taken | None:
         taken = self._taken.get(_place(identity))

@@ -305,19 +305,23 @@ class Dialogue:
         self._last_moved = self._loop.time()
         if self._reception.draining and self._transaction is None:
             self._end(answers.DRAINING, "draining")
-        elif verb == b"BDAT":
-            act(
-                self, argument
-            )  # strict about every octet: behind a line that is not understood is no command
-        elif len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
-            self._error(answers.LINE_TOO_LONG)
-        elif not is_text(line):
-            self._error(answers.CONTROLS)
-        elif not self._secured and self._listener.tls == "required" and verb not in _BEFORE_TLS:
-            self._error(answers.TLS_FIRST)
+        elif (wrong := self._wrong_line(verb, line)) is not None:
+            self._error(wrong)
         else:
             act(self, argument)
         return True
+
+    def _wrong_line(self, verb: bytes, line: bytes) -> Reply | None:
+        """Why a line of a known verb is not acted on, whatever it says."""
+        if verb == b"BDAT":  # strict about every octet itself: behind a line not understood are no commands
+            return None
+        if len(line) + 2 > LINE_LIMITS.get(verb, DEFAULT_LINE_LIMIT):
+            return answers.LINE_TOO_LONG
+        if not is_text(line):
+            return answers.CONTROLS
+        if not self._secured and self._listener.tls == "required" and verb not in _BEFORE_TLS:
+            return answers.TLS_FIRST
+        return None
 
     def _must_wait(self, verb: bytes) -> bool:
         """Whether the command changes what the replies still owed are about."""
@@ -590,7 +594,7 @@ class Dialogue:
             self._may_relay = True
             self._sender = replace(
                 self._sender,
-                client=verdict.user,
+                client=verdict.user or self._sender.client,
                 address=self._sender.client,
                 credentials=verdict.credentials,
             )
