@@ -1,4 +1,4 @@
-"""BDAT to BDAT (RFC 3030): chunks go up as they come, and the last one ends the message as a dot does."""
+"""BDAT to BDAT (RFC 3030): chunks go up as they come, the last one ends a message as the end of data does."""
 
 from __future__ import annotations
 

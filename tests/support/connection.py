@@ -195,7 +195,7 @@ class Connection:
         elif verb == "AUTH":
             await self._auth(line)
         elif verb == "MAIL":
-            reply = await self._answer("MAIL", line, self._mail_reply())
+            reply = await self._answer("MAIL", line, self._mail_reply(line))
             if _positive(reply) and self.message is None:
                 self.message = Message(line)
                 self.messages.append(self.message)
@@ -234,13 +234,15 @@ class Connection:
         separators = ["-"] * (len(words) - 1) + [" "]
         return "".join(f"250{mark}{word}\r\n" for mark, word in zip(separators, words, strict=True)).encode()
 
-    def _mail_reply(self) -> bytes:
+    def _mail_reply(self, line: bytes) -> bytes:
         if not self.greeted:
             return b"503 5.5.1 EHLO first\r\n"
         if self.message:
             return b"503 5.5.1 nested MAIL\r\n"
         if self._upstream.users and self.user is None:
             return b"530 5.7.0 authentication required\r\n"
+        if b" BODY=BINARYMIME" in line.upper() and "BINARYMIME" not in self._upstream.extensions:
+            return b"555 5.5.4 BODY=BINARYMIME is not offered\r\n"
         return b"250 2.1.0 ok\r\n"
 
     async def _starttls(self, line: bytes) -> None:
