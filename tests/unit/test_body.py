@@ -1,4 +1,7 @@
-"""The body module: byte-exact when clean, mended or refused when not, whatever way TCP cuts it."""
+"""The body module: byte-exact when clean, mended or refused when not, whatever way TCP cuts it.
+
+Exhaustively, against models of lenient receivers, it is tested in `property/test_smuggling.py`.
+"""
 
 from __future__ import annotations
 
@@ -106,25 +109,6 @@ def test_nul_is_a_fault_in_either_mode() -> None:
         assert body.ended
         assert body.fault is Fault.NUL
         assert out == b""
-
-
-def test_exhaustively_no_content_makes_a_second_end_of_data_or_a_stray_octet() -> None:
-    """All strings over CR, LF, dot and a letter to length 6, every two-way split of each."""
-    for length in range(7):
-        for letters in itertools.product(b"\r\n.a", repeat=length):
-            wire = bytes(letters) + b"\r\n.\r\n"
-            whole, expected = carry(wire)
-            first_end = (b"\r\n" + wire).find(b"\r\n.\r\n")
-            assert whole.ended
-            assert whole.rest == (b"\r\n" + wire)[first_end + 5 :]
-            seen = b"\r\n" + expected
-            assert seen.endswith(b"\r\n")
-            assert b"\r\n.\r\n" not in seen
-            assert seen.count(b"\r") == seen.count(b"\n") == seen.count(b"\r\n")
-            for cut in range(1, len(wire)):
-                body, out = carry(wire, cuts=(cut,))
-                assert out == expected, (wire, cut)
-                assert (body.rest, body.size) == (whole.rest, whole.size), (wire, cut)
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 210), max_size=8), st.booleans())
