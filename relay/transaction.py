@@ -203,7 +203,10 @@ class Transaction:
             maillog.unforeseen("lease", self.task_id, error)
             self._break(internal(self.task_id), Outcome.UNAVAILABLE)
         else:
-            self._leased(connection)
+            if self.concluded:  # a library on the way may swallow the cancellation that came too late
+                self._pool.release(connection, reset=False)
+            else:
+                self._leased(connection)
 
     def _leased(self, connection: Connection) -> None:
         self._account.waited_s = self._loop.time() - self._began

@@ -7,6 +7,7 @@ it did send is settled and recorded, one message is counted, and nothing stays b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,36 @@ async def a_message_passes(running: Running, upstream: ScriptedUpstream) -> None
 
 LOOKS = {"idle_timeout": "400ms"}
 """Waits are looked at four times within the shortest one."""
+
+
+async def test_the_client_leaves_as_its_connection_is_ready(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation that comes when the dial is done may be swallowed: `wait_for` does so before 3.12."""
+    upstream.script = {"greeting": [b"554 not yet\r\n"]}  # the start's own attempt: no connection is idle
+    async with start(upstream.port) as running:
+        dial, begun, go_on = running.relay.pool._dialer.dial, asyncio.Event(), asyncio.Event()
+
+        async def deaf_dial() -> Any:
+            begun.set()
+            while not go_on.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await go_on.wait()
+            return await dial()
+
+        monkeypatch.setattr(running.relay.pool._dialer, "dial", deaf_dial)
+        async with Client(running.port) as client:
+            await client.ehlo()
+            await client.send(b"MAIL FROM:<a@example.test>\r\n")
+            await begun.wait()
+            client.reset()
+            await eventually(lambda: "0 sessions" in repr(running.relay.reception))
+            go_on.set()
+        await nothing_left(running)
+        await counted(running, aborted=1)
+        (connection,) = upstream.open_connections
+        assert connection.lines == [b"EHLO relay.test"]
+        assert connection.idle
 
 
 @pytest.mark.parametrize(
