@@ -13,7 +13,7 @@ PACKAGE = ROOT / "relay"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"app", "probe"},
+    {"app", "probe", "selftest"},
     {"session", "web", "dev"},
     {"transaction", "auth"},
     {"upstream", "records", "account"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,9 +16,20 @@ from relay.cli.failure import CommandError
 from relay.cli.sends import EPILOG, sends
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from relay.selftest import Finding
     from relay.settings import Settings
 
 __all__ = ["app"]
+
+
+class Shape(StrEnum):
+    """How findings are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 app = typer.Typer(
     help="SMTP relay proxy that records sends.",
@@ -78,6 +90,26 @@ def check(
 
 
 @app.command()
+def selftest(
+    config: ConfigOption = None,
+    shape: Annotated[
+        Shape, typer.Option("--format", metavar="text|json", help="How findings are written.")
+    ] = Shape.TEXT,
+) -> int:
+    """Look for an open relay: probe the running listeners as a stranger would. Sends no mail."""
+    settings = configured(find(config, os.environ))
+    from relay.selftest import selftest as findings
+
+    if shape is Shape.JSON:
+        import json
+
+        found = [finding._asdict() for finding in findings(settings)]
+        typer.echo(json.dumps(found, indent=2))
+        return int(any(finding["level"] == "failed" for finding in found))
+    return _tell(findings(settings))
+
+
+@app.command()
 def expire(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the rows, delete none.")] = False,
@@ -109,6 +141,23 @@ def schema() -> int:
 
 
 app.command(epilog=EPILOG)(sends)
+
+
+def _tell(findings: Iterable[Finding]) -> int:
+    """Print findings as they come, those of one place together; return the exit status."""
+    colours = {"ok": "green", "note": "yellow", "failed": "red"}
+    counts = dict.fromkeys(colours, 0)
+    place = ""
+    for where, level, text in findings:
+        if where != place:
+            typer.echo(where)
+            place = where
+        counts[level] += 1
+        shown = text.replace("\n", " / ")  # a reply of several lines
+        level_shown = typer.style(f"{level:<6}", fg=colours[level])
+        typer.echo(f"  {level_shown}  {shown}")
+    typer.echo(", ".join(f"{count} {level}" for level, count in counts.items()))
+    return 1 if counts["failed"] else 0
 
 
 def _connect(settings: Settings) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network
 
-__all__ = ["Network", "parse_network", "too_wide"]
+__all__ = ["Network", "parse_network", "public_addresses", "too_wide"]
 
 Network = IPv4Network | IPv6Network
 
@@ -62,13 +62,13 @@ def too_wide(networks: Sequence[Network]) -> str | None:
     """
     reasons = []
     for version, largest, prefix in ((4, _LARGEST_IPV4, 8), (6, _LARGEST_IPV6, 16)):
-        culprits = [network for network in networks if _public(version, [network])]
-        if _public(version, culprits) > largest:
+        culprits = [network for network in networks if public_addresses(version, [network])]
+        if public_addresses(version, culprits) > largest:
             reasons.append(f"{_listed(culprits)} cover more public IPv{version} space than a /{prefix}")
     return "; ".join(reasons) or None
 
 
-def _public(version: int, networks: Iterable[Network]) -> int:
+def public_addresses(version: int, networks: Iterable[Network]) -> int:
     """Count the public addresses of IP `version` in `networks`."""
     ranges = [found for network in networks if (found := _range(version, network))]
     exempt = _EXEMPT[version]
