@@ -22,7 +22,9 @@ import pytest
 from pydantic import BaseModel
 
 from relay import maillog, reply
+from relay.body import MAX_HEADER
 from relay.classify import MAX_TASK_TYPE, Classifier
+from relay.cli import main
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
@@ -30,6 +32,7 @@ from relay.records.spool import Spool, encode
 from relay.session import dialogue
 from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE
+from relay.session.session import WRITE_TIMEOUT
 from relay.settings import DEV_UPSTREAM, SettingsError, load
 from relay.settings.address import Address
 from relay.settings.model import Settings, TaskTypeSettings
@@ -37,6 +40,7 @@ from relay.settings.units import parse_duration, parse_size
 from relay.transaction import MAX_RECEIVED
 from tests.support.certificates import Certificates
 from tests.support.client import Client
+from tests.support.process import toml
 from tests.support.script import Close, Delay
 
 if TYPE_CHECKING:
@@ -575,9 +579,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_of_the_manual_is_there() -> None:
-    assert {"settings.md", "metrics.md", "records.md", "operations.md", "quirks.md"} <= {
-        p.name for p in PAGES
-    }
+    names = ("settings.md", "metrics.md", "records.md", "operations.md", "quirks.md", "security.md")
+    assert set(names) <= {p.name for p in PAGES}
 
 
 TOOLS = ("curl", "sqlite3")
@@ -726,3 +729,50 @@ async def test_queries_name_metrics_that_exist(start: Any, upstream: Any) -> Non
 )
 def test_figures(page: str, said: str) -> None:
     assert said in read(page)
+
+
+# ------------------------------------------------------------------------------------------- security
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    documented = {limit: default for limit, default, _ in table(read("security.md"), "limit")}
+    settings = {name: documented.pop(limit) for limit in [*documented] for name in quoted(limit)}
+    server = SCHEMA["$defs"]["ServerSettings"]["properties"]
+    assert settings == {name: str(server[name]["default"]) for name in settings}
+    assert {limit: float(default.removesuffix(" s")) for limit, default in documented.items()} == {
+        "command line, octets": DEFAULT_LINE_LIMIT,
+        "line without an end, octets": MAX_LINE,
+        "input that waits, octets": dialogue.MAX_INPUT,
+        "replies that are owed": dialogue.MAX_OWED,
+        "errors that slow a session": dialogue.ERRORS_SLOW,
+        "errors that end a session": dialogue.ERRORS_END,
+        "commands in a row without a message": dialogue.MAX_IDLE_COMMANDS,
+        "a client that does not read its replies": WRITE_TIMEOUT,
+        "header section that is looked at, octets": MAX_HEADER,
+        "Received headers": MAX_RECEIVED,
+        "line of an upstream's reply, octets": reply.MAX_LINE,
+        "reply of an upstream, octets": reply.MAX_REPLY,
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux only")
+async def test_the_example_of_the_self_test_is_what_it_says(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = [block for block in codes(read("security.md"), "console") if "relay selftest" in block]
+    over = {"server": {"hostname": "relay.example.com"}, "clients": {"allow": ["127.0.0.1/32", "::1/128"]}}
+    config = tmp_path / "relay.toml"
+    async with start(upstream.port, **over) as running:
+        listeners = {"listeners": [{"address": f"127.0.0.1:{running.port}"}]}
+        upstreams = {"upstreams": [{"address": upstream.address, "tls": "none"}]}
+        config.write_text(toml(over | listeners | upstreams))
+        capsys.readouterr()
+        assert await asyncio.to_thread(main, ["selftest", "--config", str(config)]) == 0
+        said = capsys.readouterr().out.replace(str(running.port), "2525")
+
+    def comparable(text: str) -> list[str]:
+        """Lines without the token of the greeting, what depends on the machine's other addresses left out."""
+        lines = (re.sub(r"ESMTP [0-9a-f]+", "ESMTP TOKEN", line) for line in text.splitlines())
+        return [line for line in lines if not re.match(r"\$|[0-9]+ ok|\{|.* from (?!127\.).*probes", line)]
+
+    assert comparable(said) == comparable(example)
