@@ -22,7 +22,7 @@ import pytest
 from pydantic import BaseModel
 
 from relay import maillog, reply
-from relay.body import MAX_HEADER
+from relay.content import MAX_HEADER
 from relay.classify import MAX_TASK_TYPE, Classifier
 from relay.cli import main
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS

@@ -1,4 +1,4 @@
-"""The chunks module: not one octet changes, strays are found wherever chunks and TCP cut, sizes are believed."""
+"""The chunks module: no octet changes, strays are found wherever chunks and TCP cut, sizes are believed."""
 
 from __future__ import annotations
 
