@@ -79,7 +79,6 @@ def _target(
     settings: Settings, listener: ListenerSettings, door: Door, own: Sequence[str]
 ) -> Iterator[Finding]:
     allow, target = settings.clients.allow, door.place.host
-    clear_auth = settings.clients.auth_without_tls and ip_address(target).is_loopback
     if listener.proxy_protocol:
         trusted = sources(target, own, settings.clients.trusted_proxies)
         proxies, strangers = trusted.allowed, _behind_a_proxy(trusted.allowed, allow)
@@ -97,6 +96,9 @@ def _target(
         )
     first = callers[0] if callers else _from(allowed[0]) if allowed else None
     if first is not None:
+        # AUTH without TLS is for clients on this machine, and a stranger behind a proxy is not on it.
+        local = not first.preface and ip_address(first.source).is_loopback
+        clear_auth = settings.clients.auth_without_tls and local
         yield from manners(door._replace(caller=first), clear_auth=clear_auth)
     if allowed:
         text = "may relay (clients.allow): what gets through from there says nothing about strangers"

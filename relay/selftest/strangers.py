@@ -48,11 +48,11 @@ class Door(NamedTuple):
         wire = Wire(self.place, self.caller.source, self.caller.preface, tls=implicit)
         try:
             _expect(wire.reply(), 220)
-            _expect(wire.say(hello), 250)
             if secured and not implicit:
+                _expect(wire.say(HELLO), 250)
                 _expect(wire.say("STARTTLS"), 220)
                 wire.secure()
-                _expect(wire.say(hello), 250)
+            _expect(wire.say(hello), 250)
         except BaseException:
             wire.close()
             raise
@@ -131,7 +131,12 @@ class _Sessions:
                 if reply.code != 421:
                     return reply
         self._leave()
-        self._open = self._door.enter(probe.hello, secured=self._secured)
+        try:
+            self._open = self._door.enter(probe.hello, secured=self._secured)
+        except RefusedError as error:
+            if probe.special and not error.reply.transient:
+                return error.reply  # what is special about it has been refused
+            raise
         reply = _try(self._open, probe)
         if probe.special:
             self._leave()

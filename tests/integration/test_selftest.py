@@ -50,6 +50,15 @@ def findings(settings_for: Callable[..., Settings]) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, str]:
+    """Return `[tls]` with a certificate for relay.test."""
+    issued = trustme.CA().issue_cert("relay.test")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    return {"cert": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+
+
 def failed(found: list[Finding]) -> list[str]:
     return [finding.text for finding in found if finding.level == "failed"]
 
@@ -126,6 +135,76 @@ async def test_a_relay_that_allows_more_than_its_file_says_is_found(
     assert all(not message.content for message in upstream.incomplete)
 
 
+@pytest.mark.parametrize("mode", ["starttls", "required", "implicit"])
+async def test_a_closed_relay_with_tls_passes(
+    start: Any, upstream: ScriptedUpstream, findings: Any, pair: dict[str, str], mode: str
+) -> None:
+    listener = {"tls": mode}
+    listeners = [{"address": "127.0.0.1:0"} | listener]
+    async with start(upstream.port, listeners=listeners, tls=pair, clients=CLOSED) as running:
+        found = await findings(running.port, listener=listener, tls=pair)
+
+    said = texts(found)
+    assert failed(found) == []
+    assert f"from 127.0.0.2, over TLS: {PROBES} probes, all refused, mostly with: {REFUSED}" in said
+    assert (f"from 127.0.0.2: {PROBES} probes, all refused" in said) is (mode == "starttls")
+    assert "over TLSv1.3: offers neither STARTTLS nor AUTH" in said
+    assert "its certificate is for relay.test, until " in said
+    assert ("in clear: offers STARTTLS" in said) is (mode != "implicit")
+    assert ("MAIL before STARTTLS is answered 530 5.7.0" in said) is (mode == "required")
+    assert ("a command behind STARTTLS in the same segment" in said) is (mode != "implicit")
+    assert upstream.messages == upstream.incomplete == []
+
+
+async def test_a_relay_that_asks_for_a_login_passes(
+    start: Any, upstream: ScriptedUpstream, findings: Any, pair: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "users").write_text("")
+    clients = {"auth": "users", "users_file": str(tmp_path / "users")}
+    listener = {"tls": "starttls"}
+    listeners = [{"address": "127.0.0.1:0"} | listener]
+    async with start(upstream.port, listeners=listeners, tls=pair, clients=clients) as running:
+        found = await findings(running.port, listener=listener, tls=pair, clients=clients)
+
+    said = texts(found)
+    assert failed(found) == []
+    assert "others may relay with AUTH: users" in said
+    assert "in clear: offers STARTTLS\n" in said
+    assert "takes no password in clear: AUTH PLAIN is answered 538 5.7.11" in said
+    assert "over TLSv1.3: offers AUTH " in said
+    for where in ("from 127.0.0.1", "from 127.0.0.1, over TLS"):
+        assert f"{where}: {PROBES} probes, all refused, mostly with: 530 5.7.0 Relaying needs AUTH" in said
+    assert upstream.messages == upstream.incomplete == []
+
+
+async def test_a_closed_relay_behind_a_proxy_passes(
+    start: Any, upstream: ScriptedUpstream, findings: Any
+) -> None:
+    clients = CLOSED | {"trusted_proxies": ["127.0.0.1/32"]}
+    listener = {"proxy_protocol": True}
+    listeners = [{"address": "127.0.0.1:0"} | listener]
+    async with start(upstream.port, listeners=listeners, clients=clients) as running:
+        found = await findings(running.port, listener=listener, clients=clients)
+
+    stranger = "from 203.0.113.77 by the proxy 127.0.0.1"
+    assert failed(found) == []
+    assert f"{stranger}: {PROBES} probes, all refused, mostly with: {REFUSED}" in texts(found)
+    assert "from 127.0.0.2: a PROXY header that claims 127.0.0.1 is not believed: " in texts(found)
+    assert upstream.messages == upstream.incomplete == []
+
+
+async def test_a_relay_at_a_unix_socket_passes(
+    start: Any, upstream: ScriptedUpstream, settings_for: Any, tmp_path: Path
+) -> None:
+    listeners = [{"address": "127.0.0.1:0"}, {"address": f"unix:{tmp_path / 'relay.sock'}"}]
+    settings = settings_for(1, listeners=listeners[1:])
+    async with start(upstream.port, listeners=listeners):
+        found = await asyncio.to_thread(lambda: list(selftest(settings)))
+
+    assert failed(found) == []
+    assert "who can open the socket may relay: its mode is 0" in texts(found)
+
+
 async def test_a_relay_that_lets_nobody_in_is_not_called_closed(
     start: Any, upstream: ScriptedUpstream, findings: Any
 ) -> None:
@@ -183,6 +262,28 @@ async def test_a_server_that_ends_each_session_early_is_asked_again(
     }  # type: ignore[dict-item]
 
     assert f"from 127.0.0.2: {PROBES} probes, all refused" in texts(await findings(upstream.port))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"550 5.7.1 not you\r\n", f"from 127.0.0.2: {PROBES} probes, all refused"),
+        (
+            b"451 4.7.1 not now\r\n",
+            f"from 127.0.0.2: 1 of {PROBES} probes were not decided: EHLO as localhost",
+        ),
+    ],
+    ids=["refused", "deferred"],
+)
+async def test_a_greeting_that_a_server_does_not_take(
+    upstream: ScriptedUpstream, findings: Any, answer: bytes, said: str
+) -> None:
+    upstream.script = {
+        "EHLO": lambda _s, line, _c: answer if b"localhost" in line else None,
+        "MAIL": lambda *_: b"550 5.7.1 no\r\n",
+    }  # type: ignore[dict-item]
+
+    assert said in texts(await findings(upstream.port))
 
 
 async def test_a_server_that_hangs_up_at_mail_is_undecided(upstream: ScriptedUpstream, findings: Any) -> None:
