@@ -22,9 +22,9 @@ import pytest
 from pydantic import BaseModel
 
 from relay import maillog, reply
-from relay.content import MAX_HEADER
 from relay.classify import MAX_TASK_TYPE, Classifier
 from relay.cli import main
+from relay.content import MAX_HEADER
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
@@ -32,7 +32,8 @@ from relay.records.spool import Spool, encode
 from relay.session import dialogue
 from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE
-from relay.session.session import WRITE_TIMEOUT
+from relay.session.session import HEADER_TIMEOUT, WRITE_TIMEOUT
+from relay.session.tls import HANDSHAKE_TIMEOUT
 from relay.settings import DEV_UPSTREAM, SettingsError, load
 from relay.settings.address import Address
 from relay.settings.model import Settings, TaskTypeSettings
@@ -748,6 +749,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "errors that end a session": dialogue.ERRORS_END,
         "commands in a row without a message": dialogue.MAX_IDLE_COMMANDS,
         "a client that does not read its replies": WRITE_TIMEOUT,
+        "a TLS handshake": HANDSHAKE_TIMEOUT,
+        "a PROXY header that does not come": HEADER_TIMEOUT,
         "header section that is looked at, octets": MAX_HEADER,
         "Received headers": MAX_RECEIVED,
         "line of an upstream's reply, octets": reply.MAX_LINE,
