@@ -177,18 +177,23 @@ async def test_a_relay_that_asks_for_a_login_passes(
     assert upstream.messages == upstream.incomplete == []
 
 
+@pytest.mark.parametrize("mode", ["none", "required", "implicit"])
 async def test_a_closed_relay_behind_a_proxy_passes(
-    start: Any, upstream: ScriptedUpstream, findings: Any
+    start: Any, upstream: ScriptedUpstream, findings: Any, pair: dict[str, str], mode: str
 ) -> None:
     clients = CLOSED | {"trusted_proxies": ["127.0.0.1/32"]}
-    listener = {"proxy_protocol": True}
+    listener = {"proxy_protocol": True, "tls": mode}
+    over = {"clients": clients, **({"tls": pair} if mode != "none" else {})}
     listeners = [{"address": "127.0.0.1:0"} | listener]
-    async with start(upstream.port, listeners=listeners, clients=clients) as running:
-        found = await findings(running.port, listener=listener, clients=clients)
+    async with start(upstream.port, listeners=listeners, **over) as running:
+        found = await findings(running.port, listener=listener, **over)
 
     stranger = "from 203.0.113.77 by the proxy 127.0.0.1"
     assert failed(found) == []
-    assert f"{stranger}: {PROBES} probes, all refused, mostly with: {REFUSED}" in texts(found)
+    assert (
+        f"{stranger}{', over TLS' * (mode != 'none')}: {PROBES} probes, all refused, mostly with: {REFUSED}"
+        in texts(found)
+    )
     assert "from 127.0.0.2: a PROXY header that claims 127.0.0.1 is not believed: " in texts(found)
     assert upstream.messages == upstream.incomplete == []
 
