@@ -267,8 +267,7 @@ class Transaction:
     def _introduction_answered(self, reply: Reply) -> None:
         """Go on whatever the upstream says to XFORWARD, as Postfix does; the client has no part in it."""
         if not reply.positive and self._connection is not None:
-            self._connection.xforward = ()
-            self._pool.xforward_refused(reply)
+            self._pool.xforward_refused(self._connection, reply)
 
     def _mail_answered(self, reply: Reply) -> None:
         self._mail_reply = reply

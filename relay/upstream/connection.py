@@ -96,7 +96,9 @@ class Connection(asyncio.Protocol):
         self.identity = identity
         self.pipelining = "PIPELINING" in capabilities
         self.xforward = capabilities.parameters.get("XFORWARD", ())
-        """The attributes that XFORWARD may tell; empty once the upstream has refused it."""
+        """The attributes that XFORWARD may tell; empty once the upstream has refused the command."""
+        self.xforward_warned = False
+        """Whether the log has a refusal of XFORWARD on this connection."""
         self.lessee: Lessee | None = None
         self.usable = True
         """False once anything but clean replies was seen, or the connection is gone."""

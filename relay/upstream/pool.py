@@ -366,9 +366,16 @@ class Pool:
         idle = self._idle_count
         self.metrics.connections(idle=idle, active=len(self._open) - idle, connecting=self._dialing)
 
-    def xforward_refused(self, reply: Reply) -> None:
-        """Warn that an upstream refuses what it offered; once for each connection."""
-        maillog.xforward_refused(self.name, self._settings.address, str(reply))
+    def xforward_refused(self, connection: Connection, reply: Reply) -> None:
+        """Note that the upstream refuses what it offered, with a warning once for each connection.
+
+        A 501 is about the values of one client; anything else is about the command, which is not sent again.
+        """
+        if reply.code != 501:
+            connection.xforward = ()
+        if not connection.xforward_warned:
+            connection.xforward_warned = True
+            maillog.xforward_refused(self.name, self._settings.address, str(reply))
 
     def connection_ended(self, connection: Connection, reason: str) -> None:
         """Forget a connection that is gone (called by the connection)."""

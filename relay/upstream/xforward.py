@@ -52,13 +52,14 @@ def command(offered: Collection[str], client: Client, task_id: UUID) -> bytes | 
     address = client_address(client.address)
     local = client.address == "unix" if address is None else address.is_loopback
     values = {
-        "NAME": _UNAVAILABLE,  # no reverse lookup is made
-        "ADDR": _UNAVAILABLE if address is None else _address(str(address)),
-        "PORT": _UNAVAILABLE if client.port is None else b"%d" % client.port,
+        "IDENT": str(task_id).encode("ascii"),
         "PROTO": b"ESMTP" if client.esmtp else b"SMTP",
         "HELO": _helo(client.helo),
-        "IDENT": str(task_id).encode("ascii"),
         "SOURCE": b"LOCAL" if local else b"REMOTE",
+        "NAME": _UNAVAILABLE,  # no reverse lookup is made
+        "PORT": _UNAVAILABLE if client.port is None else b"%d" % client.port,
+        # Last: a Postfix with inet_protocols = ipv4 refuses an IPv6 address, and keeps what stands before it.
+        "ADDR": _UNAVAILABLE if address is None else _address(str(address)),
     }
     words = [b"%b=%b" % (name.encode("ascii"), value) for name, value in values.items() if name in offered]
     return b" ".join((b"XFORWARD", *words)) + b"\r\n" if words else None

@@ -123,7 +123,9 @@ async def test_refused_mail_goes_on_without_and_it_is_said_once_a_connection(
             for _ in range(4):
                 await send(client)
             await counted(running, accepted=4)
-    assert [verbs(each).count("XFORWARD") for each in server.connections] == [1, 1]
+    # 501 is about the values of one client, and the next one's may do; the rest is about the command.
+    tried = [3, 1] if refusal.startswith(b"501") else [1, 1]
+    assert [verbs(each).count("XFORWARD") for each in server.connections] == tried
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if "xforward refused" in line]
     assert [(line["level"], line["upstream"], line["reason"]) for line in lines] == [
         ("warning", "primary", refusal.decode().rstrip())
@@ -225,5 +227,5 @@ async def test_a_client_cannot_introduce_itself_as_another(start: Any, server: S
         await client.ehlo("x ADDR=192.0.2.1")
         await send(client)
     (line,) = [line for line in server.connections[0].lines if line.startswith(b"XFORWARD")]
-    assert b" ADDR=127.0.0.1 " in line
+    assert line.endswith(b" ADDR=127.0.0.1")
     assert b" HELO=x?ADDR+3D192.0.2.1 " in line

@@ -72,6 +72,9 @@ MASTER = """\
  -o smtpd_forbid_unauth_pipelining=yes
 127.0.0.1:{no_size} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=size
  -o smtpd_forbid_unauth_pipelining=yes
+127.0.0.1:{xforward} inet n - n - - smtpd -o smtpd_authorized_xforward_hosts=127.0.0.0/8
+ -o inet_protocols=all
+ -o smtpd_forbid_unauth_pipelining=yes
 127.0.0.1:{bare} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=pipelining,dsn,smtputf8,chunking
  -o smtpd_forbid_unauth_pipelining=yes
 cleanup unix n - n - 0 cleanup
@@ -103,6 +106,8 @@ class Postfix:
     """Without SIZE: nobody knows the limit before it is passed."""
     bare: int
     """Without PIPELINING, DSN and SMTPUTF8."""
+    xforward: int
+    """With XFORWARD, for clients from loopback; it knows IPv6."""
 
     @property
     def version(self) -> str:
@@ -163,7 +168,7 @@ class Postfix:
 def postfix(certificate: bytes) -> Iterator[Postfix]:
     """Run a Postfix whose key and certificate chain (PEM) are `certificate`."""
     with daemon_directory() as directory:
-        instance = Postfix(directory, free_port(), free_port(), free_port(), free_port())
+        instance = Postfix(directory, *(free_port() for _ in range(5)))
         _configure(instance, certificate)
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -193,7 +198,7 @@ def _configure(instance: Postfix, certificate: bytes) -> None:
         daemons=daemons,
         limit=MESSAGE_SIZE_LIMIT,
     )
-    ports = {name: getattr(instance, name) for name in ("plain", "tls", "no_size", "bare")}
+    ports = {name: getattr(instance, name) for name in ("plain", "tls", "no_size", "bare", "xforward")}
     (directory / "etc/main.cf").write_text(main)
     (directory / "etc/master.cf").write_text(MASTER.format(**ports))
     (directory / "etc/header_checks").write_text(HEADER_CHECKS)

@@ -217,6 +217,39 @@ async def test_only_what_postfix_has_and_the_relay_can_carry_is_offered(postfix:
         assert len(running.rows()) == len(postfix.queue()) == 1
 
 
+async def test_postfix_logs_the_client_that_xforward_names(postfix: Postfix, start: Any) -> None:
+    listeners = [{"address": "127.0.0.1:0"}, {"address": "[::1]:0"}]
+    async with start(postfix.xforward, listeners=listeners, upstream={"xforward": True}) as running:
+        ports = [int(address.rpartition(":")[2]) for address in running.relay.reception.addresses]
+        ids = []
+        async with (
+            Client(ports[0], source="127.0.0.5") as first,
+            Client(ports[1], host="::1") as second,
+        ):
+            await first.ehlo("first+=.test")
+            await second.greeting()
+            await second.command("HELO second.test", 250)
+            for client in (first, second, first):
+                replies = await client.message("a@example.test", ["u@example.test"], content(1))
+                ids.append(queue_id(str(replies[-1])))
+        rows = running.rows()
+        assert running.metric("upstream_connects_total", upstream="primary", outcome="ok") == 1
+    clients = [
+        ("127.0.0.5", "127.0.0.5", "ESMTP", "first+=.test"),
+        ("::1", "IPv6:::1", "SMTP", "second.test"),
+        ("127.0.0.5", "127.0.0.5", "ESMTP", "first+=.test"),
+    ]
+    for each, (address, kept, protocol, helo), row in zip(ids, clients, rows, strict=True):
+        # The address and the id as Postfix logs them when it takes the envelope, ...
+        (line,) = [line for line in postfix.log().splitlines() if f" {each}: client=" in line]
+        assert line.endswith(f", orig_queue_id={row['task_id']}, orig_client=unknown[{address}]")
+        # ... and the rest as it keeps them with the message, for its own log and for filters behind it.
+        envelope = postfix.envelope(each)
+        assert f"log_client_address={kept}\n" in envelope
+        assert f"log_protocol_name={protocol}\n" in envelope
+        assert f"log_helo_name={helo}\n" in envelope
+
+
 async def test_a_bounce_has_the_null_reverse_path(postfix: Postfix, start: Any) -> None:
     async with start(postfix.plain) as running, Client(running.port) as client:
         await client.ehlo()

@@ -32,14 +32,14 @@ def helo(octets: bytes) -> bytes:
 
 def test_everything_in_one_command() -> None:
     assert command(ALL, CLIENT, TASK_ID) == (
-        b"XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.1 PORT=40000 PROTO=ESMTP HELO=client.test"
-        b" IDENT=01890a5d-ac96-774b-bcce-b302099a8057 SOURCE=REMOTE\r\n"
+        b"XFORWARD IDENT=01890a5d-ac96-774b-bcce-b302099a8057 PROTO=ESMTP HELO=client.test SOURCE=REMOTE"
+        b" NAME=[UNAVAILABLE] PORT=40000 ADDR=192.0.2.1\r\n"
     )
 
 
 def test_only_what_the_upstream_offers() -> None:
     assert command(("HELO", "ADDR", "FUTURE"), CLIENT, TASK_ID) == (
-        b"XFORWARD ADDR=192.0.2.1 HELO=client.test\r\n"
+        b"XFORWARD HELO=client.test ADDR=192.0.2.1\r\n"
     )
     assert command(("FUTURE",), CLIENT, TASK_ID) is None
     assert command((), CLIENT, TASK_ID) is None
