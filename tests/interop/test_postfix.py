@@ -206,10 +206,12 @@ async def test_only_what_postfix_has_and_the_relay_can_carry_is_offered(postfix:
             "SMTPUTF8",
             "DSN",
             "ENHANCEDSTATUSCODES",
+            "CHUNKING",
+            "LIMITS",
         }
     async with start(postfix.bare) as running, Client(running.port) as client:
         await client.ehlo()
-        assert set(client.extensions) == {"PIPELINING", "SIZE", "8BITMIME", "ENHANCEDSTATUSCODES"}
+        assert set(client.extensions) == {"PIPELINING", "SIZE", "8BITMIME", "ENHANCEDSTATUSCODES", "LIMITS"}
         replies = await client.message(
             "a@example.test", ["u@example.test", "nobody@example.test"], content(1), pipelined=True
         )
