@@ -59,7 +59,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
 
     out = capsys.readouterr().out
-    for command in ("serve", "check", "selftest", "expire", "schema"):
+    for command in ("serve", "check", "selftest", "expire", "schema", "user"):
         assert f"  {command} " in out
 
 
