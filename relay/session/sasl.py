@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 
 from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS, Credentials, Password, Token
 from relay.reply import Reply
+from relay.session import answers
 from relay.session.commands import is_text
 from relay.session.lines import MAX_AUTH_LINE
 
@@ -20,7 +21,6 @@ __all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Exchange", "SaslError"]
 
 _ABORTED = Reply.own(501, "7.0", "The login was given up")
 _NOT_BASE64 = Reply.own(501, "5.2", "That is not base64 (RFC 4648)")
-_TOO_LONG = Reply.own(500, "5.6", "The line of the login is too long (RFC 4954 4)")
 
 # RFC 7628 3.1: the GS2 header (no channel binding; the identity, if any), then pairs, each behind ^A.
 _GS2 = re.compile(rb"[ny],(?:a=([^,\x01]+))?,")
@@ -69,7 +69,7 @@ _Steps = Generator[bytes, bytes | None, Credentials]
 
 def _decoded(line: bytes, *, initial: bool) -> bytes:
     if len(line) + 2 > MAX_AUTH_LINE:
-        raise SaslError(_TOO_LONG)
+        raise SaslError(answers.AUTH_LINE_TOO_LONG)
     if initial and line == b"=":  # an initial response that is there and empty
         return b""
     if not initial and line == b"*":
