@@ -1,0 +1,185 @@
+"""Logins of local users, from the command line that makes them to the row of what they send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import smtplib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from relay.auth import guard
+from relay.cli import main
+from relay.session import doorkeeper
+from tests.support.client import Client
+
+if TYPE_CHECKING:
+    from tests.support.upstream import ScriptedUpstream
+
+User = Callable[..., None]
+MESSAGE = b"Subject: mine\r\n\r\nHello\r\n"
+
+
+def plain(user: str, password: str, authorization: str = "") -> str:
+    return "AUTH PLAIN " + base64.b64encode(f"{authorization}\0{user}\0{password}".encode()).decode()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long replies are delayed is shown where the clock is a test's."""
+    monkeypatch.setattr(guard, "MAX_DELAY_S", 0.0)
+    monkeypatch.setattr(doorkeeper, "MAX_DELAY_S", 0.0)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "users.toml"
+
+
+@pytest.fixture
+def user(file: Path, monkeypatch: pytest.MonkeyPatch) -> User:
+    """Runs `relay user` on the file."""
+
+    def run(*arguments: str, password: str = "") -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(password.encode())))
+        assert main(["user", *arguments, "--file", str(file)]) == 0
+
+    run("add", "app", password="sesame")
+    run("add", "shop", "--sender", "*@shop.example", "--sender", "<>", password="orchid")
+    return run
+
+
+@pytest.fixture
+def relay(start: Any, upstream: ScriptedUpstream, file: Path, user: User) -> Callable[[], Any]:
+    clients = {"auth": "users", "users_file": str(file), "auth_without_tls": True}
+    return lambda: start(upstream.port, clients=clients)
+
+
+@contextlib.asynccontextmanager
+async def session(port: int) -> Any:
+    async with Client(port) as client:
+        await client.ehlo()
+        yield client
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+async def test_a_user_logs_in_and_stands_in_the_row(
+    relay: Callable[[], Any], upstream: ScriptedUpstream, mechanism: str
+) -> None:
+    async with relay() as running, session(running.port) as client:
+        assert client.extensions["AUTH"] == "PLAIN LOGIN"
+        assert (await client.command("MAIL FROM:<a@example.com>")).raw.startswith(b"530 5.7.0 ")
+        if mechanism == "PLAIN":
+            await client.command(plain("app", "sesame"), 235)
+        else:
+            assert (await client.command("AUTH login", 334)).text == "VXNlcm5hbWU6"
+            assert (await client.command(base64.b64encode(b"app").decode(), 334)).text == "UGFzc3dvcmQ6"
+            await client.command(base64.b64encode(b"sesame").decode(), 235)
+        replies = await client.message("a@example.com", ["b@example.org"], MESSAGE)
+        assert [reply.code for reply in replies] == [250, 250, 354, 250]
+        assert (await upstream.message()).content == MESSAGE
+        (row,) = running.rows()
+        assert row["client"] == "app"
+        assert running.metric("auth_total", outcome="ok") == 1
+
+
+async def test_a_user_sends_as_it_may(relay: Callable[[], Any], upstream: ScriptedUpstream) -> None:
+    async with relay() as running, session(running.port) as client:
+        await client.command(plain("shop", "orchid"), 235)
+        for path in ("ceo@example.com", "@shop.example:ceo@example.com", '"a@shop.example"@example.com'):
+            reply = await client.command(f"MAIL FROM:<{path}>")
+            assert reply.raw.startswith(b"550 5.7.1 ")
+        for path in ("", "News@Shop.Example"):
+            await client.command(f"MAIL FROM:<{path}>", 250)
+            await client.command("RSET", 250)
+        assert not upstream.messages
+
+
+async def test_who_fails_hears_the_same_and_in_the_end_421(relay: Callable[[], Any]) -> None:
+    async with relay() as running, session(running.port) as client:
+        heard = set()
+        for login in (plain("app", "wrong"), plain("nobody", "sesame"), plain("app", "sesame", "shop")):
+            heard.add((await client.command(login, 535)).raw)
+        assert len(heard) == 1
+        await client.command(plain("app", "sesame"), 421)
+        assert running.metric("auth_total", outcome="failed") == 3
+
+
+async def test_a_client_that_guesses_is_not_tried_and_its_neighbour_is(relay: Callable[[], Any]) -> None:
+    async with relay() as running:
+        async with session(running.port) as client:
+            await client.command(plain("shop", "orchid"), 235)
+        for attempt in range(guard.MAX_FAILURES):
+            async with session(running.port) as client:
+                await client.command(plain("app", f"guess {attempt}"), 535)
+        for login, code in ((plain("app", "sesame"), 421), (plain("shop", "orchid"), 235)):
+            async with session(running.port) as client:
+                await client.command(login, code)
+        assert running.metric("auth_total", outcome="throttled") == 1
+
+
+async def test_changes_are_in_force_at_once(relay: Callable[[], Any], user: User) -> None:
+    async with relay() as running:
+
+        async def heard(name: str, password: str) -> int:
+            async with session(running.port) as client:
+                return (await client.command(plain(name, password))).code
+
+        assert await heard("app", "sesame") == 235
+        user("add", "app", "--force", password="another")
+        assert [await heard("app", "sesame"), await heard("app", "another")] == [535, 235]
+        user("add", "new", password="first")
+        assert await heard("new", "first") == 235
+        user("remove", "app")
+        assert [await heard("app", "another"), await heard("shop", "orchid")] == [535, 235]
+
+
+async def test_a_mistake_in_the_file_keeps_nobody_out(relay: Callable[[], Any], file: Path) -> None:
+    async with relay() as running, session(running.port) as client:
+        file.write_text("not TOML")
+        await client.command(plain("app", "sesame"), 235)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["AUTH PLAIN AHUAcAB4"], 501),
+        (["AUTH PLAIN dQBw"], 501),
+        (["AUTH PLAIN ABtbMkoAcA=="], 501),
+        (["AUTH PLAIN !!!!"], 501),
+        (["AUTH PLAIN ="], 501),
+        (["AUTH LOGIN", "*"], 501),
+        (["AUTH XOAUTH2 eA=="], 504),
+        (["auth plain AHVzZXIAd3Jvbmc="], 535),
+        (["AUTH PLAIN ACopKHVpZD0qAHg="], 535),
+        (["AUTH PLAIN AHVzZXIA"], 535),
+    ],
+    ids=str,
+)
+async def test_a_login_that_is_none_leaves_the_session_as_it_was(
+    relay: Callable[[], Any], lines: list[str], code: int
+) -> None:
+    async with relay() as running, session(running.port) as client:
+        for line in lines[:-1]:
+            await client.command(line, 334)
+        await client.command(lines[-1], code)
+        await client.command("NOOP", 250)
+        assert (await client.command("MAIL FROM:<a@example.com>")).code == 530
+
+
+async def test_the_standard_library_logs_in(relay: Callable[[], Any]) -> None:
+    def send(port: int) -> None:
+        with smtplib.SMTP("127.0.0.1", port, timeout=10) as client:
+            client.login("app", "sesame")
+            assert client.sendmail("a@example.com", ["b@example.org"], MESSAGE) == {}
+
+    async with relay() as running:
+        await asyncio.to_thread(send, running.port)
+        (row,) = running.rows()
+        assert row["client"] == "app"
