@@ -271,6 +271,8 @@ def test_whatever_the_upstream_says(stage_set: tuple[asyncio.Runner, Forging, Ru
     )
     @example(stage="DATA", octets=b"354 go\r\n250 forged\r\n", cuts=[], pipelined=False)
     @example(stage="DATA", octets=b"354 go\r\n250 forged\r\n", cuts=[8], pipelined=True)
+    @example(stage="DATA", octets=b"354 go\r\n250 for", cuts=[], pipelined=False)
+    @example(stage="body", octets=b"250 for", cuts=[], pipelined=True)
     @example(stage="DATA", octets=b"250 forged\r\n354 go\r\n", cuts=[], pipelined=False)
     @example(stage="RCPT", octets=b"250 ok\r\n354 go\r\n250 forged\r\n", cuts=[8, 16], pipelined=False)
     @example(stage="MAIL", octets=b"250 ok\r\n250 ok\r\n354 go\r\n250 forged\r\n", cuts=[], pipelined=True)
