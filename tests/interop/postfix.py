@@ -30,7 +30,8 @@ __all__ = ["Postfix", "postfix"]
 MESSAGE_SIZE_LIMIT = 2 * 1024 * 1024
 
 # Nothing may ask the system: no aliases, no DNS, no maps from /etc. The first port is lenient, as Postfix was
-# for decades, for what must not depend on it; the others end a client that talks out of turn.
+# for decades, for what must not depend on it; the others end a client that talks out of turn. No pause lets
+# delivery catch up with arrival (in_flow_delay): nothing is ever delivered.
 MAIN = """\
 compatibility_level = 3.6
 queue_directory = {directory}/queue
@@ -61,6 +62,7 @@ smtpd_tls_chain_files = {directory}/etc/tls.pem
 smtpd_tls_received_header = yes
 smtputf8_enable = yes
 smtpd_forbid_bare_newline = no
+in_flow_delay = 0
 """
 
 HEADER_CHECKS = "/^X-Spam-Flag: YES/ REJECT looks like spam\n"

@@ -292,43 +292,6 @@ async def test_no_mail_without_the_security_that_was_asked_for(
         assert running.rows() == postfix.queue() == []
 
 
-SMUGGLED = b"MAIL FROM:<evil@example.test>\r\nRCPT TO:<u@example.test>\r\nDATA\r\nSubject: y\r\n\r\ny\r\n"
-
-
-async def test_without_the_relay_this_postfix_makes_two_of_one(postfix: Postfix) -> None:
-    """What the next test shows is worth something only while this one holds."""
-    async with Client(postfix.plain) as client:
-        await client.ehlo()
-        await client.command("MAIL FROM:<a@example.test>", 250)
-        await client.command("RCPT TO:<u@example.test>", 250)
-        await client.command("DATA", 354)
-        await client.send(content(1) + b"x\n.\r\n" + SMUGGLED + b".\r\n")
-        assert [reply.code for reply in await client.replies(5)] == [250, 250, 250, 354, 250]
-    assert {message["sender"] for message in postfix.queue()} == {"a@example.test", "evil@example.test"}
-
-
-@pytest.mark.parametrize(
-    "end",
-    [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n..\r\n", b"\r\n\x00.\r\n"],
-    ids=repr,
-)
-async def test_no_end_of_data_but_the_real_one_ends_a_message(
-    end: bytes, postfix: Postfix, start: Any
-) -> None:
-    async with start(postfix.plain) as running, Client(running.port) as client:
-        await client.ehlo()
-        await client.command("MAIL FROM:<a@example.test>", 250)
-        await client.command("RCPT TO:<u@example.test>", 250)
-        await client.command("DATA", 354)
-        await client.send(content(1) + b"x" + end + SMUGGLED + b".\r\n")
-        reply = await client.reply()
-        await client.command("NOOP", 250)
-        queued = postfix.queue()
-        assert len(running.rows()) == len(queued) == (1 if reply.code == 250 else 0)
-        assert all(message["sender"] == "a@example.test" for message in queued)
-        assert reply.code == (550 if b"\0" in end else 250)
-
-
 async def test_postfix_hangs_up_between_two_messages(postfix: Postfix, start: Any) -> None:
     """A connection that went idle and was closed by Postfix is replaced; the client notices nothing."""
     async with start(postfix.plain) as running, Client(running.port) as client:
