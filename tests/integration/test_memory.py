@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support.client import Client
 from tests.support.process import RelayProcess
-from tests.support.upstream import ScriptedUpstream, StopReading
+from tests.support.upstream import CHUNKING, ScriptedUpstream, StopReading
 
 MIB = 1 << 20
 LARGE = 50 * MIB
@@ -60,6 +61,31 @@ async def test_a_message_of_50_mib_costs_no_memory_of_its_size(
         growth = relay.memory("VmHWM") - before
         print(f"\n50 MiB: peak {before / MIB:.1f} MiB + {growth / MIB:.2f} MiB")
         assert [row["size"] for row in relay.rows()][1:] == [LARGE]
+        assert growth <= GROWTH
+
+
+async def test_as_much_in_one_chunk_and_in_many_costs_no_more(
+    tmp_path: Path, upstream: ScriptedUpstream, large: bytes
+) -> None:
+    upstream.extensions += CHUNKING
+    many = [large[at : at + 100_000] for at in range(0, LARGE, 100_000)]
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
+        relay.forget_peak()
+        before = relay.memory("VmHWM")
+        for chunks in ([large], many):
+            async with Client(relay.port, deadline_s=PATIENCE_S) as client:
+                await client.ehlo()
+                replies = await client.chunks("a@example.test", ["b@example.test"], chunks)
+                assert {reply.code for reply in replies} == {250}
+                await client.quit()
+
+        growth = relay.memory("VmHWM") - before
+        print(f"\n50 MiB by BDAT: peak {before / MIB:.1f} MiB + {growth / MIB:.2f} MiB")
+        assert [row["size"] for row in relay.rows()][1:] == [LARGE] * 2
+        digest = hashlib.sha256(large).hexdigest()
+        assert [message.sha256 for message in upstream.messages[1:]] == [digest] * 2
         assert growth <= GROWTH
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.session.commands import CommandError, is_text, parse_mail, parse_rcpt
+from relay.session.commands import CommandError, is_text, parse_bdat, parse_mail, parse_rcpt
 
 PATHS = [
     b"a@example.test",
@@ -70,8 +70,6 @@ def test_the_null_reverse_path_is_a_path_and_a_null_recipient_is_not() -> None:
         b"FROM:<a@b> SIZE",
         b"FROM:<a@b> SIZE=\xc2\xb2",
         b"FROM:<a@b> SIZE=" + b"9" * 21,
-        b"FROM:<a@b> BODY=BINARYMIME",
-        b"FROM:<a@b> body=BinaryMime",
         b"FROM:<a@b> -X=1",
         b"FROM:<a@b> X_Y=1",
         b"FROM:<\xc3\xa9@b>",
@@ -90,7 +88,73 @@ def test_what_is_no_path_or_parameter_is_refused_for_good(argument: bytes) -> No
 def test_mail_tells_what_the_relay_needs() -> None:
     mail = parse_mail(b"from:<\xc3\xa9@example.test> SIZE=1234 BODY=8BITMIME smtputf8 ENVID=a+2Bb AUTH=<>")
     assert (mail.size, mail.smtputf8) == (1234, True)
-    assert parse_mail(b"FROM:<a@b>").size is None
+    assert parse_mail(b"FROM:<a@b>") == (b"a@b", None, False, False, None)
+    assert parse_mail(b"FROM:<a@b> body=BinaryMime").binary
+
+
+@pytest.mark.parametrize(
+    ("argument", "without"),
+    [
+        (b"FROM:<a@b> AUTH=<>", b"FROM:<a@b>"),
+        (b"FROM:<a@b> SIZE=1 auth=c+40d  BODY=7BIT ", b"FROM:<a@b> SIZE=1  BODY=7BIT "),
+        (b"FROM:<>   AUTH=<>   ENVID=AUTH=1", b"FROM:<>   ENVID=AUTH=1"),
+        (b'FROM:<" AUTH=<>"@b> AUTH=<>', b'FROM:<" AUTH=<>"@b>'),
+        (b"FROM:<a@b> AUTH", None),
+        (b"FROM:<a@b> XAUTH=1", None),
+    ],
+)
+def test_the_auth_parameter_can_be_left_out(argument: bytes, without: bytes | None) -> None:
+    assert parse_mail(argument).without_auth == without
+
+
+@pytest.mark.parametrize(
+    ("argument", "size", "last"),
+    [
+        (b"0", 0, False),
+        (b"007", 7, False),
+        (b"5 LAST", 5, True),
+        (b"5 last", 5, True),
+        (b"9" * 20, 10**20 - 1, False),
+    ],
+)
+def test_bdat_is_a_size_and_perhaps_last(argument: bytes, size: int, last: bool) -> None:
+    assert parse_bdat(argument) == (size, last)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(
+            b"",
+            b" ",
+            b"LAST",
+            b" 5",
+            b"5 ",
+            b"5  LAST",
+            b"5 LAST ",
+            b"5LAST",
+            b"5\tLAST",
+            b"5 LAST x",
+            b"5 FIRST",
+        ),
+        *(
+            b"-1",
+            b"+1",
+            b"1.0",
+            b"1e3",
+            b"0x5",
+            b"5,",
+            b"\xb2",
+            b"\xd9\xa5",
+            b"5\0",
+            b"1" * 21,
+            b"5\n",
+            b"5_0",
+        ),
+    ],
+)
+def test_what_is_no_bdat(argument: bytes) -> None:
+    assert parse_bdat(argument) is None
 
 
 def test_utf8_recipients_need_smtputf8_on_mail() -> None:

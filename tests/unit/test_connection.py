@@ -193,6 +193,32 @@ async def test_a_verdict_stands_whatever_comes_behind_it(verdict: bytes, behind:
     assert talk.is_over()
 
 
+@pytest.mark.parametrize("behind", [b"250 twice\r\n", b"421 bye\r\n", b"250", b"garbage\r\n", b"554 no\r\n"])
+async def test_a_verdict_stands_with_the_reply_to_a_chunk_before_it(behind: bytes, talk: Talk) -> None:
+    talk.command("bdat")
+    talk.command("end_of_data")
+    talk.hears(b"250 taken\r\n250 ok\r\n" + behind)
+    assert talk.answers == [("bdat", 250), ("end_of_data", 250)]
+    assert talk.is_over()
+
+
+@pytest.mark.parametrize("replies", [b"354 go\r\n250 ok\r\n250 ok\r\n", b"250 ok\r\ngarbage\r\n"])
+async def test_replies_to_chunks_are_no_verdict(replies: bytes, talk: Talk) -> None:
+    talk.command("bdat")
+    talk.command("end_of_data")
+    talk.hears(replies)
+    assert ("end_of_data", 250) not in talk.answers
+    assert talk.is_over()
+
+
+async def test_octets_that_come_before_what_they_answer_end_it(talk: Talk) -> None:
+    """The reply lets the next command go up; what is behind the reply was said before that one."""
+    talk.connection.send(b"RCPT\r\n", "rcpt", lambda _: talk.command("end_of_data"))
+    talk.hears(b"250 ok\r\n250 forg")
+    assert talk.is_over()
+    assert talk.answers == []
+
+
 async def test_a_verdict_that_is_none_does_not_stand(talk: Talk) -> None:
     talk.command("end_of_data")
     talk.hears(b"354 go ahead\r\ngarbage\r\n")
