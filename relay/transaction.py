@@ -505,8 +505,8 @@ class Transaction:
         if not verdict.positive:
             self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
             # A chunk that was refused before the last one decided it; this only follows from that.
-            decisive = self._data_reply if self.chunking else None
-            self._conclude(negative_outcome(decisive or verdict), verdict)
+            decisive = (self._data_reply if self.chunking else None) or verdict
+            self._conclude(negative_outcome(decisive), decisive)
             return
         await self._record(verdict)
         self._tell(verdict)

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.process import RelayProcess
 from tests.support.storm import Figures, Storm
-from tests.support.upstream import Action, Delay, Reset, ScriptedUpstream
+from tests.support.upstream import CHUNKING, Action, Delay, Reset, ScriptedUpstream
 
 KILLS = int(os.environ.get("CRASH_KILLS", "30"))
 """In all tests of this module together."""
@@ -27,6 +27,7 @@ async def storm(
     relay: RelayProcess, upstream: ScriptedUpstream, kills: int, dice: random.Random
 ) -> tuple[list[str], Figures]:
     """Kill the relay `kills` times while applications send, then let it end in order; return the findings."""
+    upstream.extensions += CHUNKING
     upstream.script = {"RCPT": lambda *_: moody(dice, 0.02), "end_of_data": lambda *_: moody(dice, 0.1)}
     async with Storm(relay, upstream, seed=dice.randrange(1 << 32)) as applications:
         for _ in range(kills):

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.client import Client, Reply
+from tests.support.client import Client, Reply, bdat
 from tests.support.content import stuff
-from tests.support.upstream import Command, Message, ScriptedUpstream
+from tests.support.upstream import CHUNKING, Command, Message, ScriptedUpstream
 
 EXAMPLES = int(os.environ.get("FIDELITY_EXAMPLES", "100"))
 """For each test."""
@@ -172,6 +172,41 @@ async def test_no_octets_make_two_messages_of_one(way: Way, wire: bytes, cuts: l
     else:
         assert verdict.code == 250
         assert len(messages) == 1
+
+
+@pytest.fixture(params=["pipelining", "one by one"])
+async def chunk_way(
+    request: pytest.FixtureRequest, start: Any, upstream: ScriptedUpstream
+) -> AsyncIterator[Way]:
+    """The same to an upstream with CHUNKING."""
+    upstream.extensions += CHUNKING
+    if request.param != "pipelining":
+        upstream.extensions.remove("PIPELINING")
+    async with start(upstream.port) as running:
+        way = Way(running, upstream)
+        yield way
+        await way.close()
+
+
+@given_often
+@given(contents=st.lists(MESSAGES | HOSTILE, min_size=1, max_size=3), borders=CUTS, cuts=CUTS)
+async def test_chunks_hold_what_the_client_sent_or_are_refused(
+    chunk_way: Way, contents: list[bytes], borders: list[int], cuts: list[int]
+) -> None:
+    """Whatever a chunk holds is content, of the one message to which it belongs."""
+    chunks = [[*pieces(content, borders)] or [b""] for content in contents]
+    wire = b"".join(
+        COMMANDS.removesuffix(b"DATA\r\n") + b"".join(map(bdat, message[:-1])) + bdat(message[-1], last=True)
+        for message in chunks
+    )
+    async with chunk_way.client() as client:
+        for piece in pieces(wire, cuts):
+            await write(client, piece)
+        replies = [await client.replies(2 + len(message)) for message in chunks]
+
+    tidy = [content for content in contents if re.search(rb"[\r\n\0]", content.replace(b"\r\n", b"")) is None]
+    assert [each[-1].code for each in replies] == [250 if content in tidy else 550 for content in contents]
+    assert [message.content for message in chunk_way.messages()] == tidy
 
 
 async def send(

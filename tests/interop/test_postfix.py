@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import trustme
 from tests.interop.peers import AS_ROOT, needs
 from tests.interop.postfix import MESSAGE_SIZE_LIMIT, Postfix
 from tests.interop.postfix import postfix as run_postfix
-from tests.support.client import Client
+from tests.support.client import Client, bdat
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,8 +48,8 @@ def postfix(server: Postfix) -> Postfix:
 
 
 def queue_id(reply: str) -> str:
-    """Cut the queue id out of `250 2.0.0 Ok: queued as ID`."""
-    assert reply.startswith("250 2.0.0 Ok: queued as "), reply
+    """Cut the queue id out of `250 2.0.0 Ok: queued as ID`, which names the size too after BDAT."""
+    assert re.fullmatch(r"250 2\.0\.0 Ok: (\d+ bytes )?queued as \w+", reply), reply
     return reply.rpartition(" ")[2]
 
 
@@ -158,6 +160,58 @@ async def test_content_that_grows_beyond_what_postfix_takes(postfix: Postfix, st
         assert str(replies[-1]) == "552 5.3.4 Error: message file too big"
         assert running.rows() == postfix.queue() == []
         assert running.metric("messages_total", upstream="primary", outcome="rejected") == 1
+
+
+async def test_chunks_that_postfix_queues(postfix: Postfix, start: Any) -> None:
+    """Postfix stuffs dots where it sends on; what looks like an end of data in a chunk stays content."""
+    message = content(1, body=b".\r\n..dots\r\n.\r\nMAIL FROM:<evil@example.test>\r\n" + b"line\r\n" * 20_000)
+    cuts = [0, 1, 70, 80, 5000, len(message)]
+    chunks = [message[start:end] for start, end in itertools.pairwise(cuts)]
+    async with start(postfix.plain) as running, Client(running.port) as client:
+        await client.ehlo()
+        assert "CHUNKING" in client.extensions
+        assert "BINARYMIME" not in client.extensions
+        for sent in (chunks, [message], [*chunks, b""]):
+            replies = await client.chunks("a@example.test", ["u@example.test", "nobody@example.test"], sent)
+            assert [reply.code for reply in replies] == [250, 250, 550] + [250] * len(sent)
+            assert [reply.text[:10] for reply in replies[3:-1]] == ["2.0.0 Ok: "] * (len(sent) - 1)
+            row = running.rows()[-1]
+            assert row["upstream_reply"] == str(replies[-1])
+            assert row["size"] == len(message)
+            assert postfix.message(queue_id(str(replies[-1]))) == message
+        assert len(running.rows()) == len(postfix.queue()) == 3
+        assert running.metric("messages_total", upstream="primary", outcome="accepted") == 3
+        assert running.metric("upstream_connects_total", upstream="primary", outcome="ok") == 1
+
+
+async def test_chunks_that_postfix_refuses_or_that_are_given_up(postfix: Postfix, start: Any) -> None:
+    async with start(postfix.no_size) as running, Client(running.port, deadline_s=30) as client:
+        await client.ehlo()
+        # Refused by content, after the last chunk.
+        refused = content(1, b"X-Spam-Flag: YES\r\n")
+        replies = await client.chunks("a@example.test", ["u@example.test"], [refused[:50], refused[50:]])
+        assert [reply.code for reply in replies] == [250, 250, 250, 550]
+        # Too large, in the middle: the rest is read, thrown away, and answered by Postfix.
+        large = [
+            content(1),
+            *[b"x" * 70 + b"\r\n"] * 3,
+            b"%09d\r\n" % 1 * (MESSAGE_SIZE_LIMIT // 11),
+            b"end\r\n",
+        ]
+        replies = await client.chunks("a@example.test", ["u@example.test"], large)
+        assert [reply.code for reply in replies[:6]] == [250] * 6
+        assert replies[-1].code >= 500
+        assert running.rows() == postfix.queue() == []
+        assert running.metric("messages_total", upstream="primary", outcome="rejected") == 2
+        # Given up between two chunks.
+        for line in (b"MAIL FROM:<a@example.test>\r\n", b"RCPT TO:<u@example.test>\r\n", bdat(content(1))):
+            await client.send(line)
+            await client.expect(250)
+        await client.command("RSET", 250)
+        replies = await client.chunks("a@example.test", ["u@example.test"], [content(2)])
+        assert replies[-1].code == 250
+        assert len(running.rows()) == len(postfix.queue()) == 1
+        assert postfix.message(queue_id(str(replies[-1]))) == content(2)
 
 
 async def test_delivery_status_parameters_reach_postfix(postfix: Postfix, start: Any) -> None:

@@ -1,6 +1,7 @@
 """Applications that send through a relay process for as long as they are let, and the account of it.
 
 Rules: each application sends one message after the other, now on a kept-open connection, now on a new one,
+by DATA or, where it is offered, by BDAT,
 and sends a message again, as applications do, until it hears 2yz: after a 4yz, after a lost connection. A
 message has one Message-ID however often it is sent; each try has an id of its own (`ledger.ID_HEADER`), so
 that the relay's duplicates can be told from the application's. The accounts are taken in between, so that
@@ -181,9 +182,13 @@ class Storm:
     async def _welcome(self, session: Client) -> bool:
         """Whether greeting and EHLO went well: a relay that drains says 421 to either, or is gone."""
         try:
-            return (await session.reply()).code == 220 and (await session.command("EHLO a.test")).code == 250
+            if (await session.reply()).code != 220:
+                return False
+            welcome = await session.command("EHLO a.test")
         except ConnectionError:
             return False
+        session.extensions = dict.fromkeys(welcome.lines, "")
+        return welcome.code == 250
 
     async def _send(self, session: Client, key: str, message: str, dice: random.Random) -> int | None:
         """Send once; return the code that told what became of it, or None if nobody said."""
@@ -200,9 +205,14 @@ class Storm:
         )
         self.told[key] = None
         try:
-            replies = await session.message(
-                b"a@example.test", [b"b@example.test"], content, pipelined=dice.random() < 0.5
-            )
+            if "CHUNKING" in session.extensions and dice.random() < 0.5:
+                cut = dice.randrange(len(content))
+                chunks = [content[:cut], content[cut:]]
+                replies = await session.chunks(b"a@example.test", [b"b@example.test"], chunks)
+            else:
+                replies = await session.message(
+                    b"a@example.test", [b"b@example.test"], content, pipelined=dice.random() < 0.5
+                )
         except ConnectionError:
             return None
         code = next((reply.code for reply in replies if reply.code >= 400), replies[-1].code)
