@@ -168,12 +168,12 @@ async def test_the_client_leaves_as_its_connection_is_ready(
     async with start(upstream.port) as running:
         dial, begun, go_on = running.relay.pool._dialer.dial, asyncio.Event(), asyncio.Event()
 
-        async def deaf_dial() -> Any:
+        async def deaf_dial(credentials: Any) -> Any:
             begun.set()
             while not go_on.is_set():
                 with contextlib.suppress(asyncio.CancelledError):
                     await go_on.wait()
-            return await dial()
+            return await dial(credentials)
 
         monkeypatch.setattr(running.relay.pool._dialer, "dial", deaf_dial)
         async with Client(running.port) as client:
