@@ -142,10 +142,16 @@ def session_refused(peer: str, listener: str, reason: str, detail: str | None = 
     _current.log.info("session refused", peer=peer, listener=listener, reason=reason, detail=detail)
 
 
-def login(outcome: str, user: str, client: str, listener: str, reply: Wire) -> None:
-    """Somebody tried to log in; `user` is whom they said to be."""
-    level = _current.log.info if outcome == "ok" else _current.log.warning
-    level("login", outcome=outcome, user=user, client=client, listener=listener, reply=reply)
+def login(user: str, client: str, listener: str) -> None:
+    """A client has logged in."""
+    _current.log.info("login", user=user, client=client, listener=listener)
+
+
+def login_refused(outcome: str, user: str, client: str, listener: str, reply: Wire) -> None:
+    """A client could not log in; `user` is whom it said to be."""
+    _current.log.warning(
+        "login refused", outcome=outcome, user=user, client=client, listener=listener, reply=reply
+    )
 
 
 def certificate_read(not_after: str) -> None:

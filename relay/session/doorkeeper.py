@@ -62,7 +62,12 @@ class Doorkeeper:
     ) -> None:
         verdict = await self._verdict(credentials, sender)
         self._metrics.auth(verdict.outcome)
-        maillog.login(verdict.outcome, credentials.user, sender.client, sender.listener, str(verdict.reply))
+        if verdict.outcome == "ok":
+            maillog.login(verdict.user, sender.client, sender.listener)
+        else:
+            maillog.login_refused(
+                verdict.outcome, credentials.user, sender.client, sender.listener, str(verdict.reply)
+            )
         if verdict.outcome == "failed":
             await asyncio.sleep(self._guard.failed(sender.client, credentials))
         elif verdict.outcome == "throttled":
