@@ -222,7 +222,7 @@ async def _login(client: aiosmtplib.SMTP, watch: _Watch, login: sasl.Login) -> R
     secured = client.get_transport_info("sslcontext") is not None
     if not secured and not _is_this_machine(client.get_transport_info("peername")):
         raise aiosmtplib.SMTPException("credentials would go in clear: AUTH is for TLS and for loopback")
-    offered = frozenset(mechanism.upper() for mechanism in client.supported_auth_methods)
+    offered = frozenset(mechanism.upper() for mechanism in client.server_auth_methods)
     exchange = login(offered, secured=secured)
     if exchange is None:
         raise aiosmtplib.SMTPException("the upstream offers no AUTH mechanism that the relay knows")

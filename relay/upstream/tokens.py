@@ -190,7 +190,7 @@ class EndpointTokens:
         return token
 
     async def _post(self) -> tuple[int, bytes]:
-        """Return status and body of the answer; a body beyond the limit is cut, and then is no JSON."""
+        """Return status and body of the answer; a body beyond the limit is cut."""
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session,
             session.post(
@@ -255,6 +255,8 @@ def _clean(octets: bytes, what: str) -> str:
 
 
 def _json_object(octets: bytes) -> dict[str, Any]:
+    if len(octets) > MAX_OCTETS:
+        return {}
     try:
         answer = json.loads(octets)
     except (ValueError, RecursionError):

@@ -137,22 +137,55 @@ async def test_verification_can_be_switched_off(start: Any) -> None:
         await passes(running, upstream)
 
 
-async def test_octets_smuggled_in_before_tls_answer_nothing_within(
+HELLO = b"250-upstream.test\r\n250 XSMUGGLED\r\n"
+GLUED = {
+    "behind the 220": ({"STARTTLS": b"220 2.0.0 go ahead\r\n" + HELLO}, "tls"),
+    "half a reply behind the 220": ({"STARTTLS": b"220 2.0.0 go ahead\r\n250-upst"}, "tls"),
+    "behind the greeting": ({"greeting": b"220 upstream.test\r\n" + HELLO}, "protocol"),
+    "behind EHLO's reply": (
+        {"EHLO": [b"250-upstream.test\r\n250 STARTTLS\r\n220 go ahead\r\n" + HELLO] * 2},
+        "protocol",
+    ),
+    "no reply": ({"EHLO": [b"250-upstream.test\r\n250 STARTTLS\r\nwhat is this\r\n"] * 2}, "protocol"),
+    "behind EHLO's reply within TLS": ({"EHLO": [None, HELLO + b"235 2.7.0 welcome\r\n"] * 2}, "protocol"),
+    "behind the 235": ({"AUTH": b"235 2.7.0 welcome\r\n250 2.1.0 ok\r\n"}, "auth"),
+}
+
+
+@pytest.mark.parametrize("place", GLUED)
+async def test_octets_glued_to_a_reply_end_the_attempt(
+    place: str, certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    """What comes in clear behind the 220 must not count as said within TLS (RFC 3207 sections 4.2 and 6)."""
+    script, stage = GLUED[place]
+    async with ScriptedUpstream(tls=certificates.server(), users={USER: PASSWORD}) as upstream:
+        upstream.script = script
+        async with start(upstream.port, upstream={"tls": "starttls", **trusting, **LOGIN}) as running:
+            replies = await send(running)
+            assert replies[0].code == 451
+            await counted(running, unavailable=1)
+            assert running.metric("upstream_connects_total", upstream="primary", outcome=stage) == 2
+            assert "XSMUGGLED" not in running.relay.pool.capabilities
+            said = [line.split()[0] for each in upstream.connections for line in each.lines]
+            assert b"MAIL" not in said
+            assert (b"AUTH" in said) == (stage == "auth"), "no credentials after it"
+
+
+async def test_octets_in_clear_that_come_later_than_the_220_end_the_attempt(
     certificates: Certificates, trusting: dict[str, str], start: Any
 ) -> None:
-    """What comes in clear behind the 220 must not count as said within TLS (RFC 3207 section 4.2)."""
+    """In a segment of their own they are read as the TLS handshake, and are none."""
+
+    def say_more(stage: str, line: bytes, connection: Any) -> bytes:
+        asyncio.get_running_loop().call_soon(connection.wire._up.write, HELLO)
+        return b"220 2.0.0 go ahead\r\n"
+
     async with (
-        ScriptedUpstream(tls=certificates.server()) as upstream,
-        start_smuggled(start, upstream, trusting) as running,
+        ScriptedUpstream({"STARTTLS": say_more}, tls=certificates.server()) as upstream,
+        start(upstream.port, upstream={"tls": "starttls", **trusting}) as running,
     ):
-        await passes(running, upstream)
+        await is_refused(running, upstream, "tls")
         assert "XSMUGGLED" not in running.relay.pool.capabilities
-        assert "SMTPUTF8" in running.relay.pool.capabilities
-
-
-def start_smuggled(start: Any, upstream: ScriptedUpstream, trusting: dict[str, str]) -> Any:
-    upstream.script = {"STARTTLS": b"220 2.0.0 go ahead\r\n250-upstream.test\r\n250 XSMUGGLED\r\n"}
-    return start(upstream.port, upstream={"tls": "starttls", **trusting})
 
 
 async def test_a_second_ehlo_decides_what_is_offered(
@@ -273,3 +306,83 @@ def tells_nothing(logged: bytes) -> None:
     plain = b"\0%b\0%b" % (USER.encode(), secret)
     for form in (secret, base64.b64encode(secret), base64.b64encode(plain), b"correct horse"):
         assert form not in logged
+
+
+# Bearer tokens of the relay's own
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text("first-token\n")
+    return path
+
+
+def with_token(path: Path, **over: Any) -> dict[str, Any]:
+    return {"tls": "starttls", "username": USER, "token": {"file": str(path)}, **over}
+
+
+@pytest.mark.parametrize("offered", [["XOAUTH2"], ["OAUTHBEARER"], ["PLAIN", "OAUTHBEARER", "XOAUTH2"]])
+@pytest.mark.parametrize("length", [20, 2000], ids=["short", "long"])
+async def test_a_token_logs_in(
+    length: int,
+    offered: list[str],
+    token: Path,
+    certificates: Certificates,
+    trusting: dict[str, str],
+    start: Any,
+) -> None:
+    secret = "t" * length
+    token.write_text(secret + "\n")
+    server = ScriptedUpstream(tls=certificates.server(), users={USER: secret}, mechanisms=offered)
+    async with server as upstream, start(upstream.port, upstream=with_token(token, **trusting)) as running:
+        await passes(running, upstream)
+        assert upstream.connections[0].user == USER
+        assert attempts(upstream) == [["XOAUTH2" if "XOAUTH2" in offered else "OAUTHBEARER"]]
+        assert all(len(line) <= 510 for line in upstream.connections[0].lines)
+    assert upstream.violations == []
+
+
+@pytest.mark.parametrize(("mechanism", "answer"), [("XOAUTH2", b""), ("OAUTHBEARER", b"\1")])
+async def test_the_error_of_a_refused_token_is_answered_and_its_final_reply_counts(
+    mechanism: str,
+    answer: bytes,
+    token: Path,
+    certificates: Certificates,
+    trusting: dict[str, str],
+    start: Any,
+    log: io.BytesIO,
+) -> None:
+    server = ScriptedUpstream(tls=certificates.server(), users={USER: "another"}, mechanisms=[mechanism])
+    async with server as upstream, start(upstream.port, upstream=with_token(token, **trusting)) as running:
+        await is_refused(running, upstream, "auth")
+        assert [each.answers for each in upstream.connections] == [[answer], [answer]]
+        assert attempts(upstream) == [[mechanism]] * 2
+        assert b"535 5.7.8 wrong credentials" in log.getvalue()
+        assert b"first-token" not in log.getvalue()
+        upstream.users = {USER: "second-token"}
+        token.write_text("second-token")
+        assert (await send(running))[-1].code == 250
+
+
+async def test_without_a_token_no_connection_is_opened(
+    token: Path, trusting: dict[str, str], start: Any, upstream: ScriptedUpstream
+) -> None:
+    token.unlink()
+    async with start(upstream.port, upstream=with_token(token, **trusting)) as running:
+        await is_refused(running, upstream, "auth")
+        assert upstream.connections == []
+
+
+@pytest.mark.parametrize("reply", [b"334 \r\n", b"250 2.0.0 ok\r\n", b"354 go on\r\n"])
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "CRAM-MD5"])
+async def test_only_235_is_a_login(
+    mechanism: str, reply: bytes, certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    server = ScriptedUpstream(
+        {"AUTH": reply}, tls=certificates.server(), users={USER: PASSWORD}, mechanisms=[mechanism]
+    )
+    async with server as upstream:
+        over = {"tls": "starttls", **trusting, **LOGIN, "connect_timeout": "500ms"}
+        async with start(upstream.port, upstream=over) as running:
+            await is_refused(running, upstream, "auth")
