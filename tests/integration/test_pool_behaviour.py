@@ -190,6 +190,27 @@ async def test_a_connection_in_use_grows_old_in_peace(start: Any, upstream: Scri
         assert messages(upstream) == [1]
 
 
+@pytest.mark.parametrize(
+    ("limits", "carried"),
+    [
+        ("LIMITS MAILMAX=2", [2, 2, 1]),
+        ("limits RCPTMAX=5 mailmax=2", [2, 2, 1]),
+        ("LIMITS MAILMAX=1000", [4, 1]),
+        ("LIMITS MAILMAX=0", [4, 1]),
+        ("LIMITS MAILMAX=two", [4, 1]),
+        ("LIMITS", [4, 1]),
+    ],
+)
+async def test_the_upstreams_own_limit_of_transactions_counts(
+    limits: str, carried: list[int], start: Any, upstream: ScriptedUpstream
+) -> None:
+    """RFC 9422: what it says that it takes in one session; the smaller of both holds."""
+    upstream.extensions.append(limits)
+    async with start(upstream.port, upstream={"max_messages": 4}) as running:
+        await send(running, 5)
+        assert messages(upstream) == carried
+
+
 async def test_an_idle_connection_is_retired_in_time(start: Any, upstream: ScriptedUpstream) -> None:
     async with start(upstream.port, upstream={"idle_timeout": "60s"}) as running:
         await send(running)
