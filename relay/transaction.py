@@ -541,9 +541,8 @@ class Transaction:
 
     def _tell(self, reply: Reply) -> None:
         """Answer the client, once; a later verdict than the one it was told goes to the record alone."""
-        for earlier in tuple(
-            self._sent
-        ):  # chunks before the last one that are not answered, nor will be in time
+        # Chunks before the last one whose replies have not come: they would hold up this one.
+        for earlier in tuple(self._sent):
             earlier.answer(reply)
         if self._account.client_heard is None and not self._account.client_gone:
             self._account.client_heard = reply

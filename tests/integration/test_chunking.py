@@ -80,6 +80,24 @@ async def test_one_segment_and_octet_by_octet(start: Any, upstream: ScriptedUpst
         await nothing_left(running)
 
 
+@pytest.mark.parametrize(("missing", "accepted"), [(0, 1), (1, 0)])
+async def test_fin_right_behind_the_last_octet(
+    missing: int, accepted: int, start: Any, upstream: ScriptedUpstream
+) -> None:
+    """What was said before FIN is done; a message that is not complete is none."""
+    wire = MAIL + RCPT + bdat(FIRST) + bdat(SECOND + THIRD, last=True)
+    async with start(upstream.port) as running:
+        async with Client(running.port) as client:
+            await client.ehlo()
+            await client.send(wire[: len(wire) - missing])
+            client.half_close()
+            said = await client.expect_closed()
+        assert said.endswith(b"250 2.0.0 accepted as 1\r\n") is bool(accepted)
+        await counted(running, **{"accepted" if accepted else "aborted": 1})
+        assert len(running.rows()) == len(upstream.messages) == accepted
+        await nothing_left(running)
+
+
 async def recorded(running: Running, upstream: ScriptedUpstream) -> None:
     """One message came whole, has its row, and is counted."""
     (message,) = upstream.messages

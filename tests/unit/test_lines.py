@@ -43,6 +43,17 @@ def test_a_line_can_be_put_back_and_the_rest_taken_as_content() -> None:
     assert lines.size == 0
 
 
+def test_content_of_a_known_size_leaves_the_next_line() -> None:
+    lines = Lines()
+    lines.feed(b"BDAT 5\r\na\r\nb\nNOOP\r\nBDAT 9\r\nc")
+    assert lines.next() == b"BDAT 5"
+    assert lines.take(2) == b"a\r"
+    assert lines.take(3) == b"\nb\n"
+    assert (lines.next(), lines.next()) == (b"NOOP", b"BDAT 9")
+    assert lines.take(9) == b"c"
+    assert lines.size == 0
+
+
 @pytest.mark.parametrize("octets", [b"a\nb\r\n", b"a\rb\r\n", b"\n", b"a\n", b"a\r\rb", b"a\r\r\n"])
 def test_a_bare_cr_or_lf_is_an_error(octets: bytes) -> None:
     assert split([octets])[1] is NotCrlfError

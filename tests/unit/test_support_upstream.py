@@ -13,6 +13,8 @@ import pytest
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.upstream import (
+    CHUNKING,
+    EXTENSIONS,
     AfterOctets,
     Close,
     Delay,
@@ -125,6 +127,40 @@ async def test_a_callable_sees_stage_line_and_connection() -> None:
         assert (await client.command("NOOP hm")).text == "2.0.0 hm"
         assert (await client.command("NOOP")).text == "2.0.0 ok"
         assert seen[0] == ("NOOP", b"NOOP hm", upstream.connections[0])
+
+
+async def test_chunks_are_content_whatever_they_hold() -> None:
+    upstream = ScriptedUpstream(extensions=[*EXTENSIONS, *CHUNKING])
+    async with upstream, Client(upstream.port) as client:
+        await client.ehlo()
+        chunks = [b"..\r\n", b"", b"\r\n.\r\nQUIT\r\n"]
+        replies = await client.chunks("a@x.test", ["b@x.test"], chunks)
+        assert [reply.code for reply in replies] == [250] * 5
+        message = await upstream.message()
+        assert (message.content, message.chunks) == (b"".join(chunks), [4, 0, 11])
+        assert message.accepted
+        await client.command("DATA", 503)
+        assert upstream.violations == []
+
+
+async def test_a_chunk_that_was_refused_spoils_the_message() -> None:
+    upstream = ScriptedUpstream({"BDAT": [b"452 4.3.1 full\r\n"]}, extensions=[*EXTENSIONS, *CHUNKING])
+    async with upstream, Client(upstream.port) as client:
+        await client.ehlo()
+        for chunks, codes in (([b"a", b"b", b"c"], [452, 503, 503]), ([b"a", b"b"], [250, 250])):
+            replies = await client.chunks("a@x.test", ["b@x.test"], chunks)
+            assert [reply.code for reply in replies[2:]] == codes
+        assert [message.content for message in upstream.messages] == [b"ab"]
+
+
+@pytest.mark.parametrize("line", [b"BDAT 2 last", b"BDAT 02 LAST x", b"BDAT", b"BDAT -1"])
+async def test_what_is_no_bdat_or_comes_unoffered_is_a_violation(line: bytes) -> None:
+    for extensions in (EXTENSIONS, (*EXTENSIONS, *CHUNKING)):
+        async with ScriptedUpstream(extensions=extensions) as upstream, Client(upstream.port) as client:
+            await client.ehlo()
+            await client.send(line + b"\r\n")
+            await client.expect_closed()
+            assert "no BDAT" in upstream.violations[0]
 
 
 @pytest.mark.parametrize("stage", ["connect", "greeting"])
