@@ -10,17 +10,23 @@ machine is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import ssl
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relay.session.dialogue import State
 from relay.session.session import Session
 
 from .client import Client, Reply
 from .script import Action, Delay, HalfReply, Silence, StopReading
 from .watch import eventually
+from .wire import GoneError
 
 if TYPE_CHECKING:
     from tests.conftest import Running
@@ -132,8 +138,9 @@ class Attack:
         upstream: ScriptedUpstream,
         traffic: Traffic,
         cut: Cut | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`cut` says in which segments a `send` goes out; by default in one."""
+        """`cut` says in which segments a `send` goes out; by default in one. `tls`: the client's context."""
         self.vector = vector
         self.client: Client
         self.replies: list[Reply] = []
@@ -153,6 +160,7 @@ class Attack:
         self._sent = 0
         self._deaf = False
         self._cut = cut
+        self._tls = tls
         self._awaits_verdict = False
         self._held = asyncio.Event()
 
@@ -218,9 +226,16 @@ class Attack:
     async def _set_up(self, setup: str) -> None:
         if setup == "raw":
             return
+        if setup.startswith("smtps_"):
+            await self._secure(self._tls)
         await self.client.greeting()
         if setup == "connected":
             return
+        if setup.startswith("tls_"):
+            await self._write(STAGES["ehlo"])
+            await self.client.expect(250)
+            assert await self._starttls(self._tls)
+        setup = setup.rpartition("_")[2]
         for stage, line in STAGES.items():
             await self._write(line)
             reply = await self.client.reply()
@@ -273,6 +288,65 @@ class Attack:
         await self.rest()
         await self._take_waiting()
 
+    # Steps around TLS
+
+    async def _starttls(self, context: ssl.SSLContext | None, behind: bytes = b"") -> bool:
+        """Say STARTTLS, `behind` in the same segment, and run the handshake; whether TLS is on.
+
+        The reply to STARTTLS is no answer to a step: it belongs to the handshake.
+        """
+        await self._write(b"STARTTLS\r\n" + behind)
+        try:
+            reply = await self.client.reply()
+        except ConnectionError:
+            self.closed = True
+            return False
+        return reply.code == 220 and await self._secure(context)
+
+    async def _secure(self, context: ssl.SSLContext | None) -> bool:
+        """Run the client's half of the handshake; whether TLS is on, else the connection is over."""
+        assert context is not None, "the relay has no TLS for this vector"
+        try:
+            await self.client.wire.secure(context, server_name="localhost")
+        except (GoneError, OSError):  # ssl.SSLError is one
+            self.closed = True
+            if not self.client.wire.lost:
+                self.client.wire.connection_lost(None)  # asyncio does not say so where TLS never began
+            return False
+        return True
+
+    async def _starttls_inject(self, text: str) -> None:
+        await self._starttls(self._tls, octets(text))
+
+    async def _starttls_version(self, version: str) -> None:
+        """Offer no version above this one: TLS must not begin, and nothing goes on in clear."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else the client's own library would refuse
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = context.maximum_version = ssl.TLSVersion[version.replace(".", "_")]
+        assert not await self._starttls(context)
+
+    async def _tls_close_notify_then_plain(self, text: str) -> None:
+        """End TLS from our side, and go on in clear on the same connection."""
+        transport: Any = self.client.wire._up
+        protocol, peer = transport._ssl_protocol, transport.get_extra_info("socket")
+        with contextlib.suppress(ssl.SSLWantReadError):  # the other side's close_notify is not waited for
+            protocol._sslobj.unwrap()
+        os.write(peer.fileno(), protocol._outgoing.read() + octets(text))
+
+    async def _proxy_then_starttls(self, address: str) -> None:
+        """Come from `address` by a PROXY header, begin TLS, and send a message."""
+        await self._write(b"PROXY TCP4 %b 127.0.0.1 40000 25\r\n" % address.encode())
+        await self.client.greeting()
+        await self._write(STAGES["ehlo"])
+        await self.client.expect(250)
+        assert await self._starttls(self._tls)
+        for line in (*STAGES.values(), b"Subject: x\r\n\r\nx\r\n.\r\n"):
+            await self._write(line)
+            await self._recv(True)
+
     async def _eof(self, _: bool) -> None:
         self.client.half_close()
 
@@ -324,9 +398,11 @@ class Attack:
         arrived = wire._taken + len(wire.waiting) == self._traffic.written - self._before[1]
         if not self._over() and not (self._has_been_read() and arrived):
             return True
+        dialogues = [session._dialogue for session in self._running.relay.reception._sessions]
         return any(
-            session._dialogue._replies.owed or session._dialogue._slowed
-            for session in self._running.relay.reception._sessions
+            dialogue._replies.owed or dialogue._slowed or dialogue._state is State.DECIDING
+            for dialogue in dialogues
+            if dialogue is not None
         )
 
     def _has_been_read(self) -> bool:

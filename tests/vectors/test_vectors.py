@@ -1,8 +1,8 @@
 """Known attacks on SMTP relays, each against a running relay: the file `vectors.json` says what must hold.
 
 `must_hold` is the requirement; `expect` says it for a machine, and a `note` beside it says where this
-relay's contract reads it differently. After each vector the file's global invariants are checked. What
-needs TLS for clients is named in NOT_IN_THIS_VERSION, with the reason; nothing is left out silently.
+relay's contract reads it differently. After each vector the file's global invariants are checked. None is
+left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import re
+import ssl
 import tracemalloc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,33 +21,38 @@ import pytest
 
 from relay import app as app_module
 from relay import maillog
+from relay.auth import guard as guard_module
+from relay.auth.hashing import Hasher
 from relay.session import dialogue as dialogue_module
 from relay.session import session as session_module
 from relay.session.session import Session
+from tests.conftest import merged
 from tests.support.attack import Attack, Cut, Traffic, Vector, octets, one_by_one, vectors
+from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.content import ContentScanner, unstuff
 from tests.support.watch import eventually, nothing_left
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.conftest import Running
     from tests.support.upstream import Message, ScriptedUpstream
 
 VECTORS = {vector.id: vector for vector in vectors()}
 
-NO_TLS = "TLS for clients is not in this version"
-NOT_IN_THIS_VERSION = {
-    **{
-        f"AUTH-{number:03}": f"AUTH within TLS: {NO_TLS}"
-        for number in (2, 3, 6, 8, 10, 12, 15, 16, 20, 22, 23)
-    },
-    **{f"TLS-{number:03}": NO_TLS for number in (1, 2, 3, 4, 7, 8)},
-    "PRX-020": f"PROXY header before STARTTLS: {NO_TLS}",
-}
 TLS_STEPS = {"starttls_inject", "starttls_version", "tls_close_notify_then_plain", "proxy_then_starttls"}
 
 SMUGGLING = [vector.id for vector in VECTORS.values() if vector.category == "smuggling"]
 CUT = [vector.id for vector in VECTORS.values() if vector.segmentations]
+
+
+def needs_tls(vector: Vector) -> bool:
+    """Whether the vector begins within TLS, or has a step around it."""
+    return vector.setup.startswith(("tls_", "smtps_")) or bool(vector.macros & TLS_STEPS)
+
+
+WITHIN_TLS = [name for name, vector in VECTORS.items() if needs_tls(vector)]
 
 UNTRUSTED = {"clients": {"allow": ["192.0.2.0/24"]}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,6 +75,7 @@ CHECKED = {
     *("sink_max", "sink_min", "sink_acc_max", "sink_suffix", "sink_rcpts_eq_acked", "sink_data_forbid_re"),
     *("sink_rcpt_forbid_re", "sink_mail_forbid_re", "sink_cmd_forbid_re", "sink_rcpt_identical_or_none"),
     *("last_reply_re", "reply_any_re", "reply_none_re", "dialogue_replies_max", "closed_within_s"),
+    *("closed_or_reply_within_s", "log_require_re"),
     *("rows_max", "rows_eq_acks", "rows_eq_sink", "rss_growth_max_mib", "log_forbid_re"),
 }
 """What a vector may expect of its own."""
@@ -91,6 +98,8 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dialogue_module, "ERROR_WAIT", 0.005)
     monkeypatch.setattr(dialogue_module, "DATA_RATE_GRACE", 0.3)
     monkeypatch.setattr(session_module, "WRITE_TIMEOUT", 0.3)
+    monkeypatch.setattr(guard_module, "MIN_DELAY_S", 0.01)
+    monkeypatch.setattr(guard_module, "MAX_DELAY_S", 0.05)
 
 
 @pytest.fixture
@@ -109,13 +118,17 @@ def log() -> Iterator[io.BytesIO]:
     maillog.configure("json", "info")
 
 
-@pytest.mark.parametrize("name", [name for name in VECTORS if name not in NOT_IN_THIS_VERSION])
+@pytest.mark.parametrize("name", VECTORS)
 async def test_what_must_hold(
-    name: str, start: Any, upstream: ScriptedUpstream, traffic: Traffic, log: io.BytesIO
+    name: str, start: Any, upstream: ScriptedUpstream, traffic: Traffic, log: io.BytesIO, tmp_path: Path
 ) -> None:
     vector = VECTORS[name]
-    async with start(upstream.port, **settings_of(vector)) as running:
-        await prove(vector, running, upstream, traffic, log)
+    certificates = Certificates()
+    over = settings_of(vector)
+    if needs_tls(vector):
+        over = merged(over, within_tls(vector, certificates, tmp_path))
+    async with start(upstream.port, **over) as running:
+        await prove(vector, running, upstream, traffic, log, certificates.client())
 
 
 @pytest.mark.parametrize("name", SMUGGLING)
@@ -152,11 +165,11 @@ async def test_smuggling_however_it_is_cut(
         assert len(seen) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in NOT_IN_THIS_VERSION if name.startswith("AUTH")])
+@pytest.mark.parametrize("name", [name for name in WITHIN_TLS if name.startswith("AUTH")])
 async def test_credentials_on_clear_text_are_not_tried_and_not_kept(
     name: str, start: Any, upstream: ScriptedUpstream, traffic: Traffic, log: io.BytesIO
 ) -> None:
-    """What can be shown of them without TLS: no AUTH succeeds, and nothing of it is in the log."""
+    """The same without TLS: no AUTH succeeds, and nothing of it is in the log."""
     vector = VECTORS[name]
     async with start(upstream.port) as running:
         attack = Attack(vector, running, upstream, traffic)
@@ -173,34 +186,44 @@ async def test_credentials_on_clear_text_are_not_tried_and_not_kept(
             assert secret not in log.getvalue()
 
 
-def test_what_is_not_in_this_version_needs_tls() -> None:
-    """No vector hides here that could run: each begins within TLS or has a step that needs it."""
-    for name in NOT_IN_THIS_VERSION:
-        vector = VECTORS[name]
-        assert vector.setup.startswith(("tls_", "smtps_", "http")) or vector.macros & TLS_STEPS, name
-    needs = {
-        name
-        for name, vector in VECTORS.items()
-        if vector.setup.startswith(("tls_", "smtps_", "http")) or vector.macros & TLS_STEPS
-    }
-    assert needs == NOT_IN_THIS_VERSION.keys()
-
-
 def test_the_file_is_whole() -> None:
     assert len(VECTORS) == 205
     assert len(SMUGGLING) == 20
     assert len(CUT) == 15
+    assert len(WITHIN_TLS) == 18
 
 
 def test_every_expectation_is_checked() -> None:
     """A key that nothing here reads would be a requirement that nothing holds."""
-    named = {
-        key for name, vector in VECTORS.items() if name not in NOT_IN_THIS_VERSION for key in vector.expect
-    }
+    named = {key for vector in VECTORS.values() for key in vector.expect}
     assert named <= CHECKED | ALWAYS_CHECKED
 
 
 # How
+
+
+def within_tls(vector: Vector, certificates: Certificates, directory: Path) -> dict[str, Any]:
+    """Return what a vector that needs TLS for clients needs in the settings, its files made."""
+    cert, key = certificates.write_server(directory)
+    listener: dict[str, Any] = {"address": "127.0.0.1:0", "tls": "starttls"}
+    over: dict[str, Any] = {"listeners": [listener], "tls": {"cert": str(cert), "key": str(key)}}
+    if vector.setup.startswith("smtps_"):
+        listener["tls"] = "implicit"
+    if "auth" in vector.requires:
+        users = directory / "users.toml"
+        users.write_text(f'[users.user]\npassword = "{Hasher(memory_kib=1024, passes=1).hash("pass")}"\n')
+        users.chmod(0o600)
+        over["clients"] = {"auth": "users", "users_file": str(users), "allow": ["127.0.0.0/8"]}
+    if "proxy_then_starttls" in vector.macros:
+        # The policy is for the client whom the header names: on no listener may the proxy itself relay.
+        over["listeners"] = [{"address": "127.0.0.1:0"}, listener | {"proxy_protocol": True}]
+        over["clients"] = {"allow": ["9.9.9.9/32"], "trusted_proxies": ["127.0.0.0/8"]}
+    return over
+
+
+def port_of(vector: Vector, running: Running) -> int:
+    """Return where the vector's client connects: the last listener."""
+    return int(running.relay.reception.addresses[-1].rpartition(":")[2])
 
 
 def settings_of(vector: Vector) -> dict[str, Any]:
@@ -224,7 +247,12 @@ def two_at(offset: int) -> Cut:
 
 
 async def prove(
-    vector: Vector, running: Running, upstream: ScriptedUpstream, traffic: Traffic, log: io.BytesIO
+    vector: Vector,
+    running: Running,
+    upstream: ScriptedUpstream,
+    traffic: Traffic,
+    log: io.BytesIO,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Run a vector in one segment, then check what it expects, and all that must hold after any."""
     await eventually(lambda: running.relay.pool.last_error is not None or upstream.connections)
@@ -232,7 +260,7 @@ async def prove(
         await one_message(running)
         (idle,) = [connection for connection in upstream.connections if connection.idle]
         idle.say(b"421 4.4.2 idle for too long\r\n")
-    attack = Attack(vector, running, upstream, traffic)
+    attack = Attack(vector, running, upstream, traffic, tls=tls)
     upstream.script = attack.script()
     if upstream.script:  # connections from before the script are of no use
         for connection in upstream.open_connections:
@@ -244,7 +272,7 @@ async def prove(
     if limit:
         tracemalloc.start()
     try:
-        async with Client(running.port) as client:
+        async with Client(port_of(vector, running)) as client:
             await attack.run(client)
             await ended(vector, attack)
     finally:
@@ -291,8 +319,9 @@ def as_expected(
     if "sink_acc_max" in expect:
         assert len([message for message in seen if taken(message)]) <= expect["sink_acc_max"], shown
     if "last_reply_re" in expect:
-        assert lines, shown
-        assert re.search(expect["last_reply_re"], lines[-1]), shown
+        assert re.search(expect["last_reply_re"], lines[-1] if lines else ""), shown
+    if "closed_or_reply_within_s" in expect:
+        assert attack.closed or attack.replies, shown
     if "reply_any_re" in expect:
         assert any(re.search(expect["reply_any_re"], line) for line in lines), shown
     if "reply_none_re" in expect:
@@ -395,12 +424,14 @@ def logged(vector: Vector, log: io.BytesIO) -> None:
     text = log.getvalue().decode("utf-8")
     if "log_forbid_re" in vector.expect:
         assert not re.search(vector.expect["log_forbid_re"], text)
+    if "log_require_re" in vector.expect:
+        assert re.search(vector.expect["log_require_re"], text)
 
 
 async def usable(vector: Vector, running: Running, upstream: ScriptedUpstream) -> None:
     """G8: a fresh connection is greeted, and a normal message goes as policy and upstream have it."""
     upstream.script = {}
-    if vector.profile == "untrusted":
+    if vector.profile == "untrusted" or "proxy_then_starttls" in vector.macros:
         expected = 550
     elif "upstream_tls_required" in vector.requires:
         expected = 451  # the upstream offers no TLS now, and clear text is no way out
