@@ -32,11 +32,15 @@ from relay.outcome import Outcome
 from relay.records.model import Record
 
 __all__ = [
+    "certificate_read",
+    "certificate_refused",
     "configure",
     "draining",
     "expiry_done",
     "expiry_failed",
     "listening",
+    "login",
+    "login_refused",
     "retention_changed",
     "retention_shortened",
     "row_lost",
