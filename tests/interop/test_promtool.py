@@ -23,6 +23,7 @@ NAMES = {
     "client_sessions": "gauge",
     "client_sessions_total": "untyped",  # as a counter its family would be the gauge's
     "client_rejects_total": "counter",
+    "auth_total": "counter",
     "upstream_connections": "gauge",
     "upstream_connects_total": "counter",
     "upstream_up": "gauge",
