@@ -151,7 +151,7 @@ async def test_one_command_at_a_time_where_pipelining_is_not_offered(start: Any)
         Client(running.port) as client,
     ):
         await client.ehlo()
-        assert set(client.extensions) == {"PIPELINING", "SIZE"}
+        assert set(client.extensions) == {"LIMITS", "PIPELINING", "SIZE"}
         replies = await client.message(
             "a@example.test", ["b@example.test", "c@example.test"], content("1"), pipelined=True
         )
@@ -167,7 +167,7 @@ async def test_an_upstream_without_esmtp(start: Any) -> None:
         Client(running.port) as client,
     ):
         await client.ehlo()
-        assert set(client.extensions) == {"PIPELINING", "SIZE"}
+        assert set(client.extensions) == {"LIMITS", "PIPELINING", "SIZE"}
         assert (await client.message("a@example.test", ["b@example.test"], content("1")))[-1].code == 250
         assert len(found.dumps) == len(running.rows()) == 1
 
