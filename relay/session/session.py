@@ -51,6 +51,7 @@ class Session(smtp.SMTP):
         self._header: Header | None = None
         self._dialogue: Dialogue | None = None
         self._securing: asyncio.Task[None] | None = None
+        self._handshake: bytes | None = None
         self._client = ""
         self._since = self.loop.time()
 
@@ -102,7 +103,9 @@ class Session(smtp.SMTP):
 
     def data_received(self, data: bytes) -> None:
         """Give what the client sent to the dialogue; before that, to the PROXY header."""
-        if self._dialogue is not None:
+        if self._handshake is not None:
+            self._handshake += data
+        elif self._dialogue is not None:
             self._dialogue.take(data)
         elif self._header is not None:
             self._take_header(self._header, data)
@@ -155,15 +158,22 @@ class Session(smtp.SMTP):
     # TLS
 
     def secure(self, received: bytes = b"") -> None:
-        """Begin TLS; `received` are octets of the client's handshake that have been read already."""
-        transport = cast("asyncio.Transport", self.transport)
-        transport.pause_reading()  # at once: what still comes in clear is not to be taken for protected
-        self._securing = self.loop.create_task(self._secure(transport, received))
+        """Begin TLS; `received` are octets of the client's handshake that have been read already.
 
-    async def _secure(self, transport: asyncio.Transport, received: bytes) -> None:
+        What still comes in clear until TLS has the transport is the handshake too, and nothing else: uvloop
+        begins to read behind `connection_made`, whatever was asked for in it.
+        """
+        self._handshake = received
+        self._securing = self.loop.create_task(self._secure(cast("asyncio.Transport", self.transport)))
+
+    def _take_handshake(self) -> bytes:
+        received, self._handshake = self._handshake or b"", None
+        return received
+
+    async def _secure(self, transport: asyncio.Transport) -> None:
         context = cast("Certificate", self._reception.certificate).context
         try:
-            secured = await shake_hands(transport, self, context, received)
+            secured = await shake_hands(transport, self, context, self._take_handshake)
         except OSError as error:  # also ssl.SSLError
             self._turn_away("tls", str(error) or type(error).__name__)
             self.connection_lost(error)  # asyncio does not always say so itself

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cryptography import x509
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 __all__ = ["HANDSHAKE_TIMEOUT", "Certificate", "CertificateError", "shake_hands"]
@@ -77,12 +78,16 @@ class Certificate:
 
 
 async def shake_hands(
-    transport: asyncio.Transport, protocol: asyncio.Protocol, context: ssl.SSLContext, received: bytes = b""
+    transport: asyncio.Transport,
+    protocol: asyncio.Protocol,
+    context: ssl.SSLContext,
+    received: Callable[[], bytes],
 ) -> asyncio.Transport:
     """Make TLS of a connection that is open in clear, and return its new transport.
 
-    `received` are octets of the handshake that had come already, behind a PROXY header. The protocol may be
-    given what the client sends inside TLS before this returns. Raises OSError (also ssl.SSLError).
+    `received` is called once, when nothing more is given to the protocol in clear; it returns the octets of
+    the handshake that were. The protocol may be given what the client sends inside TLS before this returns.
+    Raises OSError (also ssl.SSLError).
     """
     loop = asyncio.get_running_loop()
     transport.pause_reading()
@@ -91,9 +96,9 @@ async def shake_hands(
             transport, protocol, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
         )
     )
-    if received:
-        await asyncio.sleep(0)  # start_tls has now scheduled the beginning of TLS, and this comes behind it
-        loop.call_soon(_feed, cast("asyncio.BufferedProtocol", transport.get_protocol()), received)
+    await asyncio.sleep(0)  # start_tls has now scheduled the beginning of TLS, and this comes behind it
+    if octets := received():
+        loop.call_soon(_feed, cast("asyncio.BufferedProtocol", transport.get_protocol()), octets)
     secured = await handshake
     if secured is None:
         raise ConnectionResetError("the client went away")
