@@ -33,6 +33,7 @@ DOORS = {
     "prometheus_client": {"metrics"},
     "aiohttp": {"web", "upstream"},
     "argon2": {"auth"},
+    "cryptography": {"session"},
     "tomlkit": {"auth"},
     "structlog": {"maillog"},
     "pydantic": {"settings"},

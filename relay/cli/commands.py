@@ -18,6 +18,7 @@ from relay.cli.user import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from relay.selftest import Finding
     from relay.settings import Settings
@@ -82,12 +83,23 @@ def check(
     """Validate the configuration and say what it means."""
     path = find(config, os.environ)
     settings = configured(path)
+    if settings.clients.users_file is not None:
+        _check_users(settings.clients.users_file)
     typer.echo(f"{path} is valid.")
     for what, text in _summary(settings):
         typer.echo(f"  {what:<10} {text}")
     for warning in settings.warnings:
         typer.echo(f"relay: warning: {warning}", err=True)
     return _connect(settings) if connect else 0
+
+
+def _check_users(path: Path) -> None:
+    from relay.auth.userfile import UsersError, read
+
+    try:
+        read(path)
+    except UsersError as error:
+        raise CommandError([f"relay: {problem}" for problem in error.problems], status=2) from None
 
 
 @app.command()

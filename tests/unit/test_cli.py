@@ -313,3 +313,15 @@ def test_help_imports_nothing_heavy() -> None:
 
     assert "relay.cli" in done.stderr.split()
     assert heavy.isdisjoint(done.stderr.split())
+
+
+def test_check_looks_at_the_users_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, users = tmp_path / "relay.toml", tmp_path / "users.toml"
+    config.write_text(
+        f'[[upstreams]]\naddress = "smtp.example.com:587"\n'
+        f'[clients]\nauth = "users"\nauth_without_tls = true\nusers_file = "{users}"\n'
+    )
+    assert main(["check", "--config", str(config)]) == 2
+    assert str(users) in capsys.readouterr().err
+    users.write_text("")
+    assert main(["check", "--config", str(config)]) == 0
