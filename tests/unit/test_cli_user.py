@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,20 +71,28 @@ def type_in(arguments: list[str], typed: list[tuple[str, str]]) -> tuple[int, st
         start_new_session=True,
     )
     os.close(theirs)
-    shown, seen = "", 0
-    for prompt, answer in typed:
-        while prompt not in shown[seen:]:
-            shown += os.read(terminal, 1024).decode()
-        seen = len(shown)
-        os.write(terminal, answer.encode())
-    while octets := read_rest(terminal):
-        shown += octets.decode()
-    os.close(terminal)
-    return process.wait(50), shown
-
-
-def read_rest(terminal: int) -> bytes:
+    shown, seen, answer = "", 0, ""
     try:
+        for prompt, answer in typed:
+            while prompt not in shown[seen:]:
+                shown += os.read(terminal, 1024).decode()
+            seen = len(shown)
+            os.write(terminal, answer.encode())
+        while octets := read_rest(terminal, answer):
+            shown += octets.decode()
+        return process.wait(50), shown
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+def read_rest(terminal: int, answer: str) -> bytes:
+    """Read on; a single key is typed again, as a person would: Python can miss it on the way to a read."""
+    try:
+        while not select.select([terminal], [], [], 1)[0]:
+            if len(answer) == 1:
+                os.write(terminal, answer.encode())
         return os.read(terminal, 1024)
     except OSError:  # how Linux says that nobody is at the other end
         return b""
