@@ -1,4 +1,4 @@
-"""The record: what one row of `task_done` says, as a value."""
+"""What is kept of messages, as values: those that were accepted, and those of which that is not known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-__all__ = ["Json", "Record"]
+__all__ = ["Doubt", "Entry", "Json", "Record", "Settled"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -33,3 +33,37 @@ class Record:
     client_task_id: str | None = None
     message_id: str | None = None
     data: dict[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """One message whose end of data went up, and of which nobody knows whether the upstream accepted it.
+
+    Text, `size` and `duration_ms` are as in `Record`, the latter up to `since`, when the doubt began.
+    `reason` says in one line why there is no verdict.
+    """
+
+    task_id: UUID
+    task_type: str
+    sender: str
+    client: str
+    since: datetime
+    upstream: str
+    reason: str
+    size: int
+    duration_ms: int
+    recipients: tuple[str, ...]
+    client_task_id: str | None = None
+    message_id: str | None = None
+    data: dict[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The end of a doubt other than by acceptance: the upstream refused the message after all."""
+
+    task_id: UUID
+
+
+Entry = Record | Doubt | Settled
+"""What the recorder keeps, in the order in which it was given."""
