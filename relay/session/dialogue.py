@@ -15,7 +15,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from relay import maillog
-from relay.chunks import Chunks
 from relay.records.identity import uuid7
 from relay.reply import Reply
 from relay.session import answers
@@ -28,10 +27,11 @@ from relay.session.commands import (
     parse_mail,
     parse_rcpt,
 )
+from relay.session.content import Content
 from relay.session.lines import EndlessLineError, Lines, NotCrlfError
 from relay.session.login import Login
 from relay.session.replies import Replies
-from relay.transaction import NO_RECIPIENTS, Transaction, refused_at_mail
+from relay.transaction import Transaction, refused_at_mail
 from relay.upstream.xforward import Client
 
 if TYPE_CHECKING:
@@ -58,13 +58,8 @@ ERROR_WAIT = 0.25
 """Seconds of that wait."""
 MAX_IDLE_COMMANDS = 100
 """Commands other than a transaction's in a row; a session is for sending mail."""
-DATA_RATE_GRACE = 30.0
-"""Seconds before the minimum data rate of the content counts."""
 CONTESTED_SILENCE = 2.0
 """Seconds of silence that end the lease of a client which holds more than its share while others wait."""
-CONTESTED_GRACE = 5.0
-"""Seconds before such a client's content must come at CONTESTED_RATE times the minimum data rate."""
-CONTESTED_RATE = 10
 
 _FOREIGN_VERBS = frozenset(
     (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH", b"PROXY")
@@ -122,13 +117,10 @@ class Dialogue:
     __slots__ = (
         "_advancing",
         "_answer_data",
-        "_chunk_refusal",
-        "_chunks",
-        "_content_began",
+        "_content",
         "_eof",
         "_errors",
         "_esmtp",
-        "_fault_counted",
         "_flow_paused",
         "_greeted",
         "_helo_name",
@@ -182,15 +174,12 @@ class Dialogue:
         self._esmtp = False
         self._answer_data: Callable[[Reply], None] = self._replies.say
         self._smtputf8 = False
-        self._chunks: Chunks
-        self._chunk_refusal: Reply | None = None
-        self._fault_counted = False
+        self._content = Content(reception.metrics)
         self._transaction: Transaction | None = None
         self._errors = 0
         self._idle_commands = 0
         self._slowed = False
         self._last_moved = self._loop.time()
-        self._content_began = 0.0
         self._flow_paused = False
         self._holding = False
         self._eof = False
@@ -389,7 +378,7 @@ class Dialogue:
         self._transaction = transaction
         transaction.on_flow = self._on_flow
         transaction.binary = mail.binary
-        self._fault_counted = False
+        self._content.begin_message()
         without_auth = None if mail.without_auth is None else b"MAIL " + mail.without_auth + b"\r\n"
         transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe(), without_auth=without_auth)
 
@@ -451,7 +440,7 @@ class Dialogue:
         def answered(reply: Reply) -> None:
             if self._state is AWAITS_354:
                 self._state = COMMANDS if transaction.body is None else CONTENT
-                self._content_began = self._loop.time()
+                self._content.begin_text(self._loop.time())
             answer(reply)
 
         transaction.data(answered)
@@ -468,29 +457,13 @@ class Dialogue:
             self._begin_chunk(transaction, command.size, last=command.last)
 
     def _begin_chunk(self, transaction: Transaction | None, size: int, *, last: bool) -> None:
-        self._chunk_refusal = self._refusal_of_chunk(transaction)
-        if transaction is None or self._chunk_refusal is not None:
-            self._chunks = Chunks(max_size=self._reception.max_message_size, binary=True)
-            self._chunks.begin(size, last=last)
-        else:
-            self._chunks = transaction.begin_chunk(size, last=last)
-        if not self._chunks.received:
-            self._content_began = self._loop.time()
+        limit = self._reception.max_message_size
+        self._content.begin_chunk(transaction, size, self._loop.time(), last=last, max_size=limit)
         self._state = CHUNK
-        if self._chunks.hopeless:
+        if self._content.hopeless:
             self._end(answers.TOO_LARGE, "too_large")
         elif not size:
             self._end_chunk()
-
-    def _refusal_of_chunk(self, transaction: Transaction | None) -> Reply | None:
-        """Why the chunk cannot belong to a message; it is read and thrown away (RFC 3030 2)."""
-        if transaction is None:
-            return answers.NO_TRANSACTION
-        if not transaction.envelope.recipients:
-            return answers.NO_RCPT
-        if transaction.data_tried:
-            return answers.MIXED
-        return NO_RECIPIENTS if transaction.nobody_accepted else None
 
     def _rset(self, argument: bytes) -> None:
         if argument:
@@ -635,46 +608,35 @@ class Dialogue:
     def _take_content(self) -> bool:
         transaction = cast("Transaction", self._transaction)
         self._last_moved = self._loop.time()
-        rest = transaction.feed(self._input.take())
-        body = transaction.body
-        if rest is None:
-            if body is not None and body.hopeless:
-                self._end(answers.TOO_LARGE, "too_large")
-            return False
-        if body is not None and body.fault is not None:
-            self._reception.metrics.rejected(body.fault.value)
-        self._input.feed(rest)
-        self._state = SETTLING
-        self._flow_paused = False
-        transaction.finish(self._settled)
-        return True
+        if self._content.take_text(self._input, transaction):
+            self._finish(transaction)
+            return True
+        if transaction.body is not None and transaction.body.hopeless:
+            self._end(answers.TOO_LARGE, "too_large")
+        return False
 
     def _take_chunk(self) -> bool:
         self._last_moved = self._loop.time()
-        octets = self._input.take(self._chunks.left)
-        if self._chunk_refusal is None:
-            cast("Transaction", self._transaction).feed_chunk(octets)
-        else:
-            self._chunks.feed(octets)
-        if not self._chunks.left:
+        if self._content.take_chunk(self._input, self._transaction):
             self._end_chunk()
         return True
 
     def _end_chunk(self) -> None:
         self._state = COMMANDS
-        if self._chunk_refusal is not None:
-            self._error(self._chunk_refusal)
+        if self._content.refusal is not None:
+            self._error(self._content.refusal)
             return
-        transaction, fault = cast("Transaction", self._transaction), self._chunks.fault
-        if fault is not None and not self._fault_counted:
-            self._fault_counted = True
-            self._reception.metrics.rejected(fault.value)
-        if self._chunks.ended:
-            self._state = SETTLING
-            self._flow_paused = False
-            transaction.finish(self._settled)
+        transaction = cast("Transaction", self._transaction)
+        if self._content.chunk_ended():
+            self._finish(transaction)
         else:
             transaction.end_chunk(self._replies.owe())
+
+    def _finish(self, transaction: Transaction) -> None:
+        """The message is whole: have it sent, and wait for the verdict."""
+        self._state = SETTLING
+        self._flow_paused = False
+        transaction.finish(self._settled)
 
     def _settled(self, reply: Reply) -> None:
         """Give the verdict to the client; what it sent behind the end of data is next."""
@@ -774,19 +736,15 @@ class Dialogue:
     def _check_content(self, now: float, elapsed: float) -> None:
         if self._flow_paused or (self._state is COMMANDS and self._replies.owed):
             # It is the upstream that takes its time.
-            self._content_began += elapsed
+            self._content.paused(elapsed)
             self._last_moved = now
             return
-        transaction = self._transaction
+        transaction, chunk = self._transaction, self._state is CHUNK
         if transaction is not None:
             transaction.pass_on()
-        took = now - self._content_began
-        body = self._chunks if transaction is None or self._state is CHUNK else transaction.body
-        received = body.received if body is not None else 0
-        grace, rate = DATA_RATE_GRACE, self._reception.min_data_rate
-        if took > CONTESTED_GRACE and self._reception.pool.over_share(self._sender.client):
-            grace, rate = CONTESTED_GRACE, CONTESTED_RATE * rate
-        if took > grace and received < took * rate:
+        contested = self._reception.pool.over_share(self._sender.client)
+        content_of = None if chunk else transaction
+        if self._content.too_slow(content_of, now, self._reception.min_data_rate, contested=contested):
             self._end(answers.TOO_SLOW, "slow")
         else:
             self._check_silence(now)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.session import content as content_module
 from relay.session import dialogue as dialogue_module
 from tests.support.client import Client, Reply, bdat
 from tests.support.upstream import (
@@ -398,7 +399,7 @@ async def test_chunks_that_come_too_slowly(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rate is that of the message, also between chunks; the upstream's time is not the client's."""
-    grace = dialogue_module.DATA_RATE_GRACE
+    grace = content_module.DATA_RATE_GRACE
     server = {"min_data_rate": "500B", "lease_idle_timeout": "1h", "idle_timeout": "2h"}
     for rest in (b"", b"BDAT 1000\r\nx"):
         async with start(upstream.port, server=server) as running, Client(running.port) as client:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from relay.session import dialogue
+from relay.session import content, dialogue
 from tests.support.client import Client
 from tests.support.watch import counted, eventually, nothing_left
 
@@ -97,14 +97,14 @@ async def test_slow_content_of_one_client_does_not_keep_another_out(
                 await client.command(line, 250)
             await client.command("DATA", 354)
             await client.send(b"x" * 60 + b"\r\n")
-        pass_time(running, dialogue.CONTESTED_GRACE + 1)
+        pass_time(running, content.CONTESTED_GRACE + 1)
         sending = asyncio.create_task(other(running))
         await eventually(lambda: waiting(running, 1))
-        pass_time(running, dialogue.CONTESTED_GRACE - 4)
+        pass_time(running, content.CONTESTED_GRACE - 4)
         assert not sending.done()
         # They have just moved: it is the rate that ends them, not silence.
         for session in running.relay.reception._sessions:
-            session._dialogue._content_began -= dialogue.CONTESTED_GRACE + 1
+            session._dialogue._content._began -= content.CONTESTED_GRACE + 1
         pass_time(running, 0)
         await sending
         ended = [client for client in clients if client.wire.waiting]
@@ -132,7 +132,7 @@ async def test_content_that_comes_fast_enough_is_not_ended(start: Any, upstream:
         sending = asyncio.create_task(other(running))
         await eventually(lambda: waiting(running, 1))
         for session in sessions:
-            session._dialogue._content_began -= 11
+            session._dialogue._content._began -= 11
         pass_time(running, 0)
         assert not sending.done(), "60,000 octets in 11 s are more than 5,000 a second"
         for client in clients:

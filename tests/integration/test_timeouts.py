@@ -172,12 +172,12 @@ async def test_the_client_does_not_pay_for_an_upstream_that_reads_slowly(
         sending = asyncio.create_task(client.send(stuff(LARGE) + b".\r\n"))
         dialogue = the_session(running)._dialogue
         await eventually(lambda: dialogue._flow_paused)
-        began = dialogue._content_began
+        began = dialogue._content._began
         now = asyncio.get_running_loop().time()
         for minute in range(1, 5):  # up to reply_timeout, the limit for a write to the upstream
             running.relay.reception.sweep(now + minute * 60, 60.0)
-        assert dialogue._content_began == pytest.approx(began + 240), "its clock stands meanwhile"
-        dialogue._content_began, dialogue._last_moved = began, now  # the minutes were not real
+        assert dialogue._content._began == pytest.approx(began + 240), "its clock stands meanwhile"
+        dialogue._content._began, dialogue._last_moved = began, now  # the minutes were not real
         upstream.connections[0].wire.resume()
         await sending
         await client.expect(250)

@@ -23,6 +23,7 @@ from relay import app as app_module
 from relay import maillog
 from relay.auth import guard as guard_module
 from relay.auth.hashing import Hasher
+from relay.session import content as content_module
 from relay.session import dialogue as dialogue_module
 from relay.session import session as session_module
 from relay.session.session import Session
@@ -96,7 +97,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the waits that are constants: what is waited for is the same."""
     monkeypatch.setattr(app_module, "SWEEP_INTERVAL", 0.05)
     monkeypatch.setattr(dialogue_module, "ERROR_WAIT", 0.005)
-    monkeypatch.setattr(dialogue_module, "DATA_RATE_GRACE", 0.3)
+    monkeypatch.setattr(content_module, "DATA_RATE_GRACE", 0.3)
     monkeypatch.setattr(session_module, "WRITE_TIMEOUT", 0.3)
     monkeypatch.setattr(guard_module, "MIN_DELAY_S", 0.01)
     monkeypatch.setattr(guard_module, "MAX_DELAY_S", 0.05)
