@@ -131,7 +131,7 @@ class Relay:
             self._spool,
             self.metrics,
             commit_timeout=records.commit_timeout,
-            log_lost=lambda record: maillog.row_lost(record, "neither store nor spool took it"),
+            log_lost=lambda entry: maillog.row_lost(entry, "neither store nor spool took it"),
             refuse_while_away=records.when_unavailable == "refuse",
         )
         self.recorder.start()

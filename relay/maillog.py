@@ -29,7 +29,7 @@ import orjson
 import structlog
 
 from relay.outcome import Outcome
-from relay.records.model import Record
+from relay.records.model import Doubt, Entry, Record
 
 __all__ = [
     "certificate_read",
@@ -271,9 +271,10 @@ def upstream_retired(name: str, address: str, reason: Wire) -> None:
 # -------------------------------------------------------------------------------------------- records
 
 
-def row_lost(record: Record, reason: str) -> None:
-    """Neither the store nor the spool could keep this row: it is here, whole, and nowhere else."""
-    _current.log.error("row lost", task_id=record.task_id, reason=reason, row=_row(record))
+def row_lost(entry: Entry, reason: str) -> None:
+    """Neither the store nor the spool could keep this entry: it is here, whole, and nowhere else."""
+    kind = "record" if isinstance(entry, Record) else "doubt" if isinstance(entry, Doubt) else "settled"
+    _current.log.error("row lost", task_id=entry.task_id, kind=kind, reason=reason, row=_row(entry))
 
 
 def expiry_done(rows: int, seconds: float) -> None:
@@ -472,10 +473,10 @@ def _traceback(error: BaseException) -> str:
     return _Verbatim("".join(map(_escaped, _URL_PASSWORD.sub(r"\1:***@", text)))[-MAX_TRACEBACK:])
 
 
-def _row(record: Record) -> str:
+def _row(entry: Entry) -> str:
     """Return the whole row as one JSON object in printable ASCII: nothing may be lost here."""
     # `ensure_ascii` escapes everything that is not ASCII, and every control character but DEL.
-    return _Verbatim(json.dumps(dataclasses.asdict(record), default=_json_text).replace("\x7f", "\\u007f"))
+    return _Verbatim(json.dumps(dataclasses.asdict(entry), default=_json_text).replace("\x7f", "\\u007f"))
 
 
 def _json_text(value: object) -> str:

@@ -33,6 +33,8 @@ class Record:
     client_task_id: str | None = None
     message_id: str | None = None
     data: dict[str, Json] = field(default_factory=dict)
+    doubted: bool = field(default=False, compare=False)
+    """Whether a `Doubt` of this message may be kept already: its entry then goes. Not a column."""
 
 
 @dataclass(frozen=True, slots=True)

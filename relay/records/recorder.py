@@ -1,5 +1,8 @@
 """The recorder: makes rows durable before anyone is told that their message was accepted.
 
+What it keeps are entries: rows of accepted messages, doubts, and the ends of doubts, all on the same way and
+in the order in which they were given; "row" below stands for each of them.
+
 Group commit: while one commit is in flight the next batch collects. No timer, no artificial delay; alone, a
 row is committed at once.
 
@@ -18,11 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
-from relay.records.model import Record
+from relay.records.model import Entry, Record
 from relay.records.spool import Spool, SpoolError, encode
 from relay.records.store import RejectedRecordError, StoreError
 
@@ -44,8 +47,8 @@ _Arguments = TypeVarTuple("_Arguments")
 class RecordWriter(Protocol):
     """What the recorder needs of a store."""
 
-    async def write(self, records: Sequence[Record], /) -> None:
-        """Commit `records` in one durable transaction, idempotent by task_id."""
+    async def write(self, entries: Sequence[Entry], /) -> None:
+        """Commit `entries` in one durable transaction, idempotent by task_id."""
 
 
 class RecorderMetrics(Protocol):
@@ -84,7 +87,7 @@ class Recorder:
         metrics: RecorderMetrics,
         *,
         commit_timeout: float,
-        log_lost: Callable[[Record], None],
+        log_lost: Callable[[Entry], None],
         refuse_while_away: bool = False,
         probe_pause: float = 0.1,
     ) -> None:
@@ -96,7 +99,7 @@ class Recorder:
         self._refuse_while_away = refuse_while_away
         self._probe_pause = probe_pause
         # The batch that collects: rows, and those who wait for them, in the same order.
-        self._rows: list[Record] = []
+        self._rows: list[Entry] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()  # held for each batch, and for the step that goes back to the store
@@ -108,12 +111,12 @@ class Recorder:
         self._away: str | None = None  # why rows go to the spool
         self._in_store: asyncio.Task[StoreError | None] | None = None  # in flight, or late
         self._commit_seconds = 0.0  # how long the last one took
-        self._carried: list[Record] = []  # read from the spool, not yet taken by the store
+        self._carried: list[Entry] = []  # read from the spool, not yet taken by the store
         # The spool's side.
         self._thread = ThreadPoolExecutor(1, "spool")
         self._stuck: asyncio.Future[Any] | None = None  # a call that the disk has not answered in time
         self._spool_failure: str | None = None
-        self._held: list[Record] = []  # in the log only; tried again
+        self._held: list[Entry] = []  # in the log only; tried again
 
     def start(self) -> None:
         """Begin to keep rows, and replay what an earlier process left in the spool. Needs a running loop."""
@@ -123,19 +126,21 @@ class Recorder:
             self._go_away(f"{self._spool.rows} rows wait in the spool", pause=0.0)
         self._writer = asyncio.create_task(self._write_batches(), name="recorder")
 
-    async def record(self, record: Record) -> None:
-        """Return once the row is durable, or is in the log because neither store nor spool took it.
+    def record(self, entry: Entry) -> Awaitable[None]:
+        """Take the entry at once, so that entries are kept in the order of the calls.
 
-        Never raises; a caller that is cancelled does not take its row along.
+        What is returned is done once the entry is durable, or is in the log because neither store nor spool
+        took it. It never raises; a caller that is cancelled does not take its entry along.
         """
-        if self._writer is None or self._writer.done():
-            self._lose([record])
-            return
         kept = asyncio.get_running_loop().create_future()
-        self._rows.append(record)
+        if self._writer is None or self._writer.done():
+            self._lose([entry])
+            kept.set_result(None)
+            return kept
+        self._rows.append(entry)
         self._waiting.append(kept)
         self._wake.set()
-        await kept
+        return kept
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, or None while rows can be kept."""
@@ -176,7 +181,7 @@ class Recorder:
     # ---- the message path
 
     async def _write_batches(self) -> None:
-        rows: list[Record] = []
+        rows: list[Entry] = []
         waiting: list[asyncio.Future[None]] = []
         try:
             while True:
@@ -201,18 +206,18 @@ class Recorder:
             _release(waiting + self._waiting)
             self._rows, self._waiting = [], []
 
-    def _take_batch(self) -> tuple[list[Record], list[asyncio.Future[None]]]:
+    def _take_batch(self) -> tuple[list[Entry], list[asyncio.Future[None]]]:
         rows, waiting = self._rows, self._waiting
         self._rows, self._waiting = rows[MAX_BATCH:], waiting[MAX_BATCH:]
         return rows[:MAX_BATCH], waiting[:MAX_BATCH]
 
-    async def _keep(self, rows: list[Record]) -> None:
+    async def _keep(self, rows: list[Entry]) -> None:
         if self._away is None:
             rows = await self._commit(rows, self._commit_timeout, first_time=True)
         if rows:
             await self._spool_rows(rows)
 
-    async def _spool_rows(self, rows: Sequence[Record]) -> None:
+    async def _spool_rows(self, rows: Sequence[Entry]) -> None:
         try:
             spooled = await self._in_thread(self._append, rows)
         except SpoolError as error:
@@ -223,13 +228,12 @@ class Recorder:
             self._held += rows[: max(0, _HELD_ROWS - len(self._held))]
             return
         self._spool_works()
-        for row in spooled:
-            self._metrics.row_recorded(row.task_type)
+        self._count(spooled)
         if len(spooled) < len(rows):
             kept = {id(row) for row in spooled}
             self._lose([row for row in rows if id(row) not in kept])
 
-    def _append(self, rows: Sequence[Record]) -> list[Record]:
+    def _append(self, rows: Sequence[Entry]) -> list[Entry]:
         """Return the rows that are in the spool: all but those that cannot be written as JSON."""
         lines, spooled = [], []
         for row in rows:
@@ -243,7 +247,13 @@ class Recorder:
             self._spool.append(lines)
         return spooled
 
-    def _lose(self, rows: Sequence[Record]) -> None:
+    def _count(self, rows: Sequence[Entry]) -> None:
+        """Count rows that have become durable for the first time; a message in doubt has none."""
+        for row in rows:
+            if isinstance(row, Record):
+                self._metrics.row_recorded(row.task_type)
+
+    def _lose(self, rows: Sequence[Entry]) -> None:
         for row in rows:
             self._metrics.record_error()
             try:
@@ -253,7 +263,7 @@ class Recorder:
 
     # ---- the store
 
-    async def _commit(self, rows: list[Record], seconds: float, *, first_time: bool) -> list[Record]:
+    async def _commit(self, rows: list[Entry], seconds: float, *, first_time: bool) -> list[Entry]:
         """Return the rows that the store did not take, in order; what it rejects is set aside.
 
         `seconds` bounds the whole. A batch that holds a rejected row is halved until that row is alone.
@@ -275,11 +285,10 @@ class Recorder:
                 return [row for left in (batch, *reversed(batches)) for row in left]
             else:
                 if first_time:
-                    for row in batch:
-                        self._metrics.row_recorded(row.task_type)
+                    self._count(batch)
         return []
 
-    async def _write(self, rows: list[Record], end: float) -> None:
+    async def _write(self, rows: list[Entry], end: float) -> None:
         """Write within the time left until `end` (the loop's clock); raise StoreError."""
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -295,7 +304,7 @@ class Recorder:
             raise failure
         self._metrics.committed(len(rows), self._commit_seconds)
 
-    async def _written(self, rows: list[Record]) -> StoreError | None:
+    async def _written(self, rows: list[Entry]) -> StoreError | None:
         """Return the failure: a late write has nobody who would catch it."""
         try:
             await self._store.write(rows)
@@ -306,7 +315,7 @@ class Recorder:
             return StoreError(f"unforeseen error: {error!r}")
         return None
 
-    async def _set_aside(self, row: Record, error: RejectedRecordError) -> None:
+    async def _set_aside(self, row: Entry, error: RejectedRecordError) -> None:
         try:
             line = encode(row, str(error))
             await self._in_thread(self._spool.set_aside, line)
@@ -377,8 +386,7 @@ class Recorder:
                 self._held = held
                 return
             self._spool_works()
-            for row in spooled:
-                self._metrics.row_recorded(row.task_type)
+            self._count(spooled)
 
     async def _replay_batch(self, seconds: float) -> bool:
         """Carry the oldest rows to the store; return whether it took them."""

@@ -25,10 +25,11 @@ __all__ = [
     "task_done_recipient",
     "task_done_send",
     "task_done_state",
+    "task_in_doubt",
     "utc_text",
 ]
 
-SCHEMA_VERSIONS = ("0001", "0002")
+SCHEMA_VERSIONS = ("0001", "0002", "0003")
 """Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
 SCHEMA_VERSION = SCHEMA_VERSIONS[-1]
 VERSION_TABLE = "task_done_version"
@@ -119,6 +120,36 @@ task_done_state = sa.Table(
 )
 """What the processes on one database tell each other: the retention in force, and who deletes until when."""
 
+task_in_doubt = sa.Table(
+    "task_in_doubt",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("task_id", sa.Text().with_variant(UUID(as_uuid=False), "postgresql"), nullable=False),
+    sa.Column("client_task_id", sa.Text()),
+    sa.Column("task_type", sa.Text(), nullable=False),
+    sa.Column("sender", sa.Text(), nullable=False),
+    sa.Column("sender_domain", sa.Text(), nullable=False),
+    sa.Column("client", sa.Text(), nullable=False),
+    sa.Column("since", UtcDateTime(), nullable=False),
+    sa.Column("expires_at", UtcDateTime()),
+    sa.Column("upstream", sa.Text(), nullable=False),
+    sa.Column("reason", sa.Text(), nullable=False),
+    sa.Column("message_id", sa.Text()),
+    sa.Column("size", sa.BigInteger(), nullable=False),
+    sa.Column("duration_ms", sa.BigInteger(), nullable=False),
+    sa.Column("recipients", sa.JSON().with_variant(JSONB(), "postgresql"), nullable=False),
+    sa.Column("data", sa.JSON().with_variant(JSONB(), "postgresql"), nullable=False),
+    sa.UniqueConstraint("task_id", name="uq_task_in_doubt_task_id"),
+)
+"""Messages of which nobody knows whether the upstream accepted them. Few: its searches read it by time."""
+
+sa.Index("ix_task_in_doubt_since", task_in_doubt.c.since)
+sa.Index(
+    "ix_task_in_doubt_expires_at",
+    task_in_doubt.c.expires_at,
+    sqlite_where=task_in_doubt.c.expires_at.is_not(None),
+    postgresql_where=task_in_doubt.c.expires_at.is_not(None),
+)
 sa.Index("ix_task_done_sent_at", task_done.c.sent_at)
 sa.Index("ix_task_done_sender", sa.func.lower(task_done.c.sender), task_done.c.sent_at)
 sa.Index("ix_task_done_sender_domain", task_done.c.sender_domain, task_done.c.sent_at)

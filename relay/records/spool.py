@@ -1,8 +1,9 @@
-"""The spool: accepted rows wait here, on disk, while the store is away.
+"""The spool: accepted rows, and messages in doubt, wait here, on disk, while the store is away.
 
 Rules:
-- A row is one line, a JSON object that carries a checksum of the record's octets. A line that a crash tore,
-  or that the disk spoiled, is recognised, moved to `corrupt.jsonl`, counted, and never stops the rest.
+- A row is one line, a JSON object that says its kind (`record`, `doubt`, `settled`) and carries a checksum of
+  its octets. A line that a crash tore, or that the disk spoiled, is recognised, moved to `corrupt.jsonl`,
+  counted, and never stops the rest.
 - `append` returns once the rows are on disk (fdatasync, and the directory's fsync for a new file).
 - Rows are appended to one segment file and replayed from closed ones, so the two never meet. A segment is
   removed only when all its rows are said to be kept elsewhere; after a crash it is replayed from its start
@@ -23,10 +24,10 @@ import zlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from relay.records.model import Record
+from relay.records.model import Doubt, Entry, Record, Settled
 
 __all__ = ["Batch", "CorruptLineError", "Spool", "SpoolError", "decode", "encode"]
 
@@ -34,7 +35,9 @@ SEGMENT_SIZE = 64 * 1024 * 1024
 """Octets after which a new segment is begun, so that a long replay gives space back as it goes."""
 
 _SEGMENT_NAME = re.compile(r"[0-9]{12}\.jsonl")
-_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","record":(\{.*\})\}\n?', re.DOTALL)
+_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","(record|doubt|settled)":(\{.*\})\}\n?', re.DOTALL)
+_KINDS: dict[type[Entry], bytes] = {Record: b"record", Doubt: b"doubt", Settled: b"settled"}
+_NOT_KEPT = frozenset({"doubted"})
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII: any text survives, surrogates too
 _log = logging.getLogger(__name__)
 
@@ -48,65 +51,86 @@ class CorruptLineError(ValueError):
 
 
 class Batch(NamedTuple):
-    """Rows read back, oldest first, and the number of corrupt lines that stood between them."""
+    """Entries read back, oldest first, and the number of corrupt lines that stood between them."""
 
-    records: list[Record]
+    records: list[Entry]
     corrupt: int
 
 
-def encode(record: Record, reason: str | None = None) -> bytes:
-    """Return the line for `record`; `reason` is for people who read the file and is not read back.
+def encode(entry: Entry, reason: str | None = None) -> bytes:
+    """Return the line for `entry`; `reason` is for people who read the file and is not read back.
 
     Raises ValueError, TypeError or RecursionError for `data` that JSON cannot carry.
     """
-    row = {
-        "task_id": str(record.task_id),
-        "task_type": record.task_type,
-        "sender": record.sender,
-        "client": record.client,
-        "sent_at": record.sent_at.isoformat(),
-        "upstream": record.upstream,
-        "upstream_reply": record.upstream_reply,
-        "size": record.size,
-        "duration_ms": record.duration_ms,
-        "recipients": record.recipients,
-        "client_task_id": record.client_task_id,
-        "message_id": record.message_id,
-        "data": record.data,
+    kind = _KINDS[type(entry)]
+    row: dict[str, object] = {
+        name: getattr(entry, name) for name in entry.__dataclass_fields__ if name not in _NOT_KEPT
     }
+    row["task_id"] = str(entry.task_id)
+    if isinstance(entry, Record):
+        row["sent_at"] = entry.sent_at.isoformat()
+    elif isinstance(entry, Doubt):
+        row["since"] = entry.since.isoformat()
     if reason is not None:
-        row["reason"] = reason
+        # A doubt has a reason of its own.
+        row["rejected" if isinstance(entry, Doubt) else "reason"] = reason
     octets = _encode_json(row).encode("ascii")
-    return b'{"crc32":"%08x","record":%b}\n' % (zlib.crc32(octets), octets)
+    return b'{"crc32":"%08x","%b":%b}\n' % (zlib.crc32(octets), kind, octets)
 
 
-def decode(line: bytes) -> Record:
-    """Return the record of a line; raise CorruptLineError when the line is not as it was written."""
+def decode(line: bytes) -> Entry:
+    """Return the entry of a line; raise CorruptLineError when the line is not as it was written."""
     match = _LINE.fullmatch(line)
     if match is None:
         raise CorruptLineError("torn, or not a line of a spool")
-    checksum, octets = match.groups()
+    checksum, kind, octets = match.groups()
     if zlib.crc32(octets) != int(checksum, 16):
         raise CorruptLineError("checksum differs")
     try:
         row = json.loads(octets)
-        return Record(
-            task_id=UUID(row["task_id"]),
-            task_type=row["task_type"],
-            sender=row["sender"],
-            client=row["client"],
-            sent_at=datetime.fromisoformat(row["sent_at"]),
-            upstream=row["upstream"],
-            upstream_reply=row["upstream_reply"],
-            size=row["size"],
-            duration_ms=row["duration_ms"],
-            recipients=tuple(row["recipients"]),
-            client_task_id=row["client_task_id"],
-            message_id=row["message_id"],
-            data=row["data"],
-        )
+        if kind == b"settled":
+            return Settled(UUID(row["task_id"]))
+        return _doubt(row) if kind == b"doubt" else _record(row)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CorruptLineError(f"not a record: {error!r}") from error
+        raise CorruptLineError(f"not a {kind.decode()}: {error!r}") from error
+
+
+def _record(row: dict[str, Any]) -> Record:
+    return Record(
+        task_id=UUID(row["task_id"]),
+        task_type=row["task_type"],
+        sender=row["sender"],
+        client=row["client"],
+        sent_at=datetime.fromisoformat(row["sent_at"]),
+        upstream=row["upstream"],
+        upstream_reply=row["upstream_reply"],
+        size=row["size"],
+        duration_ms=row["duration_ms"],
+        recipients=tuple(row["recipients"]),
+        client_task_id=row["client_task_id"],
+        message_id=row["message_id"],
+        data=row["data"],
+        # It has waited, and what else was kept of its message meanwhile, nobody knows here.
+        doubted=True,
+    )
+
+
+def _doubt(row: dict[str, Any]) -> Doubt:
+    return Doubt(
+        task_id=UUID(row["task_id"]),
+        task_type=row["task_type"],
+        sender=row["sender"],
+        client=row["client"],
+        since=datetime.fromisoformat(row["since"]),
+        upstream=row["upstream"],
+        reason=row["reason"],
+        size=row["size"],
+        duration_ms=row["duration_ms"],
+        recipients=tuple(row["recipients"]),
+        client_task_id=row["client_task_id"],
+        message_id=row["message_id"],
+        data=row["data"],
+    )
 
 
 class Spool:
@@ -180,7 +204,7 @@ class Spool:
 
         A batch may hold fewer rows than wait, or none (only corrupt lines); `rows` says whether more wait.
         """
-        records: list[Record] = []
+        records: list[Entry] = []
         corrupt = lines = 0
         try:
             if not self._closed:

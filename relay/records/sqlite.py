@@ -21,7 +21,14 @@ from urllib.parse import quote
 import aiosqlite
 
 from relay.records.errors import RejectedRecordError, StoreError
-from relay.records.schema import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE, task_done, task_done_send
+from relay.records.schema import (
+    SCHEMA_VERSION,
+    SCHEMA_VERSIONS,
+    VERSION_TABLE,
+    task_done,
+    task_done_send,
+    task_in_doubt,
+)
 
 __all__ = ["Database", "check_columns", "connect", "explained", "on_thread", "path_of", "version_in"]
 
@@ -40,7 +47,10 @@ SMALLEST = 512
 """Octets of the smallest database: SQLite takes a shorter file for an empty one, and would write over it."""
 RETRY_EVERY_S = 0.02
 
-_OUR_NAMES = (VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state")
+_OUR_NAMES = (
+    *(VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state"),
+    "task_in_doubt",
+)
 _PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(_OUR_NAMES))})"  # noqa: S608
 _NEWEST = f"SELECT max(version_num) FROM {VERSION_TABLE}"  # noqa: S608
 _DATA_ERRORS = frozenset(
@@ -316,11 +326,13 @@ def version_in(path: Path, raw: sqlite3.Connection) -> str | None:
 
 def check_columns(path: Path, raw: sqlite3.Connection) -> None:
     """Raise StoreError unless the tables have the columns that this version reads and writes."""
-    for name, columns in ((task_done.name, task_done.columns), (task_done_send.name, task_done_send.columns)):
-        found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (name,))}
-        missing = sorted({column.name for column in columns} - found)
+    for table in (task_done, task_done_send, task_in_doubt):
+        found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (table.name,))}
+        missing = sorted({column.name for column in table.columns} - found)
         if missing:
-            raise StoreError(f"{path}: {name} has no column {missing[0]}; put a backup in the file's place")
+            raise StoreError(
+                f"{path}: {table.name} has no column {missing[0]}; put a backup in the file's place"
+            )
 
 
 def _write_ahead(raw: sqlite3.Connection, busy_timeout: float) -> None:

@@ -20,7 +20,7 @@ from uuid import uuid4
 import orjson
 
 from relay.records.errors import ExpiryBusyError, RejectedRecordError, StoreError
-from relay.records.model import Record
+from relay.records.model import Doubt, Entry, Record
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
 from relay.records.sqlite import Database, path_of
@@ -77,14 +77,18 @@ class Store:
             raise
         return cls(database, retention, clock)
 
-    async def write(self, records: Sequence[Record]) -> None:
-        """Make the records durable, all or none; one that is there already (by `task_id`) stays as it is.
+    async def write(self, entries: Sequence[Entry]) -> None:
+        """Make the entries durable, all or none; one that is there already (by `task_id`) stays as it is.
+
+        A record ends the doubt of its message if it says that there may be one (`doubted`); a doubt of a
+        message that has its row, or that is settled in the same batch, is none. What is written again,
+        in the order in which it was given, comes to the same.
 
         Raises RejectedRecordError if one of them can never be taken, StoreError if the store cannot be
         written now. A caller that is cancelled does not know: the transaction is finished all the same.
         """
-        if records:
-            await self._database.statement(lambda raw: _insert(raw, records, self._retention))
+        if entries:
+            await self._database.statement(lambda raw: _insert(raw, entries, self._retention))
 
     async def count(self) -> int:
         """Return how many rows there are."""
@@ -182,23 +186,36 @@ class _Step:
 
 def _prepare(raw: sqlite3.Connection) -> None:
     """Make what takes a batch apart; temporary, so it belongs to this connection and not to the file."""
-    raw.execute(_BATCH_VIEW)
-    raw.execute(_BATCH_TRIGGER)
+    for statement in (_BATCH_VIEW, _BATCH_TRIGGER, _MIXED_VIEW, _MIXED_TRIGGER):
+        raw.execute(statement)
 
 
-def _insert(raw: sqlite3.Connection, records: Sequence[Record], retention: Retention) -> None:
-    """Insert the records with one statement, however many they are: a transaction of its own.
+def _insert(raw: sqlite3.Connection, entries: Sequence[Entry], retention: Retention) -> None:
+    """Insert the entries with one statement, however many they are: a transaction of its own.
 
     The whole batch goes to SQLite as JSON, and a trigger of this connection takes it apart. Each statement,
     BEGIN and COMMIT among them, lets go of the interpreter lock and asks for it again, `executemany` for
     every row; that costs up to 5 ms each time when the event loop is busy, which is when batches are big.
     Measured for 500 rows beside a loop that never rests: `executemany` 0.8 s, two statements 0.07 s; in the
     whole relay under load one statement takes 5 % less CPU for a message than BEGIN, two and COMMIT.
+
+    A batch of records alone, none of them doubted, is by far the most frequent one: it does not look at
+    `task_in_doubt`.
     """
     rows = []
     recipients = []
+    doubts = []
+    ended = []
     try:
-        for record in records:
+        for record in entries:
+            if type(record) is not Record:
+                if isinstance(record, Doubt):
+                    doubts.append(_doubt_row(record, retention))
+                else:
+                    ended.append(record.task_id)
+                continue
+            if record.doubted:
+                ended.append(record.task_id)
             sent_at = utc_text(record.sent_at)
             expires_at = retention.expires_at(record.task_type, record.sent_at)
             rows.append(
@@ -222,9 +239,37 @@ def _insert(raw: sqlite3.Connection, records: Sequence[Record], retention: Reten
             for ordinal, recipient in enumerate(record.recipients):
                 recipients.append((record.task_id, ordinal, recipient, domain_of(recipient), sent_at))
         batch = orjson.dumps(rows).decode(), orjson.dumps(recipients).decode()
+        doubtful = (orjson.dumps(doubts).decode(), orjson.dumps(ended).decode()) if doubts or ended else None
     except (TypeError, ValueError) as error:  # no time zone, a lone surrogate, an integer beyond 64 bits
         raise RejectedRecordError(f"a value that cannot be stored: {error}") from error
-    raw.execute("INSERT INTO task_done_batch (sends, recipients) VALUES (?, ?)", batch)
+    if doubtful is None:
+        raw.execute("INSERT INTO task_done_batch (sends, recipients) VALUES (?, ?)", batch)
+    else:
+        raw.execute(
+            "INSERT INTO task_done_mixed (sends, recipients, doubts, ended) VALUES (?, ?, ?, ?)",
+            batch + doubtful,
+        )
+
+
+def _doubt_row(doubt: Doubt, retention: Retention) -> tuple[object, ...]:
+    expires_at = retention.expires_at(doubt.task_type, doubt.since)
+    return (
+        doubt.task_id,
+        doubt.client_task_id,
+        doubt.task_type,
+        doubt.sender,
+        domain_of(doubt.sender),
+        doubt.client,
+        utc_text(doubt.since),
+        None if expires_at is None else utc_text(expires_at),
+        doubt.upstream,
+        doubt.reason,
+        doubt.message_id,
+        doubt.size,
+        doubt.duration_ms,
+        doubt.recipients,
+        doubt.data,
+    )
 
 
 def domain_of(address: str) -> str:
@@ -237,8 +282,9 @@ def _integer(cursor: sqlite3.Cursor) -> int:
 
 
 # Retention, within one transaction each. The row `retention` of `task_done_state` says which settings the
-# rows follow, or are being made to follow, and (`done_to`) up to which id; null: all of them. Two processes
-# with the same settings share the work; of two with different ones the later takes over and the other ends.
+# rows follow, or are being made to follow, and (`done_to`; `doubts_to` for the messages in doubt) up to which
+# id; null: all of them. Two processes with the same settings share the work; of two with different ones the
+# later takes over and the other ends.
 
 
 def _begin_following(raw: sqlite3.Connection, target: str) -> bool:
@@ -246,7 +292,7 @@ def _begin_following(raw: sqlite3.Connection, target: str) -> bool:
     state = _retention_state(raw)
     if state is not None and state["policy"] == target:
         return state["done_to"] is not None
-    _keep_retention_state(raw, target, 0)
+    _keep_retention_state(raw, target, 0, doubts_to=0)
     return True
 
 
@@ -256,17 +302,32 @@ def _follow(raw: sqlite3.Connection, retention: Retention, target: str) -> _Step
     state = _retention_state(raw)
     if state is None or state["policy"] != target or state["done_to"] is None:
         return _Step(0, 0.0, finished=True)
-    rows = raw.execute(_NEXT_ROWS, {"done_to": state["done_to"], "rows": RETENTION_ROWS}).fetchall()
-    changes = []
+    doubts_to = state.get("doubts_to")  # the doubts first, so that `done_to` alone says when all is done
+    if doubts_to is not None:
+        rows, changes = _following(raw, retention, _NEXT_DOUBTS, doubts_to)
+        raw.executemany(_SET_DOUBT_EXPIRY, changes)
+        doubts_to = None if len(rows) < RETENTION_ROWS else rows[-1][0]
+        _keep_retention_state(raw, target, state["done_to"], doubts_to=doubts_to)
+        return _Step(len(changes), time.monotonic() - begun, finished=False)
+    rows, changes = _following(raw, retention, _NEXT_ROWS, state["done_to"])
+    raw.executemany(_SET_EXPIRY, changes)
+    finished = len(rows) < RETENTION_ROWS
+    _keep_retention_state(raw, target, None if finished else rows[-1][0])
+    return _Step(len(changes), time.monotonic() - begun, finished)
+
+
+def _following(
+    raw: sqlite3.Connection, retention: Retention, query: str, done_to: int
+) -> tuple[list[Any], list[dict[str, object]]]:
+    """Return the next rows, and what is to change in them."""
+    rows = raw.execute(query, {"done_to": done_to, "rows": RETENTION_ROWS}).fetchall()
+    changes: list[dict[str, object]] = []
     for key, task_type, sent_at, expires_at in rows:
         end = retention.expires_at(task_type, datetime.fromisoformat(sent_at).replace(tzinfo=UTC))
         wanted = None if end is None else utc_text(end)
         if wanted != expires_at:
             changes.append({"id": key, "expires_at": wanted})
-    raw.executemany(_SET_EXPIRY, changes)
-    finished = len(rows) < RETENTION_ROWS
-    _keep_retention_state(raw, target, None if finished else rows[-1][0])
-    return _Step(len(changes), time.monotonic() - begun, finished)
+    return rows, changes
 
 
 def _count_due(raw: sqlite3.Connection, retention: Retention, now: datetime) -> int:
@@ -287,7 +348,8 @@ def _count_due(raw: sqlite3.Connection, retention: Retention, now: datetime) -> 
             continue
         parameters = {f"t{index}": name for index, name in enumerate(names)}
         parameters |= {"sent_before": utc_text(sent_before), "now": utc_text(now)}
-        due += _integer(raw.execute(_COUNT_DUE + condition, parameters))
+        for query in (_COUNT_DUE, _COUNT_DUE_DOUBTS):
+            due += _integer(raw.execute(query + condition, parameters))
     return due
 
 
@@ -299,8 +361,10 @@ def _retention_state(raw: sqlite3.Connection) -> dict[str, Any] | None:
     return state
 
 
-def _keep_retention_state(raw: sqlite3.Connection, policy: str, done_to: int | None) -> None:
-    value = orjson.dumps({"policy": policy, "done_to": done_to}).decode()
+def _keep_retention_state(
+    raw: sqlite3.Connection, policy: str, done_to: int | None, *, doubts_to: int | None = None
+) -> None:
+    value = orjson.dumps({"policy": policy, "done_to": done_to, "doubts_to": doubts_to}).decode()
     raw.execute(_PUT_RETENTION, {"value": value})
 
 
@@ -328,15 +392,18 @@ def _delete_expired(
         # We were silent for so long that another took over: the rest is its work.
         return _Step(0, 0.0, finished=True)
     deleted = 0
-    while True:
+    statements = iter((_DELETE_EXPIRED, _DELETE_EXPIRED_DOUBTS))
+    statement: str | None = next(statements)
+    while statement is not None:
         wanted = min(CHUNK_ROWS, batch_size - deleted)
-        found = raw.execute(_DELETE_EXPIRED, {"now": moment, "rows": wanted}).rowcount
+        found = raw.execute(statement, {"now": moment, "rows": wanted}).rowcount
         deleted += found
         seconds = time.monotonic() - begun
         if found < wanted:
-            return _Step(deleted, seconds, finished=True)
-        if deleted >= batch_size or seconds >= SHORT_S:
+            statement = next(statements, None)
+        elif deleted >= batch_size or seconds >= SHORT_S:
             return _Step(deleted, seconds, finished=False)
+    return _Step(deleted, time.monotonic() - begun, finished=True)
 
 
 def _vacuum(raw: sqlite3.Connection) -> bool:
@@ -378,6 +445,31 @@ _BATCH_TRIGGER = f"""
     CREATE TEMP TRIGGER task_done_batch_insert INSTEAD OF INSERT ON task_done_batch
     BEGIN {_INSERT}; {_INSERT_RECIPIENTS}; END
 """
+# What ends a doubt comes last, so the order within a batch does not matter: nobody doubts a message again.
+_INSERT_DOUBTS = """
+    INSERT INTO task_in_doubt (
+        task_id, client_task_id, task_type, sender, sender_domain, client, since, expires_at,
+        upstream, reason, message_id, size, duration_ms, recipients, data
+    )
+    SELECT
+        json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+        json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
+        json_extract(value, '$[9]'), json_extract(value, '$[10]'), json_extract(value, '$[11]'),
+        json_extract(value, '$[12]'), json_extract(value, '$[13]'), json_extract(value, '$[14]')
+    FROM json_each(NEW.doubts)
+    WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_done.task_id = json_extract(value, '$[0]'))
+    ON CONFLICT (task_id) DO NOTHING
+"""
+_END_DOUBTS = "DELETE FROM task_in_doubt WHERE task_id IN (SELECT value FROM json_each(NEW.ended))"
+_MIXED_VIEW = """
+    CREATE TEMP VIEW task_done_mixed
+    AS SELECT NULL AS sends, NULL AS recipients, NULL AS doubts, NULL AS ended
+"""
+_MIXED_TRIGGER = f"""
+    CREATE TEMP TRIGGER task_done_mixed_insert INSTEAD OF INSERT ON task_done_mixed
+    BEGIN {_INSERT}; {_INSERT_RECIPIENTS}; {_INSERT_DOUBTS}; {_END_DOUBTS}; END
+"""
 _COUNT = "SELECT count(*) FROM task_done"
 _COUNT_DUE = """
     SELECT count(*) FROM task_done
@@ -386,8 +478,24 @@ _COUNT_DUE = """
 _NEXT_ROWS = """
     SELECT id, task_type, sent_at, expires_at FROM task_done WHERE id > :done_to ORDER BY id LIMIT :rows
 """
+_COUNT_DUE_DOUBTS = """
+    SELECT count(*) FROM task_in_doubt
+    WHERE since <= :sent_before AND (expires_at IS NULL OR expires_at > :now) AND task_type
+"""
+_NEXT_DOUBTS = """
+    SELECT id, task_type, since, expires_at FROM task_in_doubt WHERE id > :done_to ORDER BY id LIMIT :rows
+"""
+_SET_DOUBT_EXPIRY = "UPDATE task_in_doubt SET expires_at = :expires_at WHERE id = :id"
 _SET_EXPIRY = "UPDATE task_done SET expires_at = :expires_at WHERE id = :id"
-_COUNT_EXPIRED = "SELECT count(*) FROM task_done WHERE expires_at <= :now"
+_COUNT_EXPIRED = """
+    SELECT (SELECT count(*) FROM task_done WHERE expires_at <= :now)
+        + (SELECT count(*) FROM task_in_doubt WHERE expires_at <= :now)
+"""
+_DELETE_EXPIRED_DOUBTS = """
+    DELETE FROM task_in_doubt WHERE id IN (
+        SELECT id FROM task_in_doubt WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows
+    )
+"""
 _DELETE_EXPIRED = """
     DELETE FROM task_done WHERE id IN (
         SELECT id FROM task_done WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows

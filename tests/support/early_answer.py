@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 from relay.cli import main
-from relay.records.model import Record
+from relay.records.model import Entry
 from relay.records.recorder import Recorder
 
 LATE_S = 0.2
@@ -18,14 +18,18 @@ _record = Recorder.record
 _pending: set[asyncio.Task[None]] = set()
 
 
-async def _record_later(recorder: Recorder, record: Record) -> None:
+def _record_later(recorder: Recorder, entry: Entry) -> asyncio.Future[None]:
     async def later() -> None:
         await asyncio.sleep(LATE_S)
-        await _record(recorder, record)
+        await _record(recorder, entry)
 
-    task = asyncio.get_running_loop().create_task(later())
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(later())
     _pending.add(task)
     task.add_done_callback(_pending.discard)
+    at_once = loop.create_future()
+    at_once.set_result(None)
+    return at_once
 
 
 if __name__ == "__main__":

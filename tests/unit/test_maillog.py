@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from relay import maillog
 from relay.outcome import Outcome
-from relay.records.model import Record
+from relay.records.model import Record, Settled
 
 TASK_ID = UUID("01930000-0000-7000-8000-000000000001")
 
@@ -403,6 +403,13 @@ def test_a_row_that_only_the_log_has_is_there_whole(log: Log) -> None:
     assert row["data"] == {"tags": ["x" * 5000]}
     assert row["task_id"] == str(TASK_ID)
     assert row["sent_at"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_an_entry_that_only_the_log_has_says_its_kind(log: Log) -> None:
+    maillog.row_lost(Settled(TASK_ID), "no space left")
+    entry = log.json()
+    assert entry["kind"] == "settled"
+    assert json.loads(entry["row"]) == {"task_id": str(TASK_ID)}
 
 
 def test_numbers_that_json_readers_dread_are_written(log: Log) -> None:

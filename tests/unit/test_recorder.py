@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from relay.records import recorder as recorder_module
 from relay.records.identity import uuid7
-from relay.records.model import Record
+from relay.records.model import Doubt, Entry, Record, Settled
 from relay.records.recorder import MAX_BATCH, Recorder
 from relay.records.spool import Spool, decode, encode
 from relay.records.store import RejectedRecordError, StoreError
@@ -43,11 +44,27 @@ def make_record(task_type: str = "mention") -> Record:
     )
 
 
+def make_doubt(record: Record) -> Doubt:
+    return Doubt(
+        task_id=record.task_id,
+        task_type=record.task_type,
+        sender=record.sender,
+        client=record.client,
+        since=record.sent_at,
+        upstream=record.upstream,
+        reason="no answer",
+        size=record.size,
+        duration_ms=record.duration_ms,
+        recipients=record.recipients,
+    )
+
+
 class MemoryStore:
     """Rows by task_id, as the real store keeps them; each write does what `behave` says at that moment."""
 
     def __init__(self) -> None:
         self.rows: dict[UUID, Record] = {}
+        self.doubts: dict[UUID, Doubt] = {}
         self.commits: list[list[UUID]] = []
         self.calls = 0
         self.in_flight = self.most_in_flight = self.longest = 0
@@ -57,7 +74,7 @@ class MemoryStore:
         self.open.set()
         self.called = asyncio.Event()
 
-    async def write(self, records: Sequence[Record]) -> None:
+    async def write(self, records: Sequence[Entry]) -> None:
         self.calls += 1
         self.in_flight += 1
         self.called.set()
@@ -71,7 +88,14 @@ class MemoryStore:
             if any(record.task_id in self.rejected for record in records):
                 raise RejectedRecordError("value too long")
             self.commits.append([record.task_id for record in records])
-            self.rows |= {record.task_id: record for record in records}
+            for entry in records:
+                if isinstance(entry, Record):
+                    self.rows[entry.task_id] = entry
+                if isinstance(entry, Doubt):
+                    if entry.task_id not in self.rows:
+                        self.doubts[entry.task_id] = entry
+                elif isinstance(entry, Settled) or entry.doubted:
+                    self.doubts.pop(entry.task_id, None)
         finally:
             self.in_flight -= 1
 
@@ -114,7 +138,7 @@ class Bench:
         self.store = store
         self.spool = Spool(directory)
         self.counts = Counts()
-        self.lost: list[Record] = []
+        self.lost: list[Entry] = []
         self.recorder = Recorder(
             store,
             self.spool,
@@ -188,13 +212,64 @@ async def test_a_row_alone_is_committed_at_once(tmp_path: Path) -> None:
     assert it.spool.rows == 0
 
 
+async def test_the_order_is_that_of_the_calls_whoever_awaits_when(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        rows = [make_record() for _ in range(5)]
+        waiting = [it.recorder.record(row) for row in rows]
+        it.store.open.set()
+        for kept in reversed(waiting):
+            await kept
+        assert [key for commit in it.store.commits for key in commit] == [row.task_id for row in rows]
+
+
+async def test_only_rows_of_accepted_messages_are_counted(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        row = make_record()
+        await it.recorder.record(make_doubt(row))
+        assert it.store.doubts.keys() == {row.task_id}
+        it.recorder.record(make_doubt(make_record()))
+        await it.recorder.record(replace(row, doubted=True))
+        await it.recorder.record(Settled(uuid7()))
+        assert it.counts.types == ["mention"]
+        assert it.counts.errors == 0
+        assert it.store.rows.keys() == {row.task_id}
+        assert row.task_id not in it.store.doubts
+
+
+async def test_doubts_and_their_ends_go_through_the_spool_in_order(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        accepted, refused, open_still = (make_record() for _ in range(3))
+        it.store.failure = StoreError("away")
+        for row in (accepted, refused, open_still):
+            await it.recorder.record(make_doubt(row))
+        await it.recorder.record(accepted)  # what comes from the spool ends a doubt, whether marked or not
+        await it.recorder.record(Settled(refused.task_id))
+        assert it.spool.rows == 5
+        assert it.counts.types == ["mention"]
+        it.store.failure = None
+        await until(lambda: not it.spool.rows)
+        assert it.store.rows.keys() == {accepted.task_id}
+        assert it.store.doubts.keys() == {open_still.task_id}
+
+
+async def test_what_nothing_takes_goes_to_the_log_whatever_its_kind(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        row = make_record()
+    lost: list[Entry] = [row, make_doubt(row), Settled(row.task_id)]
+    for entry in lost:
+        await it.recorder.record(entry)  # closed
+    assert it.lost == lost
+    assert it.counts.errors == 3
+
+
 async def test_while_one_commit_is_in_flight_the_next_batch_collects(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.open.clear()
         rows = [make_record() for _ in range(10)]
-        first = asyncio.create_task(it.recorder.record(rows[0]))
+        first = asyncio.ensure_future(it.recorder.record(rows[0]))
         await it.store.called.wait()
-        others = [asyncio.create_task(it.recorder.record(row)) for row in rows[1:]]
+        others = [asyncio.ensure_future(it.recorder.record(row)) for row in rows[1:]]
         await asyncio.sleep(0)
         assert not first.done()
         it.store.open.set()
@@ -218,7 +293,7 @@ async def test_batches_are_bounded_and_in_order(tmp_path: Path) -> None:
 async def test_nobody_is_released_before_the_commit(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.open.clear()
-        waiting = asyncio.create_task(it.recorder.record(make_record()))
+        waiting = asyncio.ensure_future(it.recorder.record(make_record()))
         await it.store.called.wait()
         for _ in range(20):
             await asyncio.sleep(0)
@@ -232,7 +307,7 @@ async def test_a_cancelled_caller_leaves_its_row(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.open.clear()
         rows = [make_record() for _ in range(3)]
-        waiting = [asyncio.create_task(it.recorder.record(row)) for row in rows]
+        waiting = [asyncio.ensure_future(it.recorder.record(row)) for row in rows]
         await it.store.called.wait()
         waiting[1].cancel()
         await asyncio.wait({waiting[1]})
@@ -375,7 +450,7 @@ async def test_a_probe_of_a_hanging_store_never_holds_the_message_path(
         monkeypatch.setattr(it.spool, "append", slow)
         it.store.failure = StoreError("gone")
         rows = [make_record() for _ in range(2)]
-        first = asyncio.create_task(it.recorder.record(rows[0]))
+        first = asyncio.ensure_future(it.recorder.record(rows[0]))
         await asyncio.sleep(SHORT)  # time for a probe, which finds nothing to try the store with
         it.store.open.clear()
         go_on.set()
@@ -715,7 +790,7 @@ async def test_a_log_that_fails_still_releases_the_caller(tmp_path: Path) -> Non
 async def test_close_commits_what_waits(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         rows = [make_record() for _ in range(3)]
-        waiting = [asyncio.create_task(it.recorder.record(row)) for row in rows]
+        waiting = [asyncio.ensure_future(it.recorder.record(row)) for row in rows]
         await asyncio.sleep(0)
         await it.recorder.close(10)
 
@@ -727,9 +802,9 @@ async def test_close_does_not_wait_for_a_hanging_store(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.open.clear()
         rows = [make_record() for _ in range(3)]
-        waiting = [asyncio.create_task(it.recorder.record(rows[0]))]
+        waiting = [asyncio.ensure_future(it.recorder.record(rows[0]))]
         await it.store.called.wait()
-        waiting += [asyncio.create_task(it.recorder.record(row)) for row in rows[1:]]
+        waiting += [asyncio.ensure_future(it.recorder.record(row)) for row in rows[1:]]
         await asyncio.sleep(0)
         close = asyncio.create_task(it.recorder.close(1))
         await asyncio.gather(close, *waiting)
@@ -752,9 +827,9 @@ async def test_close_is_bounded_when_the_disk_hangs_too(
 
         monkeypatch.setattr(it.spool, "append", stalled)
         rows = [make_record() for _ in range(2)]
-        first = asyncio.create_task(it.recorder.record(rows[0]))
+        first = asyncio.ensure_future(it.recorder.record(rows[0]))
         await it.store.called.wait()
-        second = asyncio.create_task(it.recorder.record(rows[1]))
+        second = asyncio.ensure_future(it.recorder.record(rows[1]))
         await asyncio.sleep(0)
         await it.recorder.close(SHORT)
         await asyncio.gather(first, second)
@@ -848,7 +923,7 @@ async def interleave(directory: Path, actions: list[str]) -> None:
                         made.append(row.task_id)
                         if action == "reject":
                             store.rejected.add(row.task_id)
-                        waiting.append(asyncio.create_task(it.recorder.record(row)))
+                        waiting.append(asyncio.ensure_future(it.recorder.record(row)))
                     if action == "cancel":
                         await asyncio.sleep(0)
                         waiting.pop().cancel()

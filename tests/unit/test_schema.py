@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
@@ -53,6 +54,22 @@ def test_to_migrate_again_changes_nothing(migrated):
     assert not migrated.in_transaction
 
 
+@pytest.mark.parametrize("version", schema.SCHEMA_VERSIONS[:-1])
+def test_a_store_of_an_older_version_is_brought_up_and_keeps_what_it_has(migrated, version):
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
+        engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=sa.StaticPool)
+        config = alembic_config()
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, version)
+        raw.execute("INSERT INTO task_done_state VALUES ('kept', 'as it was', NULL)")
+        upgrade(raw)
+        assert definitions(raw) == definitions(migrated)
+        assert raw.execute("SELECT value FROM task_done_state").fetchall() == [("as it was",)]
+        newest = raw.execute(f"SELECT version_num FROM {schema.VERSION_TABLE}").fetchall()
+        assert newest == [(schema.SCHEMA_VERSION,)]
+
+
 def test_the_columns_are_those_of_the_contract():
     assert [column.name for column in schema.task_done.columns] == [
         *("id", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "sent_at"),
@@ -60,6 +77,10 @@ def test_the_columns_are_those_of_the_contract():
     ]
     assert [column.name for column in schema.task_done_recipient.columns] == [
         *("task_done_id", "ordinal", "recipient", "recipient_domain", "sent_at")
+    ]
+    assert [column.name for column in schema.task_in_doubt.columns] == [
+        *("id", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "since"),
+        *("expires_at", "upstream", "reason", "message_id", "size", "duration_ms", "recipients", "data"),
     ]
 
 
@@ -75,6 +96,9 @@ def test_the_columns_are_those_of_the_contract():
         ("task_done WHERE client_task_id = 'c'", "ix_task_done_client_task_id"),
         ("task_done WHERE expires_at <= '2026' ORDER BY expires_at", "ix_task_done_expires_at"),
         ("task_done WHERE task_id = 't'", "sqlite_autoindex_task_done_1"),
+        ("task_in_doubt WHERE since > '2026' ORDER BY since DESC, id DESC", "ix_task_in_doubt_since"),
+        ("task_in_doubt WHERE expires_at <= '2026' ORDER BY expires_at", "ix_task_in_doubt_expires_at"),
+        ("task_in_doubt WHERE task_id = 't'", "sqlite_autoindex_task_in_doubt_1"),
         (
             "task_done_recipient WHERE lower(recipient) = lower('A@b') AND sent_at > '2026'",
             "ix_task_done_recipient_recipient",
@@ -99,6 +123,9 @@ def test_the_same_metadata_makes_postgresql_tables():
     assert "task_id UUID" in table
     assert "sent_at TIMESTAMP WITH TIME ZONE" in table
     assert "data JSONB" in table
+    doubts = str(CreateTable(schema.task_in_doubt).compile(dialect=dialect))
+    assert "recipients JSONB" in doubts
+    assert "since TIMESTAMP WITH TIME ZONE" in doubts
     indexes = {index.name: index for index in schema.task_done.indexes}
     assert str(CreateIndex(indexes["ix_task_done_expires_at"]).compile(dialect=dialect)).endswith(
         "(expires_at) WHERE expires_at IS NOT NULL"

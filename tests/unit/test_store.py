@@ -15,7 +15,7 @@ from uuid import UUID
 import orjson
 import pytest
 
-from relay.records.model import Record
+from relay.records.model import Doubt, Record, Settled
 from relay.records.retention import Retention
 from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, domain_of, utc_now
 
@@ -39,6 +39,22 @@ def record(number=0, **changes):
         "recipients": ("bob@example.net",),
     }
     return Record(**(values | changes))
+
+
+def doubt(number=0, **changes):
+    values = {
+        "task_id": UUID(int=number),
+        "task_type": "mention",
+        "sender": "Alice@Example.COM",
+        "client": "127.0.0.1",
+        "since": NOW,
+        "upstream": "primary",
+        "reason": "closed by the upstream",
+        "size": 4096,
+        "duration_ms": 12,
+        "recipients": ("bob@example.net",),
+    }
+    return Doubt(**(values | changes))
 
 
 @pytest.fixture
@@ -394,6 +410,135 @@ def test_a_killed_process_leaves_whole_batches_and_every_one_that_it_was_told_of
 )
 def test_the_domain_is_what_follows_the_last_at(address, domain):
     assert domain_of(address) == domain
+
+
+# In doubt
+
+
+def in_doubt(path):
+    return [UUID(row[0]).int for row in rows(path, "SELECT task_id FROM task_in_doubt ORDER BY task_id")]
+
+
+def done(path):
+    return [UUID(row[0]).int for row in rows(path, "SELECT task_id FROM task_done ORDER BY task_id")]
+
+
+async def test_a_row_says_what_the_doubt_says(store, path):
+    data = {"client_reply": "451 4.4.2 The upstream server did not answer", "tags": ["ü"]}
+    await store.write(
+        [
+            doubt(
+                0x0192_F5B4_7C3A_7ABC_8DEF_0123_4567_89AB,
+                client_task_id="job-1",
+                message_id="<m@example.com>",
+                recipients=("Bob@Example.NET", '"a@b"@Ex.org'),
+                data=data,
+            )
+        ]
+    )
+    with closing(sqlite3.connect(path)) as raw:
+        raw.row_factory = sqlite3.Row
+        row = dict(raw.execute("SELECT * FROM task_in_doubt").fetchone())
+    assert orjson.loads(row.pop("data")) == data
+    assert orjson.loads(row.pop("recipients")) == ["Bob@Example.NET", '"a@b"@Ex.org']
+    assert row == {
+        "id": 1,
+        "task_id": "0192f5b4-7c3a-7abc-8def-0123456789ab",
+        "client_task_id": "job-1",
+        "task_type": "mention",
+        "sender": "Alice@Example.COM",
+        "sender_domain": "example.com",
+        "client": "127.0.0.1",
+        "since": "2026-11-23 07:46:00.123456",
+        "expires_at": "2026-12-23 07:46:00.123456",
+        "upstream": "primary",
+        "reason": "closed by the upstream",
+        "message_id": "<m@example.com>",
+        "size": 4096,
+        "duration_ms": 12,
+    }
+
+
+async def test_a_doubt_is_written_once(store, path):
+    await store.write([doubt(1)])
+    await store.write([doubt(1, reason="again"), doubt(2)])
+    assert rows(path, "SELECT reason FROM task_in_doubt ORDER BY task_id") == [
+        ("closed by the upstream",),
+        ("closed by the upstream",),
+    ]
+
+
+async def test_a_late_acceptance_ends_its_doubt_and_no_other(store, path):
+    await store.write([doubt(1), doubt(2)])
+    await store.write([record(1, doubted=True), record(3)])
+    assert (done(path), in_doubt(path)) == ([1, 3], [2])
+
+
+async def test_a_late_refusal_ends_its_doubt_and_no_other(store, path):
+    await store.write([doubt(1), doubt(2)])
+    await store.write([Settled(UUID(int=1)), Settled(UUID(int=9))])
+    assert (done(path), in_doubt(path)) == ([], [2])
+
+
+async def test_a_message_that_has_its_row_is_not_in_doubt(store, path):
+    await store.write([record(1)])
+    await store.write([doubt(1), doubt(2)])
+    assert (done(path), in_doubt(path)) == ([1], [2])
+
+
+@pytest.mark.parametrize("end", [record(1), record(1, doubted=True), Settled(UUID(int=1))])
+async def test_within_one_batch_the_end_of_a_doubt_counts(store, path, end):
+    for batch in ([doubt(1), end], [end, doubt(1)], [record(2), doubt(1), doubt(3), end]):
+        await store.write(batch)
+        assert in_doubt(path) in ([], [3])
+    assert (1 in done(path)) == isinstance(end, Record)
+
+
+async def test_a_record_that_nobody_doubted_does_not_look_at_the_doubts(store, path):
+    # What the usual row is spared. That it could not stay so is the caller's part: `doubted` is set.
+    await store.write([doubt(1)])
+    await store.write([record(1)])
+    assert in_doubt(path) == [1]
+
+
+async def test_a_doubt_that_will_never_fit_refuses_the_whole_batch(store, path):
+    for bad in (doubt(1, sender="\ud800"), doubt(1, size=2**64), doubt(1, since=NOW.replace(tzinfo=None))):
+        with pytest.raises(RejectedRecordError):
+            await store.write([record(2), bad])
+    assert (done(path), in_doubt(path)) == ([], [])
+
+
+async def test_doubts_expire_by_their_type_and_with_the_rows(open_store, path):
+    store = await open_store(Retention(DAY, {"mention": None}))
+    old = NOW - 2 * DAY
+    await store.write([doubt(1, task_type="digest", since=old), doubt(2, since=old), record(3)])
+    await store.write([doubt(n, task_type="digest", since=old) for n in range(100, 250)])
+    await store.write([doubt(4, task_type="digest"), record(5, task_type="digest", sent_at=old)])
+    assert await store.expire(NOW, 60, dry_run=True) == 152
+    told = []
+    assert await store.expire(NOW, 60, on_batch=told.append) == 152
+    assert (sum(told), max(told)) == (152, 60)
+    assert (done(path), in_doubt(path)) == ([3], [2, 4])
+    assert await store.expire(NOW + DAY, 60) == 1
+    assert in_doubt(path) == [2]
+
+
+async def test_doubts_follow_changed_settings(open_store, path):
+    store = await open_store(Retention(30 * DAY))
+    await store.follow_retention()
+    count = 1200
+    await store.write([doubt(n, since=NOW - 5 * DAY) for n in range(1, count + 1)])
+    await store.write([record(5000, sent_at=NOW - 5 * DAY), doubt(5001, task_type="digest")])
+    due = []
+    shorter = await open_store(Retention(30 * DAY, {"mention": DAY}))
+    assert await shorter.follow_retention(on_due=due.append) == count + 1
+    assert due == [count + 1]
+    assert await shorter.follow_retention() == 0
+    assert rows(path, "SELECT DISTINCT expires_at FROM task_in_doubt WHERE task_type = 'mention'") == [
+        ("2026-11-19 07:46:00.123456",)
+    ]
+    assert await shorter.expire(NOW, 500) == count + 1
+    assert in_doubt(path) == [5001]
 
 
 # Retention
