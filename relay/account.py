@@ -14,7 +14,7 @@ from uuid import UUID
 from relay import maillog
 from relay.envelope import Envelope, Recipient, text
 from relay.outcome import Outcome
-from relay.records.model import Json, Record
+from relay.records.model import Doubt, Json, Record
 
 if TYPE_CHECKING:
     from relay.classify import Classification
@@ -67,8 +67,29 @@ class Account:
     client_gone: bool = False
     """Whether the client left before it could be given one."""
 
-    def record(self, found: Classification, verdict: Reply) -> Record:
-        """Return the row of a message that the upstream has just accepted with `verdict`."""
+    def doubt(self, found: Classification, reason: str) -> Doubt:
+        """Return the entry of a message that is in doubt from now on; `reason`: why there is no verdict."""
+        return Doubt(
+            task_id=self.task_id,
+            client_task_id=found.client_task_id,
+            task_type=found.task_type,
+            sender=text(self.envelope.reverse_path),
+            client=self.sender.client,
+            since=datetime.now(UTC),
+            upstream=self.upstream or "",
+            reason=reason,
+            message_id=found.message_id,
+            size=self.size,
+            duration_ms=round(self.total_s * 1000),
+            recipients=tuple(text(each.path) for each in self.envelope.accepted),
+            data=self._data(found),
+        )
+
+    def record(self, found: Classification, verdict: Reply, *, doubted: bool) -> Record:
+        """Return the row of a message that the upstream has just accepted with `verdict`.
+
+        `doubted`: it was in doubt before.
+        """
         return Record(
             task_id=self.task_id,
             client_task_id=found.client_task_id,
@@ -83,6 +104,7 @@ class Account:
             duration_ms=round(self.total_s * 1000),
             recipients=tuple(text(each.path) for each in self.envelope.accepted),
             data=self._data(found),
+            doubted=doubted,
         )
 
     def _data(self, found: Classification) -> dict[str, Json]:
@@ -116,27 +138,33 @@ class Account:
         if outcome is Outcome.ACCEPTED:
             metrics.message_out(self.size)
             metrics.message_size(self.size)
-        refused = self.envelope.refused
-        maillog.transaction(
-            outcome,
-            task_id=self.task_id,
-            client=self.sender.client,
-            listener=self.sender.listener,
-            sender=self.envelope.reverse_path,
-            recipients=[each.path for each in self.envelope.recipients if not each.negative],
-            refused=[(each.path, str(each.reply)) for each in refused],
-            task_type=self.found.task_type if self.found is not None else None,
-            message_id=self.found.message_id if self.found is not None else None,
-            size=self.size,
-            upstream=self.upstream,
-            reply=said,
-            client_reply=str(self.client_heard) if self.client_heard is not None else None,
-            client_gone=self.client_gone,
-            wait_s=self.waited_s,
-            upstream_s=self.upstream_s,
-            commit_s=self.commit_s,
-            total_s=self.total_s,
-        )
+        maillog.transaction(outcome, reply=said, **self._facts())
+
+    def overdue(self, reason: str) -> None:
+        """Write the line of a message that is in doubt while its verdict is still awaited."""
+        maillog.in_doubt(reason=reason, **self._facts())
+
+    def _facts(self) -> maillog.Facts:
+        """What a line in the log says of the message, whatever became of it."""
+        found, envelope = self.found, self.envelope
+        return {
+            "task_id": self.task_id,
+            "client": self.sender.client,
+            "listener": self.sender.listener,
+            "sender": envelope.reverse_path,
+            "recipients": [each.path for each in envelope.recipients if not each.negative],
+            "refused": [(each.path, str(each.reply)) for each in envelope.refused],
+            "task_type": found.task_type if found is not None else None,
+            "message_id": found.message_id if found is not None else None,
+            "size": self.size,
+            "upstream": self.upstream,
+            "client_reply": str(self.client_heard) if self.client_heard is not None else None,
+            "client_gone": self.client_gone,
+            "wait_s": self.waited_s,
+            "upstream_s": self.upstream_s,
+            "commit_s": self.commit_s,
+            "total_s": self.total_s,
+        }
 
 
 def negative_outcome(reply: Reply) -> Outcome:

@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import signal
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay import __version__, maillog
@@ -22,6 +23,7 @@ from relay.auth.users import Users
 from relay.classify import Classifier
 from relay.metrics import Metrics
 from relay.records.expiry import ExpiryLoop
+from relay.records.journal import Journal
 from relay.records.recorder import Recorder
 from relay.records.retention import Retention
 from relay.records.spool import Spool, SpoolError
@@ -67,6 +69,7 @@ class Relay:
         self._closers: list[Callable[[], object]] = []
         self._store: Store
         self._spool: Spool
+        self._journal: Journal
         self._expiry: ExpiryLoop
         self.certificate: Certificate | None = None
         self.users: Users | None = None
@@ -87,6 +90,7 @@ class Relay:
             self.pool = Pool(self._upstream, dialer, metrics)
             services = Services(
                 recorder=self.recorder,
+                journal=self._journal,
                 classifier=_classifier(settings),
                 metrics=self.metrics,
                 normalize=settings.server.bare_newlines == "normalize",
@@ -126,6 +130,9 @@ class Relay:
         records, kept = self.settings.records, self.settings.retention
         self._store = await Store.open(records.url, Retention.of_seconds(kept.default, kept.by_type))
         self._spool = Spool(records.spool)
+        self._journal = Journal(
+            self._spool.directory, sum(each.max_connections for each in self.settings.upstreams)
+        )
         self.recorder = Recorder(
             self._store,
             self._spool,
@@ -135,6 +142,7 @@ class Relay:
             refuse_while_away=records.when_unavailable == "refuse",
         )
         self.recorder.start()
+        self._take_over_doubts()
         self._expiry = ExpiryLoop(
             self._store,
             self.metrics,
@@ -145,6 +153,19 @@ class Relay:
             on_error=lambda error: maillog.expiry_failed(str(error)),
         )
         self._spawn(self._keep_house())
+
+    def _take_over_doubts(self) -> None:
+        """Keep what a process before this one has left in the journal; a slot is free once that is durable.
+
+        What has its row in the store, or is in the spool before it, makes no entry: the store sees to that.
+        """
+        for slot, doubt in self._journal.found:
+            maillog.found_in_journal(doubt)
+            self.recorder.record(doubt).add_done_callback(partial(self._free_slot, slot))
+
+    def _free_slot(self, slot: int, kept: asyncio.Future[None]) -> None:
+        if not kept.cancelled():
+            self._journal.free(slot)
 
     def _let_in(self) -> Doorkeeper | None:
         """Build what decides about logins, if there are any; raises UsersError."""
@@ -208,16 +229,21 @@ class Relay:
             self.users.close()
         if hasattr(self, "pool"):
             await self.pool.close()
+        await self._stop_records()
+        if hasattr(self, "web"):
+            await self.web.stop()
+
+    async def _stop_records(self) -> None:
         if hasattr(self, "_expiry"):
             await self._expiry.stop()
         if hasattr(self, "recorder"):
             await self.recorder.close(CLOSE_TIMEOUT)
+        if hasattr(self, "_journal"):
+            self._journal.close()
         if hasattr(self, "_spool"):
             self._spool.close()
         if hasattr(self, "_store"):
             await self._store.close()
-        if hasattr(self, "web"):
-            await self.web.stop()
 
     def readiness(self) -> tuple[bool, Sequence[str]]:
         """Whether the relay takes mail and can record it; lines that say why not, and how the upstream is."""
@@ -226,7 +252,7 @@ class Relay:
             lines.append("not listening yet")
         elif self.reception.draining:
             lines.append("draining")
-        if (reason := self.recorder.refusal()) is not None:
+        if (reason := self.recorder.refusal() or self._journal.refusal()) is not None:
             lines.append(f"records cannot be kept: {reason}")
         ready = not lines
         error = self.pool.last_error

@@ -22,7 +22,7 @@ import threading
 import traceback
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypedDict, Unpack
 from uuid import UUID
 
 import orjson
@@ -32,12 +32,15 @@ from relay.outcome import Outcome
 from relay.records.model import Doubt, Entry, Record
 
 __all__ = [
+    "Facts",
     "certificate_read",
     "certificate_refused",
     "configure",
     "draining",
     "expiry_done",
     "expiry_failed",
+    "found_in_journal",
+    "in_doubt",
     "listening",
     "login",
     "login_refused",
@@ -168,63 +171,94 @@ def certificate_refused(reason: str) -> None:
     _current.log.error("certificate refused", reason=reason)
 
 
-def transaction(
-    outcome: Outcome,
-    *,
-    task_id: UUID | str,
-    client: str,
-    listener: str,
-    sender: Wire,
-    recipients: Sequence[Wire],
-    refused: Sequence[tuple[Wire, Wire]],
-    task_type: str | None,
-    message_id: Wire | None,
-    size: int,
-    upstream: str | None,
-    reply: Wire | None,
-    client_reply: Wire | None,
-    wait_s: float | None,
-    upstream_s: float | None,
-    commit_s: float | None,
-    total_s: float,
-    client_gone: bool,
-) -> None:
-    """The one line of a message.
+class Facts(TypedDict):
+    """What is known of a message.
 
-    `recipients` are those that the upstream accepted, `refused` the others, each with its reply; `reply` is
-    the upstream's last word, `client_reply` what the client was told. Times in seconds: waiting for a
-    connection, from the end of data to the upstream's reply, making the row durable, and from MAIL to the
-    end. None is left out.
+    `recipients` are those that the upstream accepted, `refused` the others, each with its reply;
+    `client_reply` is what the client was told. Times in seconds: waiting for a connection, from the end of
+    data to the upstream's reply, making the row durable, and from MAIL to now. None is left out.
     """
-    refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
-    # One value instead of twenty: each of structlog's layers copies its keywords.
-    fields = {
-        "outcome": outcome.value,
-        "task_id": task_id,
-        "client": client,
-        "listener": listener,
-        "sender": sender,
-        "recipients": recipients[:MAX_ITEMS],
-        "recipient_count": len(recipients),
-        "refused": refusals or None,
-        "refused_count": len(refused) or None,
-        "task_type": task_type,
-        "message_id": message_id,
-        "size": size,
-        "upstream": upstream,
-        "reply": reply,
-        "client_reply": client_reply,
-        "wait_s": wait_s,
-        "upstream_s": upstream_s,
-        "commit_s": commit_s,
-        "total_s": total_s,
-        "client_gone": client_gone or None,
-    }
+
+    task_id: UUID | str
+    client: str
+    listener: str
+    sender: Wire
+    recipients: Sequence[Wire]
+    refused: Sequence[tuple[Wire, Wire]]
+    task_type: str | None
+    message_id: Wire | None
+    size: int
+    upstream: str | None
+    client_reply: Wire | None
+    client_gone: bool
+    wait_s: float | None
+    upstream_s: float | None
+    commit_s: float | None
+    total_s: float
+
+
+def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts]) -> None:
+    """The one line of a message; `reply` is the upstream's last word."""
+    fields = _message_fields(outcome.value, reply, facts)
     level = _LEVEL_OF[outcome]
     if level in _current.direct and (line := _plain_line("message", level, fields)) is not None:
         getattr(_current.output, level)(line)
     else:
         getattr(_current.log, level)("message", fields=fields)
+
+
+def in_doubt(*, reason: str, **facts: Unpack[Facts]) -> None:
+    """The verdict on a message is overdue: it is still awaited, and the message's line comes with it."""
+    fields = _message_fields(None, None, facts)
+    del fields["outcome"], fields["reply"]
+    _current.log.warning("in doubt", fields=fields | {"reason": reason, "awaited": True})
+
+
+def found_in_journal(doubt: Doubt) -> None:
+    """A message was under way when the relay was killed: it is in doubt, unless it has its row."""
+    fields = {
+        "task_id": doubt.task_id,
+        "client": doubt.client,
+        "sender": doubt.sender,
+        "recipients": doubt.recipients[:MAX_ITEMS],
+        "recipient_count": doubt.data.get("recipient_count", len(doubt.recipients)),
+        "task_type": doubt.task_type,
+        "message_id": doubt.message_id,
+        "size": doubt.size,
+        "upstream": doubt.upstream,
+        "since": doubt.since.isoformat(),
+        "reason": doubt.reason,
+        "awaited": False,
+    }
+    _current.log.warning("in doubt", fields=fields)
+
+
+def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> dict[str, Any]:
+    recipients, refused = facts["recipients"], facts["refused"]
+    refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
+    # One value instead of twenty: each of structlog's layers copies its keywords.
+    return {
+        "outcome": outcome,
+        "task_id": facts["task_id"],
+        "client": facts["client"],
+        "listener": facts["listener"],
+        "sender": facts["sender"],
+        "recipients": recipients[:MAX_ITEMS],
+        "recipient_count": len(recipients),
+        "refused": refusals or None,
+        "refused_count": len(refused) or None,
+        "task_type": facts["task_type"],
+        "message_id": facts["message_id"],
+        "size": facts["size"],
+        "upstream": facts["upstream"],
+        "reply": reply,
+        "client_reply": facts["client_reply"],
+        "wait_s": facts["wait_s"],
+        "upstream_s": facts["upstream_s"],
+        "commit_s": facts["commit_s"],
+        "total_s": facts["total_s"],
+        "client_gone": facts["client_gone"] or None,
+    }
 
 
 # ---------------------------------------------------------------------------------------------- users

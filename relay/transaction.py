@@ -28,6 +28,8 @@ from relay.content import Fault
 from relay.envelope import Envelope, Recipient
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
+from relay.records.journal import line_of
+from relay.records.model import Settled
 from relay.reply import Reply
 from relay.upstream import xforward
 from relay.upstream.connection import Connection, Failure
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from relay.classify import Classification, Classifier
     from relay.metrics import Metrics
+    from relay.records.journal import Journal
     from relay.records.recorder import Recorder
     from relay.upstream.pool import Pool
 
@@ -63,6 +66,7 @@ FAULTS = {
     Fault.NUL: Reply.own(550, "6.0", "The message holds a NUL octet (RFC 5321 4.1.1.4)"),
 }
 NO_CHUNKING = Reply.own(451, "3.3", "The upstream server does not take BDAT now, try again later")
+NO_PLACE = Reply.own(451, "3.0", "The relay cannot keep the record of this message now, try again later")
 LOOP = Reply.own(554, "4.6", f"Mail loop: more than {MAX_RECEIVED} Received fields")
 
 
@@ -82,6 +86,8 @@ class Services:
     """What transactions are given to work with."""
 
     recorder: Recorder
+    journal: Journal
+    """Holds each message between its end of data and its outcome, in case that the relay is killed."""
     classifier: Classifier
     metrics: Metrics
     normalize: bool
@@ -90,6 +96,10 @@ class Services:
     """Transactions between their end of data and their outcome; a shutdown waits for them."""
     running: set[asyncio.Task[None]]
     """Keeps the tasks of transactions alive."""
+
+    def refusal(self) -> str | None:
+        """Return why new mail must be refused now, since what becomes of it could not be kept; else None."""
+        return self.recorder.refusal() or self.journal.refusal()
 
 
 @dataclass(slots=True)
@@ -144,6 +154,9 @@ class Transaction:
         self._unwritten_size = 0
         self._answer_verdict: Callable[[Reply], None] = _ignore
         self._verdict_due = 0.0
+        self._overdue = False
+        self._slot: int | None = None  # of the journal
+        self._doubted: asyncio.Future[None] | None = None  # the entry in task_in_doubt; done: it is durable
 
     # Commands, as the client gives them
 
@@ -472,6 +485,8 @@ class Transaction:
         The last octet of the last chunk is the end of data as well.
         """
         self._answer_verdict = answer
+        if self._broken is None and self._connection is not None:
+            self._enter_journal()
         connection = self._connection
         if self._broken is not None or connection is None:
             reply = self._broken or LOST
@@ -489,6 +504,19 @@ class Transaction:
         self._services.running.add(settled)
         settled.add_done_callback(self._services.running.discard)
 
+    def _enter_journal(self) -> None:
+        """Have the message stand in the journal before its end of data goes up; else it is refused here."""
+        self._take_stock()
+        self._slot = self._services.journal.enter(line_of(self._account.doubt(self._found, "")))
+        if self._slot is None:
+            self._services.metrics.rejected("records")
+            self._refuse(NO_PLACE)
+
+    def _leave_journal(self) -> None:
+        if self._slot is not None:
+            self._services.journal.free(self._slot)
+            self._slot = None
+
     async def _settle(self, connection: Connection) -> None:
         """Await the verdict, record an acceptance, answer the client, and say what became of it."""
         account, began = self._account, self._loop.time()
@@ -496,6 +524,9 @@ class Transaction:
         account.upstream_s = self._loop.time() - began
         if isinstance(verdict, Failure):
             self._tell(in_doubt(self.task_id))
+            self._doubt(verdict.reason)
+            if self._doubted is not None:
+                await self._doubted
             self._conclude(Outcome.IN_DOUBT, verdict.reason)
             return
         self._connection = None
@@ -503,7 +534,11 @@ class Transaction:
         # refused that is not certain (RFC 3030 2).
         self._pool.release(connection, reset=self.chunking and not verdict.positive)
         if not verdict.positive:
+            if self._doubted is None:
+                self._leave_journal()
             self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
+            if self._doubted is not None:
+                await self._services.recorder.record(Settled(self.task_id))
             # A chunk that was refused before the last one decided it; this only follows from that.
             decisive = (self._data_reply if self.chunking else None) or verdict
             self._conclude(negative_outcome(decisive), decisive)
@@ -517,12 +552,34 @@ class Transaction:
         account, began = self._account, self._loop.time()
         try:
             self._take_stock()
-            found = cast("Classification", account.found)
-            await self._services.recorder.record(account.record(found, verdict))
+            record = account.record(self._found, verdict, doubted=self._doubted is not None)
+            await self._services.recorder.record(record)
         except Exception as error:
             self._services.metrics.record_error()
             maillog.unforeseen("record", self.task_id, error)
+        self._leave_journal()
         account.commit_s = self._loop.time() - began
+
+    def _doubt(self, reason: str) -> None:
+        """Have an entry made in task_in_doubt, once; nothing here may change what the client hears.
+
+        Its slot in the journal guards the message until the entry is durable.
+        """
+        if self._doubted is not None:
+            return
+        try:
+            self._take_stock()
+            self._doubted = self._services.recorder.record(self._account.doubt(self._found, reason))
+        except Exception as error:
+            self._services.metrics.record_error()
+            maillog.unforeseen("doubt", self.task_id, error)
+        else:
+            self._doubted.add_done_callback(lambda kept: None if kept.cancelled() else self._leave_journal())
+
+    @property
+    def _found(self) -> Classification:
+        """What the header section said; there is one once the end of data has come."""
+        return cast("Classification", self._account.found)
 
     def _verdict_failed(self, failure: Failure) -> None:
         if not self._verdict.done():
@@ -530,8 +587,13 @@ class Transaction:
 
     def check(self, now: float) -> None:
         """Tell the client 451 if the verdict is overdue; it is still awaited, and recorded when it comes."""
-        if self.settling and now > self._verdict_due:
-            self._tell(in_doubt(self.task_id))
+        if not self.settling or self._overdue or now <= self._verdict_due or self._verdict.done():
+            return
+        self._overdue = True
+        reason = f"no answer to the end of data within {self._pool.end_of_data_timeout:g} s"
+        self._tell(in_doubt(self.task_id))
+        self._doubt(reason)
+        self._account.overdue(reason)
 
     def give_up(self) -> None:
         """Stop awaiting the verdict: the relay ends. The message is in doubt."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
@@ -126,13 +126,13 @@ class Recorder:
             self._go_away(f"{self._spool.rows} rows wait in the spool", pause=0.0)
         self._writer = asyncio.create_task(self._write_batches(), name="recorder")
 
-    def record(self, entry: Entry) -> Awaitable[None]:
+    def record(self, entry: Entry) -> asyncio.Future[None]:
         """Take the entry at once, so that entries are kept in the order of the calls.
 
         What is returned is done once the entry is durable, or is in the log because neither store nor spool
-        took it. It never raises; a caller that is cancelled does not take its entry along.
+        took it. It never raises; to cancel it does not take the entry back.
         """
-        kept = asyncio.get_running_loop().create_future()
+        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._writer is None or self._writer.done():
             self._lose([entry])
             kept.set_result(None)

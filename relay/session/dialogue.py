@@ -396,7 +396,7 @@ class Dialogue:
         limit = self._reception.max_message_size
         if size is not None and limit and size > limit:
             return answers.TOO_LARGE, "too_large"
-        if self._reception.services.recorder.refusal() is not None:
+        if self._reception.services.refusal() is not None:
             return answers.NO_RECORDS, "records"
         return None
 
