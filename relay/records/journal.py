@@ -85,9 +85,9 @@ class Journal:
             if left:
                 os.posix_fallocate(self._file, 0, left * SLOT_SIZE)
             self._map = self._mapped(left)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             os.close(self._file)
-            raise SpoolError(f"{self.path}: {error}") from error
+            raise SpoolError(f"{self.path}: {error.strerror or error}") from error
         self.found: Sequence[Found] = self._read(left)
         """What was left; each slot is in use until it is freed."""
         self._slots = left
