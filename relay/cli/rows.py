@@ -23,12 +23,13 @@ import typer
 from rich.cells import cell_len, set_cell_size
 
 from relay.cli.sends import Format
-from relay.records.queries import Send
+from relay.records.queries import InDoubt, Send
 
 __all__ = ["Table", "fitted", "writer"]
 
-COLUMNS = tuple(field.name for field in fields(Send))
+Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
+HEADER_IN_DOUBT = ("SINCE", "TYPE", "SENDER", "RECIPIENTS", "REASON")
 GAP = "  "
 SMALLEST = 8
 """Cells of a column that is not made smaller, however narrow the terminal."""
@@ -37,21 +38,25 @@ Cell = tuple[str, str]
 """What may be shortened, and what follows it whole."""
 
 
-def writer(output: Format, out: TextIO) -> Callable[[Sequence[Send]], None]:
-    """Return a printer of pages to `out`; an empty first page makes it print what stands above the rows."""
+def writer(
+    output: Format, out: TextIO, kind: type[Send] | type[InDoubt] = Send
+) -> Callable[[Sequence[Row]], None]:
+    """Return a printer of pages of `kind` to `out`.
+
+    An empty first page makes it print what stands above the rows.
+    """
     if isinstance(out, io.TextIOWrapper):
         if output is Format.TABLE:
             out.reconfigure(errors="backslashreplace")
         else:
             out.reconfigure(encoding="utf-8")
-    printers: dict[Format, Callable[[TextIO], Callable[[Sequence[Send]], None]]] = {
-        Format.TABLE: _table,
-        Format.JSON: _json,
-        Format.CSV: _csv,
-    }
-    write = printers[output](out)
+    columns = tuple(field.name for field in fields(kind))
+    if output is Format.TABLE:
+        write = _table(out, HEADER if kind is Send else HEADER_IN_DOUBT)
+    else:
+        write = (_json if output is Format.JSON else _csv)(out, columns)
 
-    def page(rows: Sequence[Send]) -> None:
+    def page(rows: Sequence[Row]) -> None:
         write(rows)
         out.flush()  # a reader that has gone is found out here, and not at exit
 
@@ -61,12 +66,12 @@ def writer(output: Format, out: TextIO) -> Callable[[Sequence[Send]], None]:
 # For people
 
 
-def _table(out: TextIO) -> Callable[[Sequence[Send]], None]:
+def _table(out: TextIO, header: Sequence[str]) -> Callable[[Sequence[Row]], None]:
     terminal = out.isatty()
     bold = terminal and os.environ.get("TERM") != "dumb"
-    table = Table(shutil.get_terminal_size().columns if terminal else None)
+    table = Table(shutil.get_terminal_size().columns if terminal else None, header)
 
-    def write(rows: Sequence[Send]) -> None:
+    def write(rows: Sequence[Row]) -> None:
         for number, line in enumerate(table.lines(rows)):
             heading = bold and number == 0 and table.pages == 1
             out.write((typer.style(line, bold=True) if heading else line) + "\n")
@@ -77,19 +82,20 @@ def _table(out: TextIO) -> Callable[[Sequence[Send]], None]:
 class Table:
     """Lines of columns, as wide as the first page needs, and no wider than `width` cells; None: no bound."""
 
-    def __init__(self, width: int | None) -> None:
+    def __init__(self, width: int | None, header: Sequence[str] = HEADER) -> None:
         self._width = width
+        self._header = header
         self._widths: list[int] = []
         self.pages = 0
 
-    def lines(self, rows: Sequence[Send]) -> list[str]:
+    def lines(self, rows: Sequence[Row]) -> list[str]:
         """Return the lines of the next page; the first one's begin with the header."""
         if not rows:
             return []
         page = [_cells(row) for row in rows]
         self.pages += 1
         if self.pages == 1:
-            page.insert(0, [(name, "") for name in HEADER])
+            page.insert(0, [(name, "") for name in self._header])
             wanted = [max(cell_len("".join(cell)) for cell in column) for column in zip(*page, strict=True)]
             self._widths = wanted if self._width is None else fitted(wanted, self._width)
         return [self._line(cells) for cells in page]
@@ -121,14 +127,15 @@ def fitted(wanted: Sequence[int], width: int) -> list[int]:
     return widths
 
 
-def _cells(row: Send) -> list[Cell]:
+def _cells(row: Row) -> list[Cell]:
     first, *more = row.recipients or ("",)
+    moment, last = (row.sent_at, row.upstream_reply) if isinstance(row, Send) else (row.since, row.reason)
     return [
-        (f"{row.sent_at.astimezone():%Y-%m-%d %H:%M:%S}", ""),
+        (f"{moment.astimezone():%Y-%m-%d %H:%M:%S}", ""),
         (_printable(row.task_type), ""),
         (_printable(row.sender) or "<>", ""),
         (_printable(first), f" +{len(more)}" if more else ""),
-        (_printable(" ".join(row.upstream_reply.split("\n"))), ""),
+        (_printable(" ".join(last.split("\n"))), ""),
     ]
 
 
@@ -141,24 +148,24 @@ def _printable(text: str) -> str:
 # For programs
 
 
-def _json(out: TextIO) -> Callable[[Sequence[Send]], None]:
-    def write(rows: Sequence[Send]) -> None:
+def _json(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None]:
+    def write(rows: Sequence[Row]) -> None:
         for row in rows:
-            line = json.dumps({name: _plain(getattr(row, name)) for name in COLUMNS}, ensure_ascii=False)
+            line = json.dumps({name: _plain(getattr(row, name)) for name in columns}, ensure_ascii=False)
             out.write(_printable_json(line) + "\n")
 
     return write
 
 
-def _csv(out: TextIO) -> Callable[[Sequence[Send]], None]:
+def _csv(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None]:
     lines = csv.writer(out, lineterminator="\n")
-    header = iter([COLUMNS])  # written once, when there is a store to read
+    header = iter([columns])  # written once, when there is a store to read
     show = _printable if out.isatty() else str
 
-    def write(rows: Sequence[Send]) -> None:
+    def write(rows: Sequence[Row]) -> None:
         lines.writerows(header)
         for row in rows:
-            lines.writerow([show(_cell(getattr(row, name))) for name in COLUMNS])
+            lines.writerow([show(_cell(getattr(row, name))) for name in columns])
 
     return write
 

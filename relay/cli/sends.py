@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,8 @@ from relay.cli.failure import CommandError
 from relay.envelope import text
 
 if TYPE_CHECKING:
-    from relay.records.queries import Send, SendFilter
+    from relay.cli.rows import Row
+    from relay.records.queries import SendFilter
     from relay.settings import Settings
 
 __all__ = ["EPILOG", "Format", "moment", "sends"]
@@ -55,6 +56,12 @@ def sends(
     since: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent then or later.")] = None,
     until: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent before then.")] = None,
     limit: Annotated[int, typer.Option(min=0, metavar="N", help="Rows at most; 0: all.")] = 20,
+    in_doubt: Annotated[
+        bool,
+        typer.Option(
+            "--in-doubt", help="Not what was sent, but messages of which nobody knows whether they were."
+        ),
+    ] = False,
     output: Annotated[
         Format, typer.Option("--format", help="table: for people; json: one object a line; csv.")
     ] = Format.TABLE,
@@ -78,11 +85,12 @@ def sends(
 
     from relay.cli.rows import writer
     from relay.records.errors import StoreError
-    from relay.records.queries import SendFilter
+    from relay.records.queries import InDoubt, Send, SendFilter
 
     wanted = SendFilter(**given, task_id=identity, since=begin, until=end)
+    write = writer(output, sys.stdout, InDoubt if in_doubt else Send)
     try:
-        rows = asyncio.run(_print(settings, wanted, limit or None, writer(output, sys.stdout)))
+        rows, doubts = asyncio.run(_print(settings, wanted, limit or None, write, in_doubt=in_doubt))
     except StoreError as error:
         raise CommandError([f"relay: {error}"]) from None
     except BrokenPipeError:
@@ -90,22 +98,34 @@ def sends(
     except OSError as error:
         raise CommandError([f"relay: cannot write what was found: {error.strerror}"]) from None
     if not rows and output is Format.TABLE:
-        typer.echo("relay: no sends found", err=True)
+        typer.echo(f"relay: no {'messages in doubt' if in_doubt else 'sends'} found", err=True)
+    if doubts:
+        said = "1 message is in doubt" if doubts == 1 else f"{doubts} messages are in doubt"
+        typer.echo(f"relay: {said}, see relay sends --in-doubt", err=True)
     return 0
 
 
 async def _print(
-    settings: Settings, wanted: SendFilter, limit: int | None, write: Callable[[Sequence[Send]], None]
-) -> int:
+    settings: Settings,
+    wanted: SendFilter,
+    limit: int | None,
+    write: Callable[[Sequence[Row]], None],
+    *,
+    in_doubt: bool,
+) -> tuple[int, int]:
+    """Print what is wanted; return how many rows, and how many messages in doubt there are to be told of."""
     from relay.records.queries import Queries
 
     queries = await Queries.open(settings.records.url)
     rows = 0
     write(())
-    async for page in queries.sends(wanted, limit=limit):
+    pages: AsyncIterator[Sequence[Row]]
+    pages = queries.doubts(wanted, limit=limit) if in_doubt else queries.sends(wanted, limit=limit)
+    async for page in pages:
         write(page)
         rows += len(page)
-    return rows
+    tells = not in_doubt and sys.stderr.isatty()
+    return rows, await queries.count_in_doubt() if tells else 0
 
 
 def moment(value: str, now: datetime) -> datetime:

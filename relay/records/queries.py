@@ -1,4 +1,4 @@
-"""The reading side of the store: which sends are there, newest first.
+"""The reading side of the store: which sends are there, and which messages in doubt, newest first.
 
 Rules. Reading changes nothing: no store is made, no schema is brought up, no file comes up beside the
 store's own, and no lock is held that a writer would wait for. Rows come in pages, each one short read of its
@@ -15,16 +15,18 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from relay.records.errors import StoreError
 from relay.records.model import Json
-from relay.records.schema import SCHEMA_VERSION, UtcDateTime, task_done, task_done_recipient
+from relay.records.schema import SCHEMA_VERSION, UtcDateTime, task_done, task_done_recipient, task_in_doubt
 from relay.records.sqlite import (
     SMALLEST,
     check_columns,
@@ -35,7 +37,17 @@ from relay.records.sqlite import (
     version_in,
 )
 
-__all__ = ["COLUMNS", "PAGE_ROWS", "Queries", "Send", "SendFilter", "page_of_sends", "recipients_of"]
+__all__ = [
+    "COLUMNS",
+    "PAGE_ROWS",
+    "InDoubt",
+    "Queries",
+    "Send",
+    "SendFilter",
+    "page_of_doubts",
+    "page_of_sends",
+    "recipients_of",
+]
 
 T = TypeVar("T")
 Key = tuple[datetime, int]
@@ -95,6 +107,31 @@ class Send:
     recipients: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class InDoubt:
+    """One row of `task_in_doubt`, with the recipients that the upstream had accepted, in their order.
+
+    Times are aware, UTC; `size` is in octets, `duration_ms` in milliseconds, from MAIL to `since`.
+    """
+
+    id: int
+    task_id: str
+    client_task_id: str | None
+    task_type: str
+    sender: str
+    sender_domain: str
+    client: str
+    since: datetime
+    expires_at: datetime | None
+    upstream: str
+    reason: str
+    message_id: str | None
+    size: int
+    duration_ms: int
+    data: dict[str, Json]
+    recipients: tuple[str, ...]
+
+
 class Queries:
     """A store that is read. It holds nothing open between two reads, so there is nothing to close."""
 
@@ -128,6 +165,26 @@ class Queries:
                 return
             after = page[-1].sent_at, page[-1].id
             left = None if left is None else left - rows
+
+    async def doubts(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[InDoubt]]:
+        """Yield the messages in doubt that `wanted` describes, as `sends` does."""
+        after: Key | None = None
+        left = limit
+        while left is None or left > 0:
+            rows = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
+            page = await self._read(partial(_fetch_doubts, page=page_of_doubts(wanted, rows, after)))
+            if page:
+                yield page
+            if len(page) < rows:
+                return
+            after = page[-1].since, page[-1].id
+            left = None if left is None else left - rows
+
+    async def count_in_doubt(self) -> int:
+        """Return how many messages are in doubt. Raises StoreError when the store cannot be read."""
+        return await self._read(
+            lambda raw: int(raw.execute("SELECT count(*) FROM task_in_doubt").fetchone()[0])
+        )
 
     async def _page(self, wanted: SendFilter, rows: int, after: Key | None) -> list[Send]:
         return await self._read(lambda raw: _fetch(raw, page_of_sends(wanted, rows, after)))
@@ -219,6 +276,13 @@ def _fetch(raw: sqlite3.Connection, page: sa.Select[Any]) -> list[Send]:
     return [Send(**row, recipients=tuple(recipients[row["id"]])) for row in rows]
 
 
+def _fetch_doubts(raw: sqlite3.Connection, page: sa.Select[Any]) -> list[InDoubt]:
+    engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
+    with engine.begin() as connection:
+        rows = connection.execute(page).mappings().all()
+    return [InDoubt(**{**row, "recipients": tuple(row["recipients"])}) for row in rows]
+
+
 def recipients_of(keys: Iterable[int]) -> sa.Select[Any]:
     """Return the statement for the recipients of the rows with these ids, each row's in their order."""
     table = task_done_recipient.c
@@ -233,7 +297,7 @@ def page_of_sends(wanted: SendFilter, rows: int, after: Key | None = None) -> sa
     """Return the statement for the next `rows` rows that `wanted` describes, those before `after`."""
     table = task_done.c
     leading = _leading_index(wanted)
-    conditions = [*_conditions(wanted), *_window(wanted, after, table.sent_at, table.id)]
+    conditions = [*_conditions(wanted, table), *_window(wanted, after, table.sent_at, table.id)]
     if wanted.recipient is not None:
         received = _is(
             wanted.recipient, task_done_recipient.c.recipient, task_done_recipient.c.recipient_domain
@@ -248,6 +312,33 @@ def page_of_sends(wanted: SendFilter, rows: int, after: Key | None = None) -> sa
         .order_by(table.sent_at.desc(), table.id.desc())
         .limit(rows)
     )
+
+
+def page_of_doubts(wanted: SendFilter, rows: int, after: Key | None = None) -> sa.Select[Any]:
+    """Return the statement for the next `rows` messages in doubt that `wanted` describes, before `after`.
+
+    By time, whatever the filter: they are few, unless something is very wrong.
+    """
+    table = task_in_doubt.c
+    conditions = [*_conditions(wanted, table), *_window(wanted, after, table.since, table.id)]
+    if wanted.recipient is not None:
+        # SQLite's function; PostgreSQL has jsonb_array_elements_text for it.
+        each = sa.func.json_each(table.recipients).table_valued("value")
+        found = sa.cast(each.c.value, sa.Text())
+        conditions.append(sa.exists().where(_has(wanted.recipient, found)))
+    return (
+        sa.select(task_in_doubt)
+        .with_hint(task_in_doubt, "INDEXED BY ix_task_in_doubt_since", "sqlite")
+        .where(*conditions)
+        .order_by(table.since.desc(), table.id.desc())
+        .limit(rows)
+    )
+
+
+def _has(value: str, address: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """Whether an address that has no column for its domain is the one, or in the domain (`@` and all)."""
+    found = sa.func.substr(address, -len(value)) if value.startswith("@") else address
+    return sa.func.lower(found) == sa.func.lower(value)
 
 
 def _page_by_recipient(
@@ -266,7 +357,7 @@ def _page_by_recipient(
         .order_by(moment.desc(), key.desc())
         .limit(rows)
     )
-    others = _conditions(wanted)
+    others = _conditions(wanted, task_done.c)
     if others:
         found = found.join_from(task_done_recipient, task_done, task_done.c.id == key).where(*others)
     page = found.subquery("page")
@@ -305,9 +396,10 @@ def _address(value: str | None) -> str | None:
     return None if value is None or value.startswith("@") else value
 
 
-def _conditions(wanted: SendFilter) -> list[sa.ColumnElement[bool]]:
-    """What `task_done` itself has to say, but for the time."""
-    table = task_done.c
+def _conditions(
+    wanted: SendFilter, table: ReadOnlyColumnCollection[str, sa.Column[Any]]
+) -> list[sa.ColumnElement[bool]]:
+    """What the row itself has to say, in `task_done` or `task_in_doubt`, but for the time."""
     conditions: list[sa.ColumnElement[bool]] = []
     if wanted.task_id is not None:
         conditions.append(table.task_id == str(wanted.task_id))

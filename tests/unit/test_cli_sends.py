@@ -16,9 +16,9 @@ from uuid import UUID
 import pytest
 
 from relay.cli import main
-from relay.cli.rows import HEADER, Table, fitted, writer
+from relay.cli.rows import HEADER, HEADER_IN_DOUBT, Table, fitted, writer
 from relay.cli.sends import Format, moment
-from relay.records.model import Record
+from relay.records.model import Doubt, Record
 from relay.records.queries import COLUMNS, Send
 from relay.records.retention import Retention
 from relay.records.store import Store
@@ -92,6 +92,103 @@ def test_a_table_for_a_pipe_is_plain_and_whole(capsys):
             r"250-2.0.0 Ok: 250 2.0.0 queued \x1b[31m\x9b2J",
         ],
     ]
+
+
+DOUBT = Doubt(
+    since=NOW,
+    reason="closed by the\nupstream \x1b[31m",
+    **{name: getattr(ROW, name) for name in ("task_id", "task_type", "sender", "client", "upstream", "size")},
+    **{name: getattr(ROW, name) for name in ("duration_ms", "recipients", "message_id", "data")},
+)
+
+
+def test_what_is_in_doubt_is_another_table(capsys):
+    record(replace(ROW, task_id=UUID(int=2)), DOUBT)
+
+    assert main(["sends", "--in-doubt"]) == 0
+
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert [re.split("  +", line) for line in captured.out.splitlines()] == [
+        list(HEADER_IN_DOUBT),
+        [
+            *("2026-11-23 13:16:00", "mention", "+alice@example.com", "=1+1@example.net +2"),
+            r"closed by the upstream \x1b[31m",
+        ],
+    ]
+
+
+def test_what_is_in_doubt_for_programs(capsys):
+    record(DOUBT)
+
+    assert main(["sends", "--in-doubt", "--format", "json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    entry = json.loads(line)
+    assert main(["sends", "--in-doubt", "--format", "csv"]) == 0
+    header, values = csv.reader(io.StringIO(capsys.readouterr().out))
+
+    assert entry == {
+        "id": 1,
+        "task_id": str(DOUBT.task_id),
+        "client_task_id": None,
+        "task_type": "mention",
+        "sender": "+alice@example.com",
+        "sender_domain": "example.com",
+        "client": "127.0.0.1",
+        "since": "2026-11-23T07:46:00.123456Z",
+        "expires_at": "2026-12-23T07:46:00.123456Z",
+        "upstream": "primary",
+        "reason": DOUBT.reason,
+        "message_id": DOUBT.message_id,
+        "size": 4096,
+        "duration_ms": 12,
+        "data": DOUBT.data,
+        "recipients": list(DOUBT.recipients),
+    }
+    assert header == list(entry)
+    assert values[-1] == "=1+1@example.net bob@example.net carol@example.net"
+
+
+def test_filters_for_what_is_in_doubt(capsys):
+    record(DOUBT, replace(DOUBT, task_id=UUID(int=2), since=NOW + timedelta(hours=1), sender=""))
+    found = {
+        "--sender=+ALICE@example.com": 1,
+        "--sender=@example.com": 1,
+        "--sender=<>": 1,
+        "--recipient=bob@EXAMPLE.net": 2,
+        "--recipient=@Example.NET": 2,
+        "--recipient=@ample.net": 0,
+        "--recipient=nobody@example.net": 0,
+        "--type=mention": 2,
+        "--type=digest": 0,
+        "--client=127.0.0.2": 0,
+        '--message-id="1", 2@example.com': 2,
+        "--task-id=00000000000000000000000000000002": 1,
+        "--since=2026-11-23T08:00Z": 1,
+        "--until=2026-11-23T08:00Z": 1,
+        "--limit=1": 1,
+    }
+    for option, rows in found.items():
+        assert main(["sends", "--in-doubt", "--format", "json", option]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == rows, option
+    assert main(["sends", "--in-doubt", "--type=digest"]) == 0
+    assert capsys.readouterr().err == "relay: no messages in doubt found\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, ""), (1, "1 message is in doubt"), (2, "2 messages are in doubt")]
+)
+def test_whoever_looks_at_the_sends_is_told_of_what_is_in_doubt(count, said, capsys, monkeypatch):
+    record(ROW, *(replace(DOUBT, task_id=UUID(int=number + 2)) for number in range(count)))
+    line = f"relay: {said}, see relay sends --in-doubt\n" if said else ""
+
+    assert main(["sends"]) == 0
+    assert capsys.readouterr().err == ""  # not a terminal
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["sends"]) == 0
+    assert sys.stderr.getvalue() == line
+    assert main(["sends", "--in-doubt", "--format", "csv"]) == 0
+    assert sys.stderr.getvalue() == line
 
 
 def test_filters_reach_the_query(capsys):

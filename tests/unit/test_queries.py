@@ -16,8 +16,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 from relay.records import queries
 from relay.records.errors import StoreError
 from relay.records.migrations import upgrade
-from relay.records.model import Record
-from relay.records.queries import COLUMNS, PAGE_ROWS, Queries, SendFilter, page_of_sends, recipients_of
+from relay.records.model import Doubt, Record
+from relay.records.queries import (
+    COLUMNS,
+    PAGE_ROWS,
+    Queries,
+    SendFilter,
+    page_of_doubts,
+    page_of_sends,
+    recipients_of,
+)
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSIONS, VERSION_TABLE
 from relay.records.store import Store
@@ -426,3 +434,52 @@ async def test_what_this_user_may_not_read(reader, mode, log_mode, reason):
         os.seteuid(65534)
         assert reason in await refusal(reader)
         os.seteuid(0)
+
+
+# In doubt
+
+
+def doubt(number, **changes):
+    """A message in doubt, `number // 2` seconds after NOW."""
+    values = {name: getattr(ROW, name) for name in ("task_type", "sender", "client", "upstream", "size")}
+    values |= {name: getattr(ROW, name) for name in ("duration_ms", "recipients", "message_id", "data")}
+    values |= {"task_id": UUID(int=number), "since": NOW + timedelta(seconds=number // 2), "reason": "lost"}
+    return Doubt(**(values | changes))
+
+
+async def found_in_doubt(path, limit=None, **wanted):
+    """The messages in doubt, by their number, and the sizes of the pages."""
+    opened = await Queries.open(f"sqlite:///{path}")
+    pages = [page async for page in opened.doubts(SendFilter(**wanted), limit=limit)]
+    return [UUID(each.task_id).int for page in pages for each in page], [len(page) for page in pages]
+
+
+async def test_what_is_in_doubt_comes_back_whole(path):
+    await write(path, doubt(1, recipients=("b@x", "A@x", "b@x")))
+    opened = await Queries.open(f"sqlite:///{path}")
+    [[entry]] = [page async for page in opened.doubts(SendFilter())]
+    assert entry.recipients == ("b@x", "A@x", "b@x")
+    assert (entry.since, entry.since.tzinfo, entry.reason, entry.data) == (NOW, UTC, "lost", {"tags": ["a"]})
+    assert await opened.count_in_doubt() == 1
+
+
+async def test_what_is_in_doubt_comes_newest_first_in_pages(path):
+    count = 2 * PAGE_ROWS + 7  # two of the same moment each, also across pages
+    await write(path, *(doubt(number) for number in range(count)))
+    newest_first = list(range(count - 1, -1, -1))
+    assert await found_in_doubt(path) == (newest_first, [PAGE_ROWS, PAGE_ROWS, 7])
+    assert await found_in_doubt(path, limit=PAGE_ROWS + 1) == (newest_first[: PAGE_ROWS + 1], [PAGE_ROWS, 1])
+    assert (await found_in_doubt(path, since=NOW + timedelta(seconds=2), until=NOW + timedelta(seconds=3)))[
+        0
+    ] == [5, 4]
+
+
+def test_the_page_of_what_is_in_doubt_needs_no_sorting(path):
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        upgrade(raw)
+        for wanted in (SendFilter(), SendFilter(recipient="@x", sender="a@b", since=NOW)):
+            page = page_of_doubts(wanted, 10, (NOW, 1))
+            statement = page.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+            plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            assert "USING INDEX ix_task_in_doubt_since" in plan[0]
+            assert not any("TEMP B-TREE" in step for step in plan)
