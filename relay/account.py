@@ -14,6 +14,7 @@ from uuid import UUID
 from relay import maillog
 from relay.envelope import Envelope, Recipient, text
 from relay.outcome import Outcome
+from relay.records.bound import MAX_VERDICT, lines_bound
 from relay.records.model import Doubt, Json, Record
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Account:
             client=self.sender.client,
             sent_at=datetime.now(UTC),
             upstream=self.upstream or "",
-            upstream_reply=str(verdict),
+            upstream_reply=_cut(str(verdict)),
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),
@@ -106,6 +107,24 @@ class Account:
             data=self._data(found),
             doubted=doubted,
         )
+
+    def place(self, found: Classification) -> int:
+        """Return how many octets the lines of this message take in the spool at most, whatever the verdict.
+
+        The envelope must be complete.
+        """
+        octets = [self.envelope.reverse_path]
+        for each in self.envelope.recipients:
+            octets.append(each.path)
+            if each.reply is not None and not each.reply.positive:
+                octets.append(each.reply.wire)
+        texts = [found.task_type, self.sender.client, self.sender.address, self.upstream or ""]
+        texts += (found.client_task_id or "", found.message_id or "", *found.tags, *found.headers)
+        for value in found.headers.values():
+            texts += map(str, value) if isinstance(value, list) else (str(value),)
+        if self.client_heard is not None:
+            octets.append(self.client_heard.wire)
+        return lines_bound(octets, texts)
 
     def _data(self, found: Classification) -> dict[str, Json]:
         """Everything that has no column of its own."""
@@ -165,6 +184,11 @@ class Account:
             "commit_s": self.commit_s,
             "total_s": self.total_s,
         }
+
+
+def _cut(verdict: str) -> str:
+    """Return a verdict as a row holds it: of one that is longer than any server's the beginning."""
+    return verdict if len(verdict) <= MAX_VERDICT else f"{verdict[: MAX_VERDICT - 4]} ..."
 
 
 def negative_outcome(reply: Reply) -> Outcome:

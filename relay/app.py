@@ -24,9 +24,9 @@ from relay.classify import Classifier
 from relay.metrics import Metrics
 from relay.records.expiry import ExpiryLoop
 from relay.records.journal import Journal
-from relay.records.recorder import Recorder
+from relay.records.recorder import USUAL_PLACE, Recorder
 from relay.records.retention import Retention
-from relay.records.spool import Spool, SpoolError
+from relay.records.spool import RESERVE, Spool, SpoolError
 from relay.records.store import Store, StoreError, utc_now
 from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
@@ -129,10 +129,9 @@ class Relay:
     async def _start_records(self) -> None:
         records, kept = self.settings.records, self.settings.retention
         self._store = await Store.open(records.url, Retention.of_seconds(kept.default, kept.by_type))
-        self._spool = Spool(records.spool)
-        self._journal = Journal(
-            self._spool.directory, sum(each.max_connections for each in self.settings.upstreams)
-        )
+        connections = sum(upstream.max_connections for upstream in self.settings.upstreams)
+        self._spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
+        self._journal = Journal(self._spool.directory, connections)
         self.recorder = Recorder(
             self._store,
             self._spool,

@@ -171,6 +171,9 @@ class Metrics:
         self._records_spooled = series.gauge(
             "records_spooled", "Rows in the spool now, waiting for the store."
         )
+        self._records_reserve = series.gauge(
+            "records_reserve_bytes", "Disk space taken ahead for rows, in the spool, and free."
+        )
         self._record_errors = series.counter(
             "record_errors_total", "Attempts to keep rows in the store or the spool that failed."
         )
@@ -238,6 +241,10 @@ class Metrics:
     def records_spooled(self, rows: int) -> None:
         """Set how many rows are in the spool."""
         self._records_spooled.value = rows
+
+    def records_reserve(self, octets: int) -> None:
+        """Set how much disk space is taken ahead for rows and free."""
+        self._records_reserve.value = octets
 
     def expired(self, rows: int) -> None:
         """Count rows that expiry deleted."""

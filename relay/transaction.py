@@ -152,6 +152,7 @@ class Transaction:
         self._broken_as = Outcome.UNAVAILABLE
         self._unwritten: list[bytes] = []
         self._unwritten_size = 0
+        self._promised = 0  # octets that the spool keeps for the row
         self._answer_verdict: Callable[[Reply], None] = _ignore
         self._verdict_due = 0.0
         self._overdue = False
@@ -486,7 +487,7 @@ class Transaction:
         """
         self._answer_verdict = answer
         if self._broken is None and self._connection is not None:
-            self._enter_journal()
+            self._take_places()
         connection = self._connection
         if self._broken is not None or connection is None:
             reply = self._broken or LOST
@@ -504,12 +505,15 @@ class Transaction:
         self._services.running.add(settled)
         settled.add_done_callback(self._services.running.discard)
 
-    def _enter_journal(self) -> None:
-        """Have the message stand in the journal before its end of data goes up; else it is refused here."""
+    def _take_places(self) -> None:
+        """Keep a place in the spool and stand in the journal, or refuse the message: nothing is lost yet."""
         self._take_stock()
-        self._slot = self._services.journal.enter(line_of(self._account.doubt(self._found, "")))
+        services, octets = self._services, self._account.place(self._found)
+        if services.recorder.promise(octets):
+            self._promised = octets
+            self._slot = services.journal.enter(line_of(self._account.doubt(self._found, "")))
         if self._slot is None:
-            self._services.metrics.rejected("records")
+            services.metrics.rejected("records")
             self._refuse(NO_PLACE)
 
     def _leave_journal(self) -> None:
@@ -675,6 +679,7 @@ class Transaction:
         self.concluded = True
         self.settling = False
         self._services.settling.discard(self)
+        self._services.recorder.release(self._promised)
         self._take_stock()
         self._account.close(self._services.metrics, outcome, None if said is None else str(said))
 

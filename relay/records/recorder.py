@@ -15,6 +15,9 @@ Rules:
 - There is at most one `write` in the store at any time. One that is late is left to finish (the store is
   idempotent by `task_id`), and nothing else is asked of the store until it has.
 - The spool's calls block, so they run in one thread of their own, in order.
+- Before the end of data of a message goes up its row is promised a place in the reserve of the spool, disk
+  space taken ahead, so that a full disk cannot come between an acceptance and its row. More is taken as
+  soon as half of it is promised, and where that fails it is tried again every second.
 """
 
 from __future__ import annotations
@@ -29,15 +32,20 @@ from relay.records.model import Entry, Record
 from relay.records.spool import Spool, SpoolError, encode
 from relay.records.store import RejectedRecordError, StoreError
 
-__all__ = ["MAX_BATCH", "RecordWriter", "Recorder", "RecorderMetrics"]
+__all__ = ["MAX_BATCH", "USUAL_PLACE", "RecordWriter", "Recorder", "RecorderMetrics"]
 
 MAX_BATCH = 500
 """Rows in one commit, and in one step of a replay."""
+
+USUAL_PLACE = 16 * 1024
+"""Octets of the reserve for a usual message; when there is less to give, new mail is refused."""
 
 _REPLAY_TIMEOUT_S = 60.0  # nobody waits for a replay: a slow store may take its time
 _SPOOL_TIMEOUT_S = 30.0  # a disk that does not answer for so long has failed
 _LONGEST_PAUSE = 50  # times the first pause between two probes of a store that is away
 _HELD_ROWS = 1000  # lost rows that are tried again, beside the log
+_LARGEST_RESERVE = 256 * 1024 * 1024  # octets; promises beyond it are refused, however much disk there is
+_RESERVE_PAUSE_S = 1.0  # between two attempts to take disk space
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -68,6 +76,9 @@ class RecorderMetrics(Protocol):
 
     def records_spooled(self, rows: int, /) -> None:
         """Set the number of rows in the spool."""
+
+    def records_reserve(self, octets: int, /) -> None:
+        """Set the disk space that is taken ahead for rows and not written yet, in octets."""
 
 
 class Recorder:
@@ -117,11 +128,18 @@ class Recorder:
         self._stuck: asyncio.Future[Any] | None = None  # a call that the disk has not answered in time
         self._spool_failure: str | None = None
         self._held: list[Entry] = []  # in the log only; tried again
+        self._short: str | None = None  # why the reserve is not as large as it should be
+        self._wanted = 0  # octets that the reserve should have; 0: its usual size
+        self._provider: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to keep rows, and replay what an earlier process left in the spool. Needs a running loop."""
         self._hurry = asyncio.get_running_loop().create_future()
         self._metrics.records_spooled(self._spool.rows)
+        self._metrics.records_reserve(self._spool.reserve.free)
+        if self._spool.shortage is not None:
+            self._fall_short(self._spool.shortage)
+            self._see_to_reserve()
         if self._spool.rows:
             self._go_away(f"{self._spool.rows} rows wait in the spool", pause=0.0)
         self._writer = asyncio.create_task(self._write_batches(), name="recorder")
@@ -142,13 +160,32 @@ class Recorder:
         self._wake.set()
         return kept
 
+    def promise(self, octets: int) -> bool:
+        """Keep a place of so many octets for a row to come; return False where there is none now.
+
+        Whoever was promised one gives it back with `release`, once its rows are durable or there are none.
+        """
+        reserve = self._spool.reserve
+        granted = reserve.promise(octets)
+        wanted = reserve.promised if granted else reserve.promised + octets
+        if 2 * wanted > reserve.free:
+            self._see_to_reserve(min(4 * wanted, _LARGEST_RESERVE))
+        return granted
+
+    def release(self, octets: int) -> None:
+        """Give a promised place back."""
+        self._spool.reserve.release(octets)
+
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, or None while rows can be kept."""
-        if self._away is None or (self._spool_failure is None and not self._refuse_while_away):
-            return None
-        if self._spool_failure is None:
+        if self._away is not None and self._spool_failure is not None:
+            return f"{self._away}; {self._spool_failure}"
+        if self._away is not None and self._refuse_while_away:
             return self._away
-        return f"{self._away}; {self._spool_failure}"
+        reserve = self._spool.reserve
+        if self._short is not None and reserve.free - reserve.promised < USUAL_PLACE:
+            return f"no disk space to take ahead: {self._short}"
+        return None
 
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - the bound is the promise
         """Make everything pending durable within `timeout` seconds: in the store, else in the spool.
@@ -162,8 +199,9 @@ class Recorder:
         end = loop.time() + timeout
         self._closing = True
         self._wake.set()
-        if self._replayer is not None:
-            self._replayer.cancel()
+        for task in (self._replayer, self._provider):
+            if task is not None:
+                task.cancel()
         if self._writer is not None:
             await asyncio.wait((self._writer,), timeout=timeout / 2)
             if not self._writer.done():
@@ -224,10 +262,12 @@ class Recorder:
             if self._spool_failure is None:
                 _log.error("rows can not be kept, new mail is refused: %s; %s", self._away, error)
             self._spool_failure = str(error)
+            self._top_up()
             self._lose(rows)
             self._held += rows[: max(0, _HELD_ROWS - len(self._held))]
             return
         self._spool_works()
+        self._top_up()
         self._count(spooled)
         if len(spooled) < len(rows):
             kept = {id(row) for row in spooled}
@@ -404,6 +444,7 @@ class Recorder:
             return False
         await self._in_thread(self._spool.forget)
         self._metrics.records_spooled(self._spool.rows)
+        self._top_up()
         return True
 
     async def _late_write_ended(self) -> bool:
@@ -415,6 +456,42 @@ class Recorder:
             return False
         self._in_store = None
         return True
+
+    # ---- the reserve
+
+    def _top_up(self) -> None:
+        """Rows were written, or a segment has gone: have the reserve made up for it."""
+        self._metrics.records_reserve(self._spool.reserve.free)
+        if not self._spool.complete:
+            self._see_to_reserve()
+
+    def _see_to_reserve(self, octets: int = 0) -> None:
+        """Have disk space taken ahead, in the spool's thread, and again and again until it is had."""
+        self._wanted = max(self._wanted, octets)
+        if not self._closing and (self._provider is None or self._provider.done()):
+            self._provider = asyncio.get_running_loop().create_task(self._provide(), name="spool reserve")
+
+    async def _provide(self) -> None:
+        while True:
+            wanted, self._wanted = self._wanted, 0
+            try:
+                await self._in_thread(self._spool.provide, wanted)
+            except SpoolError as error:
+                self._fall_short(str(error))
+            else:
+                if self._short is not None:
+                    _log.warning("the reserve is whole again")
+                self._short = None
+            self._metrics.records_reserve(self._spool.reserve.free)
+            if self._short is not None:
+                await asyncio.sleep(_RESERVE_PAUSE_S)
+            elif not self._wanted:
+                return
+
+    def _fall_short(self, reason: str) -> None:
+        if self._short is None:
+            _log.error("no disk space to take ahead for rows: %s", reason)
+        self._short = reason
 
     # ---- the spool's thread
 

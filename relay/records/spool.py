@@ -5,9 +5,11 @@ Rules:
   its octets. A line that a crash tore, or that the disk spoiled, is recognised, moved to `corrupt.jsonl`,
   counted, and never stops the rest.
 - `append` returns once the rows are on disk (fdatasync, and the directory's fsync for a new file).
-- Rows are appended to one segment file and replayed from closed ones, so the two never meet. A segment is
-  removed only when all its rows are said to be kept elsewhere; after a crash it is replayed from its start
-  (the store is idempotent by `task_id`).
+- Rows are appended to one segment file, whose disk space is taken ahead of them, and a spare one stands ready
+  with as much: it takes over when the first is long enough, fails, or has been replayed. The reserve is what
+  is free in the segment in use; it changes hands only where the spare covers all that is promised.
+- A segment is removed only when all its rows are said to be kept elsewhere; after a crash it is replayed from
+  its start (the store is idempotent by `task_id`).
 - A row that the store rejects is in `rejected.jsonl` at least once (twice when a replay was cut short).
 - One process for each directory (flock).
 - Nothing here knows an event loop; calls block on the disk and come from one thread at a time.
@@ -15,6 +17,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -28,8 +31,13 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from relay.records.model import Doubt, Entry, Record, Settled
+from relay.records.reserve import Reserve
+from relay.records.segment import Segment, end_of_rows, sync_directory
 
-__all__ = ["Batch", "CorruptLineError", "Spool", "SpoolError", "decode", "encode"]
+__all__ = ["RESERVE", "Batch", "CorruptLineError", "Spool", "SpoolError", "decode", "encode"]
+
+RESERVE = 1024 * 1024
+"""Octets of disk space that are taken ahead of the rows, twice: in the segment in use, and in the spare."""
 
 SEGMENT_SIZE = 64 * 1024 * 1024
 """Octets after which a new segment is begun, so that a long replay gives space back as it goes."""
@@ -133,14 +141,25 @@ def _doubt(row: dict[str, Any]) -> Doubt:
     )
 
 
+class _Closed(NamedTuple):
+    """A segment that nothing is appended to, and where its rows end."""
+
+    path: Path
+    end: int
+
+
 class Spool:
     """The rows that wait in `directory`. Opening makes the directory, takes its lock, finds left-over rows.
 
-    Raises SpoolError when the directory cannot be used or another process holds it.
+    `reserve` is the disk space that is taken ahead, in octets; where it is not to be had, `shortage` says why
+    and `provide` tries again. Raises SpoolError when the directory cannot be used or another process holds
+    it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, reserve: int = RESERVE) -> None:
         self._directory = directory
+        self._usual = reserve
+        self.reserve = Reserve()
         try:
             _make_directory(directory)
             self._lock = _lock(directory)
@@ -148,17 +167,24 @@ class Spool:
             raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
         try:
             # Closed segments, oldest first.
-            self._closed = sorted(path for path in directory.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
-            self._rows = sum(_count_lines(segment) for segment in self._closed)
+            left = sorted(path for path in directory.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
+            self._closed = _with_rows(left)
+            self._rows = sum(_count_lines(*segment) for segment in self._closed)
         except OSError as error:
             os.close(self._lock)
             raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
-        self._number = int(self._closed[-1].stem) if self._closed else 0
-        self._segment: int | None = None  # descriptor of the segment that rows are appended to
-        self._size = 0  # octets of it that are on disk
-        self._position = 0  # in the oldest closed segment: rows before it are kept elsewhere
+        self._number = int(left[-1].stem) if left else 0
+        self._segment: Segment | None = None  # the one that rows are appended to
+        self._spare: Segment | None = None
+        self._position = 0  # in the oldest segment: rows before it are kept elsewhere
         self._read_to = 0
         self._read_rows = 0
+        self.shortage: str | None = None
+        """Why the reserve was not had when the spool was opened."""
+        try:
+            self.provide()
+        except SpoolError as error:
+            self.shortage = str(error)
 
     @property
     def directory(self) -> Path:
@@ -180,24 +206,111 @@ class Spool:
         """How many rows wait (torn and corrupt lines count until they are read)."""
         return self._rows
 
+    @property
+    def complete(self) -> bool:
+        """Whether the reserve is as large as usual, or nearly, and the spare is there."""
+        spare = self._spare
+        return spare is not None and min(self.reserve.free, spare.free) >= self._usual * 3 // 4
+
+    # The reserve
+
+    def provide(self, octets: int = 0) -> None:
+        """Take disk space until the reserve has `octets`, but at least its usual size; raise SpoolError.
+
+        Where more than usual is not to be had, the usual size is tried as well before the error is raised.
+        """
+        try:
+            try:
+                self._provide(max(octets, self._usual))
+            except OSError:
+                if octets > self._usual:
+                    self._provide(self._usual)
+                raise
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            self._tell_reserve()
+
+    def _provide(self, octets: int) -> None:
+        if self._segment is None:
+            self._segment = self._make_segment()
+        self._recycle()
+        self._segment.take(octets)
+        self._tell_reserve()
+        if self._spare is None:
+            self._spare = self._make_segment()
+        self._spare.take(octets)
+
+    def _tell_reserve(self) -> None:
+        self.reserve.became(self._segment.free if self._segment is not None else 0)
+
+    def _make_segment(self) -> Segment:
+        segment = Segment(self._directory / f"{self._number + 1:012}.jsonl")
+        self._number += 1
+        return segment
+
+    def _recycle(self) -> None:
+        """Remove the segment in use if all its rows are kept elsewhere; raise OSError.
+
+        Not where that would break a promise: then it is used on, and this is tried again.
+        """
+        segment, spare = self._segment, self._spare
+        if self._closed or segment is None or not 0 < segment.size <= self._position:
+            return
+        if self.reserve.may_become(spare.free if spare is not None else 0):
+            self._segment, self._spare = spare, None
+            self._position = self._read_to = 0
+            segment.remove()
+            sync_directory(self._directory)
+            if self._segment is None:
+                self._segment = self._make_segment()
+
+    # Rows in
+
     def append(self, lines: Sequence[bytes]) -> None:
         """Put encoded rows on disk, all of them or none; raise SpoolError when that fails."""
+        octets = b"".join(lines)
         try:
-            segment = self._open_segment() if self._segment is None else self._segment
-            octets = b"".join(lines)
-            _write_all(segment, octets)
-            os.fdatasync(segment)
+            self._append(octets)
         except OSError as error:
-            self._abandon_segment()
-            raise SpoolError(f"spool {self._directory}: {error.strerror or error}") from error
-        self._size += len(octets)
+            if self._segment is None:
+                raise self._error(error) from error
+            try:  # the spare has taken over
+                self._append(octets)
+            except OSError as again:
+                raise self._error(again) from again
         self._rows += len(lines)
-        if self._size >= SEGMENT_SIZE:
-            self._close_segment()
+
+    def _append(self, octets: bytes) -> None:
+        if self._segment is None:
+            self._segment = self._make_segment()
+        try:
+            self._segment.append(octets)
+        except OSError as error:
+            _log.warning("spool: %s is given up: %s", self._segment.path, error.strerror or error)
+            self._take_spare()
+            raise
+        finally:
+            self._tell_reserve()
+        spare = self._spare
+        if self._segment.size >= SEGMENT_SIZE and spare is not None and self.reserve.may_become(spare.free):
+            self._take_spare()
+
+    def _take_spare(self) -> None:
+        """End the segment in use; the next row goes to the spare one."""
+        segment, self._segment, self._spare = self._segment, self._spare, None
+        if segment is None:
+            return
+        if segment.size:
+            self._closed.append(_Closed(segment.path, segment.size))
+        with contextlib.suppress(OSError):  # an empty one that cannot be removed is removed by the next start
+            segment.close()
 
     def set_aside(self, line: bytes) -> None:
         """Put a row that the store will never take on disk in `rejected.jsonl`; raise SpoolError."""
         self._append_to(self.rejected_file, line)
+
+    # Rows out
 
     def read(self, limit: int) -> Batch:
         """Return up to `limit` of the oldest rows; the same ones again until `forget` is called.
@@ -206,88 +319,68 @@ class Spool:
         """
         records: list[Entry] = []
         corrupt = lines = 0
+        oldest = self._oldest()
+        if oldest is None:
+            self._rows = 0
+            return Batch(records, 0)
         try:
-            if not self._closed:
-                self._close_segment()
-            if not self._closed:
-                self._rows = 0
-                return Batch(records, 0)
-            with self._closed[0].open("rb") as segment:
-                segment.seek(self._position)
-                while lines < limit and (line := segment.readline()):
+            with oldest.path.open("rb") as segment:
+                at = segment.seek(self._position)
+                while lines < limit and at < oldest.end and (line := segment.readline(oldest.end - at)):
                     lines += 1
+                    at += len(line)
                     try:
                         records.append(decode(line))
                     except CorruptLineError as error:
                         corrupt += 1
                         self._put_by_corrupt(line, error)
-                self._read_to = segment.tell()
+                self._read_to = at
         except OSError as error:
-            raise SpoolError(f"spool {self._directory}: {error.strerror or error}") from error
+            raise self._error(error) from error
         self._read_rows = lines
         return Batch(records, corrupt)
 
     def forget(self) -> None:
         """Drop the rows that `read` returned last: they are kept elsewhere. Raise SpoolError."""
-        if not self._closed:
+        oldest = self._oldest()
+        if oldest is None:
             return
         self._position = self._read_to
-        self._rows = max(0, self._rows - self._read_rows)  # a failed write may have left rows not counted
+        self._rows = max(0, self._rows - self._read_rows)
         self._read_rows = 0
-        segment = self._closed[0]
         try:
-            if self._position < segment.stat().st_size:
-                return
-            segment.unlink()
-            _sync_directory(self._directory)
-        except OSError as error:
-            raise SpoolError(f"spool {self._directory}: {error.strerror or error}") from error
-        finally:
-            if not segment.exists():
+            if not self._closed:
+                self._recycle()
+            elif self._position >= oldest.end:
+                oldest.path.unlink(missing_ok=True)
                 del self._closed[0]
                 self._position = self._read_to = 0
+                sync_directory(self._directory)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _oldest(self) -> _Closed | None:
+        """The segment to read from: rows may be appended to it behind those that are read."""
+        if self._closed:
+            return self._closed[0]
+        segment = self._segment
+        if segment is None or segment.size <= self._position:
+            return None
+        return _Closed(segment.path, segment.size)
 
     def close(self) -> None:
         """Close the files and give the directory free for another process. Rows stay where they are."""
-        self._close_segment()
+        for segment in (self._segment, self._spare):
+            if segment is None:
+                continue
+            replayed = segment is self._segment and not self._closed and segment.size <= self._position
+            with contextlib.suppress(OSError):  # what stays is recognised by the next start
+                (segment.remove if replayed else segment.close)()
+        self._segment = self._spare = None
         os.close(self._lock)
 
-    def _open_segment(self) -> int:
-        # The one place where a segment comes into being, and with it the place to take disk space ahead.
-        path = self._directory / f"{self._number + 1:012}.jsonl"
-        segment = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._number += 1
-        self._segment = segment
-        self._size = 0
-        _sync_directory(self._directory)
-        return segment
-
-    def _path(self) -> Path:
-        return self._directory / f"{self._number:012}.jsonl"
-
-    def _close_segment(self) -> None:
-        """End the segment that is appended to; the next row begins a new one."""
-        if self._segment is None:
-            return
-        segment, self._segment = self._segment, None
-        self._closed.append(self._path())
-        os.close(segment)
-
-    def _abandon_segment(self) -> None:
-        """Take back what a failed write may have left; after a failed fsync a file is not trusted again."""
-        if self._segment is None:
-            return
-        try:
-            os.ftruncate(self._segment, self._size)
-            if self._size == 0:
-                self._path().unlink()
-        except OSError as error:  # the octets stay: whole rows are replayed, a torn one is recognised
-            _log.warning("spool %s: cannot take back a failed write: %s", self._directory, error)
-        if self._size:
-            self._close_segment()
-        else:
-            os.close(self._segment)
-            self._segment = None
+    def _error(self, error: OSError) -> SpoolError:
+        return SpoolError(f"spool {self._directory}: {error.strerror or error}")
 
     def _put_by_corrupt(self, line: bytes, error: CorruptLineError) -> None:
         kept = line if line.endswith(b"\n") else line + b"\n"
@@ -315,7 +408,7 @@ class Spool:
             finally:
                 os.close(file)
             if new:
-                _sync_directory(self._directory)
+                sync_directory(self._directory)
         except OSError as error:
             raise SpoolError(f"{path}: {error.strerror or error}") from error
 
@@ -325,7 +418,7 @@ def _make_directory(directory: Path) -> None:
         return
     _make_directory(directory.parent)
     directory.mkdir(mode=0o700, exist_ok=True)
-    _sync_directory(directory.parent)
+    sync_directory(directory.parent)
 
 
 def _lock(directory: Path) -> int:
@@ -338,10 +431,25 @@ def _lock(directory: Path) -> int:
     return lock
 
 
-def _count_lines(path: Path) -> int:
+def _with_rows(segments: Sequence[Path]) -> list[_Closed]:
+    """Find the rows in segments that a process left; what holds none goes. Raises OSError."""
+    closed = []
+    for path in segments:
+        end = end_of_rows(path)
+        if end == 0:
+            path.unlink()
+            continue
+        if end < path.stat().st_size:  # a crash: zeros stand behind the rows
+            os.truncate(path, end)
+        closed.append(_Closed(path, end))
+    return closed
+
+
+def _count_lines(path: Path, end: int) -> int:
     lines, last = 0, b"\n"
     with path.open("rb") as segment:
-        while block := segment.read(1 << 20):
+        while end and (block := segment.read(min(end, 1 << 20))):
+            end -= len(block)
             lines += block.count(b"\n")
             last = block[-1:]
     return lines + (last != b"\n")
@@ -351,11 +459,3 @@ def _write_all(file: int, octets: bytes) -> None:
     view = memoryview(octets)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -110,6 +110,7 @@ class Counts:
         self.pending = 0
         self.most_pending = 0
         self.spooled = 0
+        self.reserve = 0
 
     def row_recorded(self, task_type: str) -> None:
         self.types.append(task_type)
@@ -127,6 +128,9 @@ class Counts:
 
     def records_spooled(self, rows: int) -> None:
         self.spooled = rows
+
+    def records_reserve(self, octets: int) -> None:
+        self.reserve = octets
 
 
 class Bench:
@@ -187,8 +191,11 @@ def spooled(directory: Path) -> list[UUID]:
 
 @contextmanager
 def broken_disk(directory: Path) -> Iterator[None]:
-    """No segment can be made: something is in the way of the first one."""
-    obstacle = directory / "000000000001.jsonl"
+    """The files of the spool, which hold no rows yet, are gone, and something is in the way of the next."""
+    segments = sorted(path for path in directory.iterdir() if path.name[0].isdigit())
+    for segment in segments:
+        segment.unlink()
+    obstacle = directory / f"{int(segments[-1].stem) + 1:012}.jsonl"
     obstacle.mkdir()
     try:
         yield
@@ -631,7 +638,7 @@ async def test_neither_store_nor_spool(tmp_path: Path) -> None:
             assert refusal.startswith("gone; spool ")
         kept = make_record()
         await it.recorder.record(kept)  # of a transaction that was under way: the spool works again
-        assert it.recorder.refusal() is None
+        await until(lambda: it.recorder.refusal() is None)
     assert spooled(tmp_path) == [kept.task_id]
 
 
@@ -658,11 +665,15 @@ async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
         with broken_disk(tmp_path):
             await it.recorder.record(row)
             it.store.failure = None
-            await until(lambda: it.recorder.refusal() is None)
+            await until(lambda: bool(it.store.rows))
 
             assert list(it.store.rows) == [row.task_id]
             await it.recorder.record(make_record())
             assert len(it.store.rows) == 2
+            refusal = it.recorder.refusal()
+            assert refusal is not None
+            assert refusal.startswith("no disk space to take ahead: spool ")
+        await until(lambda: it.recorder.refusal() is None)
         assert it.lost == [row]
         assert it.counts.types == ["mention"] * 2
 
@@ -675,7 +686,8 @@ async def test_a_spool_that_failed_long_ago_is_no_reason_to_refuse(
         with broken_disk(tmp_path):
             await it.recorder.record(make_record())
             it.store.failure = None
-            await until(lambda: it.recorder.refusal() is None)
+            await until(lambda: bool(it.store.rows))
+        await until(lambda: it.recorder.refusal() is None)
         it.store.failure = StoreError("gone again")
         append = it.spool.append
         refusals: list[str | None] = []
