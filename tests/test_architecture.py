@@ -18,7 +18,7 @@ LAYERS = [
     {"transaction", "auth"},
     {"upstream", "records", "account"},
     {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
-    {"records.identity", "records.model", "envelope", "content"},
+    {"records.bound", "records.identity", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""
