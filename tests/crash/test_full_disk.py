@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import sqlite3
 import subprocess
@@ -57,8 +56,7 @@ class Hog:
             while not self._over.is_set():
                 try:
                     file.write(bytes(4096))
-                except OSError as error:
-                    assert error.errno == errno.ENOSPC
+                except OSError:  # no space left
                     self.full.set()
                     self._over.wait(0.002)
 
@@ -206,7 +204,9 @@ async def test_a_relay_that_starts_on_a_full_disk_refuses_mail_until_there_is_ro
             assert await relay.metric("records_reserve_bytes") == 1 << 20
             async with Client(relay.port) as client:
                 await client.ehlo()
-                replies = await client.message("a@example.test", ["b@example.test"], b"Subject: x\r\n\r\nx\r\n")
+                replies = await client.message(
+                    "a@example.test", ["b@example.test"], b"Subject: x\r\n\r\nx\r\n"
+                )
                 assert replies[-1].code == 250
             assert len(relay.rows("SELECT task_id FROM task_done")) == 1
             assert await relay.terminate() == 0
