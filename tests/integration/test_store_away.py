@@ -7,7 +7,11 @@ import contextlib
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from relay.records import recorder as recorder_module
 from tests.support.client import Client
+from tests.support.upstream import CHUNKING, Close
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,3 +85,65 @@ async def test_refuse_turns_new_mail_away_before_anything_is_sent(
         assert await send(client) == 250
         assert running.relay.readiness()[0] is True
     assert len(upstream.accepted) == len(running.rows()) == 2
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+async def test_no_place_for_the_row_and_nothing_is_sent(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, chunks: bool
+) -> None:
+    """The reserve is used up while the content comes: the end of data does not go up."""
+    monkeypatch.setattr(recorder_module, "_LARGEST_RESERVE", 0)  # it does not grow
+    upstream.extensions += CHUNKING
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        recorder = running.relay.recorder
+        all_of_it = int(running.metric("records_reserve_bytes"))
+        assert recorder.promise(all_of_it)
+        if chunks:
+            replies = await client.chunks(
+                b"a@example.test", [b"b@example.test"], [b"Subject: x\r\n", b"\r\nx\r\n"]
+            )
+        else:
+            replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
+        assert str(replies[-1]) == (
+            "451 4.3.0 The relay cannot keep the record of this message now, try again later"
+        )
+        assert running.metric("client_rejects_total", reason="records") == 1
+        assert running.metric("messages_total", upstream="none", outcome="refused") == 1
+        await upstream.wait_for(lambda: not upstream.open_connections)
+        assert upstream.messages == []
+
+        recorder.release(all_of_it)
+        assert await send(client) == 250
+        assert recorder.promise(all_of_it)  # the message has given its place back
+    assert len(upstream.accepted) == len(running.rows()) == 1
+
+
+async def test_every_outcome_gives_its_place_back(start: Any, upstream: ScriptedUpstream) -> None:
+    verdicts = [b"250 ok\r\n", b"451 4.3.0 later\r\n", b"550 5.7.1 no\r\n", Close(), b"421 4.3.2 bye\r\n"]
+    upstream.script = {"end_of_data": list(verdicts)}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        assert [await send(client) for _ in verdicts] == [250, 451, 550, 451, 451]
+        recorder = running.relay.recorder
+        assert recorder.promise(int(running.metric("records_reserve_bytes")))
+
+
+async def test_a_message_larger_than_the_reserve_has_it_grow(start: Any, upstream: ScriptedUpstream) -> None:
+    """A thousand long refusals: the row is as long as all of them, and is refused once at most."""
+    refusal = b"550 5.1.1 " + b"no such user, " * 200 + b"\r\n"
+    upstream.script = {"RCPT": {"<u": refusal}}
+    recipients = ["good@example.test", *(f"u{number}@example.test" for number in range(900))]
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        before = running.metric("records_reserve_bytes")
+        for code in (451, 250):
+            replies = await client.message("a@example.test", recipients, CONTENT, pipelined=True)
+            assert replies[-1].code == code
+            async with asyncio.timeout(20):
+                while running.metric("records_reserve_bytes") == before:
+                    await asyncio.sleep(0.01)
+        assert len(running.rows()) == 1
