@@ -14,6 +14,7 @@ from relay import __version__
 from relay.cli.configuration import ConfigOption, configured, find
 from relay.cli.failure import CommandError
 from relay.cli.sends import EPILOG, sends
+from relay.cli.spool import spool
 from relay.cli.user import user
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def schema() -> int:
 
 app.command(epilog=EPILOG)(sends)
 app.add_typer(user, name="user")
+app.add_typer(spool, name="spool")
 
 
 def _tell(findings: Iterable[Finding]) -> int:

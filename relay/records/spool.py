@@ -10,7 +10,8 @@ Rules:
   is free in the segment in use; it changes hands only where the spare covers all that is promised.
 - A segment is removed only when all its rows are said to be kept elsewhere; after a crash it is replayed from
   its start (the store is idempotent by `task_id`).
-- A row that the store rejects is in `rejected.jsonl` at least once (twice when a replay was cut short).
+- A row that the store rejects, or that another version wrote, is in `rejected.jsonl` at least once (twice
+  when a replay was cut short).
 - One process for each directory (flock).
 - Nothing here knows an event loop; calls block on the disk and come from one thread at a time.
 """
@@ -30,11 +31,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from relay.records.model import Doubt, Entry, Record, Settled
+from relay.records.aside import append_line
+from relay.records.model import Doubt, Entry, Json, Record, Settled
 from relay.records.reserve import Reserve
 from relay.records.segment import Segment, end_of_rows, sync_directory
 
-__all__ = ["RESERVE", "Batch", "CorruptLineError", "Spool", "SpoolError", "decode", "encode"]
+__all__ = [
+    "CORRUPT",
+    "REJECTED",
+    "REPLAYED",
+    "RESERVE",
+    "SEGMENT_NAME",
+    "Batch",
+    "CorruptLineError",
+    "Spool",
+    "SpoolError",
+    "SpoolInUseError",
+    "UnknownRowError",
+    "contents",
+    "decode",
+    "encode",
+]
 
 RESERVE = 1024 * 1024
 """Octets of disk space that are taken ahead of the rows, twice: in the segment in use, and in the spare."""
@@ -42,7 +59,12 @@ RESERVE = 1024 * 1024
 SEGMENT_SIZE = 64 * 1024 * 1024
 """Octets after which a new segment is begun, so that a long replay gives space back as it goes."""
 
-_SEGMENT_NAME = re.compile(r"[0-9]{12}\.jsonl")
+SEGMENT_NAME = re.compile(r"[0-9]{12}\.jsonl")
+REJECTED = "rejected.jsonl"
+REPLAYED = "rejected.replayed.jsonl"
+"""What was `rejected.jsonl` and is being offered to the store again."""
+CORRUPT = "corrupt.jsonl"
+
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","(record|doubt|settled)":(\{.*\})\}\n?', re.DOTALL)
 _KINDS: dict[type[Entry], bytes] = {Record: b"record", Doubt: b"doubt", Settled: b"settled"}
 _NOT_KEPT = frozenset({"doubted"})
@@ -54,8 +76,16 @@ class SpoolError(Exception):
     """The spool cannot be used now; the text is one line for the operator."""
 
 
+class SpoolInUseError(SpoolError):
+    """Another process has the spool: a relay that is running."""
+
+
 class CorruptLineError(ValueError):
     """A line is not what was written."""
+
+
+class UnknownRowError(CorruptLineError):
+    """A line is as it was written, by a version that keeps what this one does not know."""
 
 
 class Batch(NamedTuple):
@@ -86,8 +116,8 @@ def encode(entry: Entry, reason: str | None = None) -> bytes:
     return b'{"crc32":"%08x","%b":%b}\n' % (zlib.crc32(octets), kind, octets)
 
 
-def decode(line: bytes) -> Entry:
-    """Return the entry of a line; raise CorruptLineError when the line is not as it was written."""
+def contents(line: bytes) -> tuple[str, dict[str, Json]]:
+    """Return the kind of a line and the object in it; raise CorruptLineError when it is not as written."""
     match = _LINE.fullmatch(line)
     if match is None:
         raise CorruptLineError("torn, or not a line of a spool")
@@ -95,12 +125,22 @@ def decode(line: bytes) -> Entry:
     if zlib.crc32(octets) != int(checksum, 16):
         raise CorruptLineError("checksum differs")
     try:
-        row = json.loads(octets)
-        if kind == b"settled":
+        row: dict[str, Json] = json.loads(octets)
+    except (ValueError, RecursionError) as error:
+        raise CorruptLineError(f"not JSON: {error!r}") from error
+    return kind.decode(), row
+
+
+def decode(line: bytes) -> Entry:
+    """Return the entry of a line; raise CorruptLineError when the line is not as it was written."""
+    kind, found = contents(line)
+    row: dict[str, Any] = found
+    try:
+        if kind == "settled":
             return Settled(UUID(row["task_id"]))
-        return _doubt(row) if kind == b"doubt" else _record(row)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CorruptLineError(f"not a {kind.decode()}: {error!r}") from error
+        return _doubt(row) if kind == "doubt" else _record(row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnknownRowError(f"not a {kind} of this version: {error!r}") from error
 
 
 def _record(row: dict[str, Any]) -> Record:
@@ -167,7 +207,7 @@ class Spool:
             raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
         try:
             # Closed segments, oldest first.
-            left = sorted(path for path in directory.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
+            left = sorted(path for path in directory.iterdir() if SEGMENT_NAME.fullmatch(path.name))
             self._closed = _with_rows(left)
             self._rows = sum(_count_lines(*segment) for segment in self._closed)
         except OSError as error:
@@ -194,12 +234,12 @@ class Spool:
     @property
     def rejected_file(self) -> Path:
         """Rows that the store will never take, in the format of a segment."""
-        return self._directory / "rejected.jsonl"
+        return self._directory / REJECTED
 
     @property
     def corrupt_file(self) -> Path:
         """Lines that could not be read back, octet for octet."""
-        return self._directory / "corrupt.jsonl"
+        return self._directory / CORRUPT
 
     @property
     def rows(self) -> int:
@@ -384,31 +424,18 @@ class Spool:
 
     def _put_by_corrupt(self, line: bytes, error: CorruptLineError) -> None:
         kept = line if line.endswith(b"\n") else line + b"\n"
+        # What another version can read is no rubbish: it can be replayed once that one is back.
+        path = self.rejected_file if isinstance(error, UnknownRowError) else self.corrupt_file
         try:
-            self._append_to(self.corrupt_file, kept)
+            self._append_to(path, kept)
         except SpoolError as failure:  # the log is then the only place left for it
             _log.error("spool: corrupt line (%s), not kept (%s): %r", error, failure, line)
             return
-        _log.error("spool: corrupt line (%s), moved to %s", error, self.corrupt_file)
+        _log.error("spool: corrupt line (%s), moved to %s", error, path)
 
     def _append_to(self, path: Path, line: bytes) -> None:
         try:
-            new = not path.exists()
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                size = os.fstat(file).st_size
-                if size and os.pread(file, 1, size - 1) != b"\n":  # a crash tore the last line
-                    line = b"\n" + line
-                try:
-                    _write_all(file, line)
-                    os.fdatasync(file)
-                except OSError:
-                    os.ftruncate(file, size)
-                    raise
-            finally:
-                os.close(file)
-            if new:
-                sync_directory(self._directory)
+            append_line(path, line)
         except OSError as error:
             raise SpoolError(f"{path}: {error.strerror or error}") from error
 
@@ -427,7 +454,7 @@ def _lock(directory: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise SpoolError(f"spool {directory} is in use by another process: give each its own") from error
+        raise SpoolInUseError(f"spool {directory} is in use by another process: give each its own") from error
     return lock
 
 
@@ -453,9 +480,3 @@ def _count_lines(path: Path, end: int) -> int:
             lines += block.count(b"\n")
             last = block[-1:]
     return lines + (last != b"\n")
-
-
-def _write_all(file: int, octets: bytes) -> None:
-    view = memoryview(octets)
-    while view:
-        view = view[os.write(file, view) :]
