@@ -132,11 +132,7 @@ def _in_use(directory: Path) -> str:
     from relay.records.inspection import survey
 
     rows = survey(directory).rows
-    doing = (
-        f"{_count(rows, 'row')} wait, which it replays as soon as the store takes them"
-        if rows
-        else "none wait"
-    )
+    doing = f"{_wait(rows)}, replayed as soon as the store takes them" if rows else "no rows wait"
     return f"relay: {directory} belongs to a relay that runs; {doing}"
 
 
@@ -159,7 +155,7 @@ def _survey_as_table(directory: Path, found: Survey) -> None:
         _print_table(
             ("FILE", "ROWS", "OLDEST", "NEWEST", "SIZE", "CORRUPT"), [_cells(each) for each in files]
         )
-    typer.echo(f"{_count(found.rows, 'row')} wait for the store in {directory}")
+    typer.echo(f"{_wait(found.rows)} for the store in {directory}")
     rejected = sum(each.rows for each in found.rejected)
     if rejected:
         typer.echo(f"{_count(rejected, 'row')} rejected by the store: relay spool list --rows says why")
@@ -252,6 +248,10 @@ def _moment(value: object) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _wait(rows: int) -> str:
+    return "1 row waits" if rows == 1 else f"{rows} rows wait"
 
 
 def _size(octets: int) -> str:
