@@ -522,18 +522,6 @@ def test_rows_that_are_only_in_the_log_come_back_by_the_recipe(tmp_path: Path) -
     spool.close()
 
 
-def test_rejected_rows_come_back_by_the_recipe(tmp_path: Path) -> None:
-    (recipe,) = [found for found in codes(read("operations.md"), "sh") if "rejected" in found]
-    record = lost(io.BytesIO())
-    spool = Spool(tmp_path / "data/spool")
-    spool.set_aside(encode(record, "a reason"))
-    spool.close()
-    subprocess.run(["sh", "-eu", "-c", recipe], cwd=tmp_path, check=True, timeout=30)
-    spool = Spool(tmp_path / "data/spool")
-    assert spool.read(10).records == [record]
-    spool.close()
-
-
 @pytest.mark.interop
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "relay.service"

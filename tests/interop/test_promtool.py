@@ -33,6 +33,7 @@ NAMES = {
     "record_batch_rows": "histogram",
     "records_pending": "gauge",
     "records_spooled": "gauge",
+    "records_reserve_bytes": "gauge",
     "record_errors_total": "counter",
     "expired_rows_total": "counter",
     "expiry_last_run_timestamp_seconds": "gauge",

@@ -79,6 +79,7 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "record_batch_rows_count": {},
     "records_pending": {},
     "records_spooled": {},
+    "records_reserve_bytes": {},
     "record_errors_total": {},
     "expired_rows_total": {},
     "expiry_last_run_timestamp_seconds": {},
@@ -216,6 +217,7 @@ async def test_the_record_and_expiry_instruments_move(metrics: Metrics, scrape: 
     metrics.record_error()
     metrics.records_pending(3)
     metrics.records_spooled(2)
+    metrics.records_reserve(4096)
     metrics.expired(11)
     metrics.expiry_run(1_700_000_000.0, 1.5)
     series = await scrape(OPENMETRICS)
@@ -227,6 +229,7 @@ async def test_the_record_and_expiry_instruments_move(metrics: Metrics, scrape: 
     assert labelled(series, "record_errors_total") == 1
     assert labelled(series, "records_pending") == 3
     assert labelled(series, "records_spooled") == 2
+    assert labelled(series, "records_reserve_bytes") == 4096
     assert labelled(series, "expired_rows_total") == 11
     assert labelled(series, "expiry_last_run_timestamp_seconds") == 1_700_000_000
     assert labelled(series, "expiry_duration_seconds") == 1.5
