@@ -14,7 +14,7 @@ from uuid import UUID
 from relay import maillog
 from relay.envelope import Envelope, Recipient, text
 from relay.outcome import Outcome
-from relay.records.bound import MAX_VERDICT, lines_bound
+from relay.records.bound import MAX_REASON, MAX_VERDICT, lines_bound
 from relay.records.model import Doubt, Json, Record
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Account:
             client=self.sender.client,
             since=datetime.now(UTC),
             upstream=self.upstream or "",
-            reason=reason,
+            reason=reason[:MAX_REASON],
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),

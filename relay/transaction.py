@@ -486,8 +486,8 @@ class Transaction:
         The last octet of the last chunk is the end of data as well.
         """
         self._answer_verdict = answer
-        if self._broken is None and self._connection is not None:
-            self._take_places()
+        if self._broken is None and self._connection is not None and self._keep_place():
+            self._enter_journal()
         connection = self._connection
         if self._broken is not None or connection is None:
             reply = self._broken or LOST
@@ -505,15 +505,22 @@ class Transaction:
         self._services.running.add(settled)
         settled.add_done_callback(self._services.running.discard)
 
-    def _take_places(self) -> None:
-        """Keep a place in the spool and stand in the journal, or refuse the message: nothing is lost yet."""
-        self._take_stock()
-        services, octets = self._services, self._account.place(self._found)
-        if services.recorder.promise(octets):
+    def _keep_place(self) -> bool:
+        """Have a place kept for the row before its end of data goes up; else the message is refused here."""
+        octets = self._account.place(self._found)
+        if self._services.recorder.promise(octets):
             self._promised = octets
-            self._slot = services.journal.enter(line_of(self._account.doubt(self._found, "")))
+            return True
+        self._services.metrics.rejected("records")
+        self._refuse(NO_PLACE)
+        return False
+
+    def _enter_journal(self) -> None:
+        """Have the message stand in the journal before its end of data goes up; else it is refused here."""
+        self._take_stock()
+        self._slot = self._services.journal.enter(line_of(self._account.doubt(self._found, "")))
         if self._slot is None:
-            services.metrics.rejected("records")
+            self._services.metrics.rejected("records")
             self._refuse(NO_PLACE)
 
     def _leave_journal(self) -> None:
@@ -594,6 +601,7 @@ class Transaction:
         if not self.settling or self._overdue or now <= self._verdict_due or self._verdict.done():
             return
         self._overdue = True
+        self._account.upstream_s = now - self._verdict_due + self._pool.end_of_data_timeout
         reason = f"no answer to the end of data within {self._pool.end_of_data_timeout:g} s"
         self._tell(in_doubt(self.task_id))
         self._doubt(reason)

@@ -201,17 +201,16 @@ def _rows_as_table(rows: Iterable[Waiting]) -> None:
         cells.append(
             (
                 file,
-                kind,
                 _moment(row.get("sent_at", row.get("since"))),
                 str(row.get("task_id", "")),
-                str(row.get("task_type", "")),
+                str(row.get("task_type", "")) if kind == "record" else kind,
                 str(row.get("sender") or "<>"),
                 f"{first} +{len(more)}" if more else str(first),
-                str(row.get("rejected", row.get("reason", ""))),
+                str(row.get("rejected" if kind == "doubt" else "reason", "")),
             )
         )
     if cells:
-        _print_table(("FILE", "KIND", "TIME", "TASK ID", "TYPE", "SENDER", "RECIPIENTS", "REASON"), cells)
+        _print_table(("FILE", "TIME", "TASK ID", "TYPE", "SENDER", "RECIPIENTS", "REASON"), cells)
     else:
         typer.echo("relay: no rows found", err=True)
 

@@ -61,9 +61,9 @@ class Survey(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """One row, the file that it is in, and its kind: `record`, `doubt` or `settled`.
+    """One row, its kind (`record`, `doubt`, `settled`) and the file that it is in.
 
-    If the store has rejected it, it says why: a doubt under `rejected`, the others under `reason`.
+    One that the store has rejected says why in `reason`, a doubt in `rejected`.
     """
 
     file: str

@@ -442,9 +442,11 @@ class Recorder:
         self._carried = await self._commit(self._carried, seconds, first_time=False)
         if self._carried:
             return False
-        await self._in_thread(self._spool.forget)
-        self._metrics.records_spooled(self._spool.rows)
-        self._top_up()
+        try:
+            await self._in_thread(self._spool.forget)
+        finally:  # the rows are done with, even if their file could not be removed
+            self._metrics.records_spooled(self._spool.rows)
+            self._top_up()
         return True
 
     async def _late_write_ended(self) -> bool:

@@ -52,8 +52,8 @@ class Carried(NamedTuple):
 class Store(Protocol):
     """What takes the rows."""
 
-    async def write(self, records: Sequence[Entry], /) -> None:
-        """Commit `records`, idempotent by task_id; raises StoreError, or RejectedRecordError."""
+    async def write(self, entries: Sequence[Entry], /) -> None:
+        """Commit `entries`, idempotent by task_id; raises StoreError, or RejectedRecordError."""
 
 
 async def replay(spool: Spool, store: Store, on_progress: Progress) -> Carried:

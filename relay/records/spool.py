@@ -25,7 +25,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ REPLAYED = "rejected.replayed.jsonl"
 """What was `rejected.jsonl` and is being offered to the store again."""
 CORRUPT = "corrupt.jsonl"
 
-_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","(record|doubt|settled)":(\{.*\})\}\n?', re.DOTALL)
+_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","([a-z]{1,20})":(\{.*\})\}\n?', re.DOTALL)
 _KINDS: dict[type[Entry], bytes] = {Record: b"record", Doubt: b"doubt", Settled: b"settled"}
 _NOT_KEPT = frozenset({"doubted"})
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode  # ASCII: any text survives, surrogates too
@@ -117,7 +117,7 @@ def encode(entry: Entry, reason: str | None = None) -> bytes:
 
 
 def contents(line: bytes) -> tuple[str, dict[str, Json]]:
-    """Return the kind of a line and the object in it; raise CorruptLineError when it is not as written."""
+    """Return the kind of a line and its object; raise CorruptLineError when it is not as it was written."""
     match = _LINE.fullmatch(line)
     if match is None:
         raise CorruptLineError("torn, or not a line of a spool")
@@ -133,12 +133,9 @@ def contents(line: bytes) -> tuple[str, dict[str, Json]]:
 
 def decode(line: bytes) -> Entry:
     """Return the entry of a line; raise CorruptLineError when the line is not as it was written."""
-    kind, found = contents(line)
-    row: dict[str, Any] = found
+    kind, row = contents(line)
     try:
-        if kind == "settled":
-            return Settled(UUID(row["task_id"]))
-        return _doubt(row) if kind == "doubt" else _record(row)
+        return _READERS[kind](row)
     except (ValueError, TypeError, KeyError) as error:
         raise UnknownRowError(f"not a {kind} of this version: {error!r}") from error
 
@@ -179,6 +176,17 @@ def _doubt(row: dict[str, Any]) -> Doubt:
         message_id=row["message_id"],
         data=row["data"],
     )
+
+
+def _settled(row: dict[str, Any]) -> Settled:
+    return Settled(UUID(row["task_id"]))
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Entry]] = {
+    "record": _record,
+    "doubt": _doubt,
+    "settled": _settled,
+}
 
 
 class _Closed(NamedTuple):

@@ -10,7 +10,6 @@ from relay.classify import MAX_TAGS, Classification
 from relay.envelope import Envelope, Recipient
 from relay.records.bound import MAX_VERDICT
 from relay.records.identity import uuid7
-from relay.records.model import Record
 from relay.records.recorder import USUAL_PLACE
 from relay.records.spool import decode, encode
 from relay.reply import Reply, ReplyParser
@@ -59,7 +58,7 @@ def account_of(sender: Sender, upstream: str, envelope: Envelope, **told: object
     classifications,
     replies(250),
 )
-def test_no_row_is_longer_than_its_place(
+def test_no_row_and_no_doubt_before_it_is_longer_than_their_place(
     sender: Sender, upstream: str, envelope: Envelope, found: Classification, verdict: Reply
 ) -> None:
     account = account_of(sender, upstream, envelope)
@@ -69,9 +68,10 @@ def test_no_row_is_longer_than_its_place(
     )
     account.client_heard = late
 
-    record = account.record(found, verdict)
+    doubt = account.doubt(found, f"upstream said {verdict}")
+    record = account.record(found, verdict, doubted=True)
 
-    assert 2 * len(encode(record)) <= place
+    assert len(encode(doubt)) + len(encode(record)) <= place
     assert decode(encode(record)) == record
 
 
@@ -89,7 +89,7 @@ def test_a_thousand_recipients_of_the_worst_kind(path: bytes) -> None:
     found = Classification("t", None, None, {}, [], 0)
     account = account_of(Sender("127.0.0.1", ""), "primary", envelope)
 
-    assert len(encode(account.record(found, Reply.plain(250, "ok")))) <= account.place(found)
+    assert len(encode(account.record(found, Reply.plain(250, "ok"), doubted=False))) <= account.place(found)
 
 
 def test_the_longest_verdict_has_its_place_and_is_cut_in_the_row() -> None:
@@ -97,7 +97,7 @@ def test_the_longest_verdict_has_its_place_and_is_cut_in_the_row() -> None:
     found = Classification("t", None, None, {}, [], 0)
     account = account_of(Sender("127.0.0.1", ""), "primary", Envelope(b"a@example.com"))
 
-    record = account.record(found, verdict)
+    record = account.record(found, verdict, doubted=True)
 
     assert len(record.upstream_reply) == MAX_VERDICT
     assert record.upstream_reply.endswith(" ...")
@@ -122,12 +122,3 @@ def test_a_usual_message_fits_into_the_usual_place() -> None:
     )
 
     assert account_of(Sender("10.0.0.1", ""), "primary", envelope).place(found) <= USUAL_PLACE
-
-
-def test_the_place_covers_an_entry_in_doubt_before_the_row() -> None:
-    """A verdict that is late: the doubt is written, then the row."""
-    found = Classification("mention", None, None, {}, [], 0)
-    account = account_of(Sender("127.0.0.1", ""), "primary", Envelope(b"a@example.com"))
-    record: Record = account.record(found, Reply.plain(250, "x" * MAX_VERDICT))
-
-    assert 2 * len(encode(record)) <= account.place(found)
