@@ -248,7 +248,7 @@ async def test_every_column_stands_in_the_records(start: Any, upstream: Any) -> 
     async with start(upstream.port) as running:
         live = {
             name: [row["name"] for row in running.rows(f"SELECT name FROM pragma_table_info('{name}')")]
-            for name in ("task_done", "task_done_recipient", "task_done_send")
+            for name in ("task_done", "task_done_recipient", "task_done_send", "task_in_doubt")
         }
         others = running.rows("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")
     for name, columns in live.items():
@@ -270,6 +270,9 @@ def test_every_key_of_data_stands_in_the_records() -> None:
     }
     documented = {quoted(row[0])[0] for row in table(read("records.md"), "key in `data`")}
     assert documented == written
+    journal = (ROOT / "relay/records/journal.py").read_text()
+    for row in table(read("records.md"), "more keys in `data`"):
+        assert f'"{quoted(row[0])[0]}"' in journal
 
 
 def classifier(**task_type: Any) -> Classifier:
@@ -314,11 +317,14 @@ async def test_queries(start: Any, upstream: Any, query: str) -> None:
 
 
 async def send_some(running: Running, upstream: ScriptedUpstream) -> None:
-    """Send messages of every kind that a row can tell of: a recipient is refused, a client goes too soon."""
+    """Send messages of every kind that a row can tell of.
+
+    A recipient is refused, a client goes too soon, the verdict does not come.
+    """
     client_gone = asyncio.Event()
     upstream.script = {
         "RCPT": {"nobody@": b"550 5.1.1 no such user\r\n"},
-        "end_of_data": [None, Delay(client_gone)],
+        "end_of_data": [None, Delay(client_gone), Close()],
     }
     content = b"Message-ID: <1@example.com>\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
     async with Client(running.port) as client:
@@ -335,6 +341,13 @@ async def send_some(running: Running, upstream: ScriptedUpstream) -> None:
             await asyncio.sleep(0.01)
         client_gone.set()
         while len(running.rows()) < 2:
+            await asyncio.sleep(0.01)
+    async with Client(running.port) as client:
+        await client.ehlo()
+        replies = await client.message("a@example.com", ["b@example.org"], content)
+        assert replies[-1].code == 451
+    async with asyncio.timeout(10):
+        while not running.rows("SELECT * FROM task_in_doubt"):
             await asyncio.sleep(0.01)
 
 
@@ -429,12 +442,8 @@ def test_every_sentence_of_recorder_and_spool_stands_in_the_operations() -> None
 
 def test_every_field_of_a_message_line_stands_in_the_operations() -> None:
     tree = ast.parse((ROOT / "relay/maillog.py").read_text())
-    (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "transaction"]
-    (fields,) = [
-        node.value
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "fields"
-    ]
+    (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "_message_fields"]
+    (fields,) = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     assert isinstance(fields, ast.Dict)
     written = [key.value for key in fields.keys if isinstance(key, ast.Constant)]
     page = read("operations.md")

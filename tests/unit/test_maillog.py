@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from relay import maillog
 from relay.outcome import Outcome
-from relay.records.model import Record, Settled
+from relay.records.model import Doubt, Record, Settled
 
 TASK_ID = UUID("01930000-0000-7000-8000-000000000001")
 
@@ -67,7 +67,7 @@ def log() -> Log:
     return log
 
 
-def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None:
+def facts(**changed: Any) -> Any:
     fields: dict[str, Any] = {
         "task_id": TASK_ID,
         "client": "127.0.0.1",
@@ -79,7 +79,6 @@ def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None
         "message_id": "<1@example.com>",
         "size": 4123,
         "upstream": "primary",
-        "reply": b"250 2.0.0 Ok: queued as 4F12",
         "client_reply": b"250 2.0.0 Ok: queued as 4F12",
         "wait_s": 0.0000123456,
         "upstream_s": 0.25,
@@ -87,7 +86,11 @@ def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None
         "total_s": 0.3,
         "client_gone": False,
     }
-    maillog.transaction(outcome, **{**fields, **changed})
+    return fields | changed
+
+
+def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None:
+    maillog.transaction(outcome, **facts(**{"reply": b"250 2.0.0 Ok: queued as 4F12"} | changed))
 
 
 def record(**changed: Any) -> Record:
@@ -104,6 +107,22 @@ def record(**changed: Any) -> Record:
         "recipients": ("one@example.org",),
     }
     return Record(**{**fields, **changed})
+
+
+def doubt(**changed: Any) -> Doubt:
+    fields: dict[str, Any] = {
+        "task_id": TASK_ID,
+        "task_type": "mention",
+        "sender": "app@example.com",
+        "client": "127.0.0.1",
+        "since": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        "upstream": "primary",
+        "reason": "lost",
+        "size": 10,
+        "duration_ms": 20,
+        "recipients": ("one@example.org",),
+    }
+    return Doubt(**{**fields, **changed})
 
 
 EVENTS: dict[str, Callable[[Any], None]] = {
@@ -134,6 +153,10 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "users_not_read": lambda text: maillog.users_not_read(text, [text]),
     "user_not_checked": lambda text: maillog.user_not_checked(text, text, text),
     "xforward_refused": lambda text: maillog.xforward_refused(text, text, text),
+    "in_doubt": lambda text: maillog.in_doubt(
+        reason=text, **facts(sender=text.encode(), recipients=[text.encode()], client_reply=text)
+    ),
+    "found_in_journal": lambda text: maillog.found_in_journal(doubt(sender=text, recipients=(text,))),
     "row_lost": lambda text: maillog.row_lost(record(sender=text, data={text: text}), text),
     "expiry_done": lambda _: maillog.expiry_done(5, 0.25),
     "expiry_failed": maillog.expiry_failed,
@@ -403,6 +426,27 @@ def test_a_row_that_only_the_log_has_is_there_whole(log: Log) -> None:
     assert row["data"] == {"tags": ["x" * 5000]}
     assert row["task_id"] == str(TASK_ID)
     assert row["sent_at"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_what_is_in_doubt_and_awaited_has_all_that_a_message_has(log: Log) -> None:
+    maillog.in_doubt(reason="no answer", **facts(client_reply="451 4.4.2 see id", upstream_s=0.0))
+    say_transaction(client_reply="451 4.4.2 see id", upstream_s=0.0)
+    awaited, message = map(json.loads, log.lines())
+    assert (awaited["event"], awaited["level"]) == ("in doubt", "warning")
+    assert (awaited.pop("reason"), awaited.pop("awaited")) == ("no answer", True)
+    assert awaited.keys() == message.keys() - {"outcome", "reply"}
+    others = awaited.keys() - {"time", "level", "event"}
+    assert {name: awaited[name] for name in others} == {name: message[name] for name in others}
+
+
+def test_what_was_found_in_the_journal_is_awaited_no_more(log: Log) -> None:
+    recipients = tuple(f"{number}@example.org" for number in range(30))
+    maillog.found_in_journal(doubt(recipients=recipients, data={"recipient_count": 50}))
+    entry = log.json()
+    assert (entry["event"], entry["level"], entry["awaited"]) == ("in doubt", "warning", False)
+    assert entry["recipients"] == list(recipients[: maillog.MAX_ITEMS])
+    assert (entry["recipient_count"], entry["reason"]) == (50, "lost")
+    assert (entry["task_id"], entry["since"]) == (str(TASK_ID), "2026-01-02T03:04:05+00:00")
 
 
 def test_an_entry_that_only_the_log_has_says_its_kind(log: Log) -> None:
