@@ -150,6 +150,8 @@ class Relay:
             clock=utc_now,
             on_run=maillog.expiry_done,
             on_error=lambda error: maillog.expiry_failed(str(error)),
+            on_progress=maillog.expiry_progress,
+            on_behind=maillog.expiry_behind,
         )
         self._spawn(self._keep_house())
 

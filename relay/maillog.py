@@ -37,8 +37,10 @@ __all__ = [
     "certificate_refused",
     "configure",
     "draining",
+    "expiry_behind",
     "expiry_done",
     "expiry_failed",
+    "expiry_progress",
     "found_in_journal",
     "in_doubt",
     "listening",
@@ -314,6 +316,25 @@ def row_lost(entry: Entry, reason: str) -> None:
 def expiry_done(rows: int, seconds: float) -> None:
     """An expiry run has deleted `rows`."""
     _current.log.info("expiry done", rows=rows, seconds=seconds)
+
+
+def expiry_progress(rows: int, seconds: float, lag_s: float) -> None:
+    """A long expiry run has deleted `rows` so far; the oldest row left is due for `lag_s` seconds."""
+    _current.log.info("expiry progress", **_progress(rows, seconds, lag_s))
+
+
+def expiry_behind(rows: int, seconds: float, lag_s: float) -> None:
+    """An expiry run takes longer than the interval between two: rows may expire faster than they go."""
+    _current.log.warning("expiry behind", **_progress(rows, seconds, lag_s))
+
+
+def _progress(rows: int, seconds: float, lag_s: float) -> dict[str, float]:
+    return {
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "rows_per_s": round(rows / max(seconds, 0.001), 1),
+        "lag_s": round(lag_s, 1),
+    }
 
 
 def expiry_failed(reason: str) -> None:

@@ -184,6 +184,9 @@ class Metrics:
             "expiry_last_run_timestamp_seconds", "When the last expiry run finished, Unix time."
         )
         self._expiry_duration = series.gauge("expiry_duration_seconds", "Time the last expiry run took.")
+        self._expiry_lag = series.gauge(
+            "expiry_lag_seconds", "For how long the oldest expired row that is still there has been due."
+        )
 
     def session_opened(self, listener: str) -> None:
         """Count a client session that begins on the configured `listener`."""
@@ -254,6 +257,10 @@ class Metrics:
         """Set when the last expiry run finished (Unix time, seconds) and how long it took."""
         self._expiry_last_run.value = finished_at
         self._expiry_duration.value = seconds
+
+    def expiry_lag(self, seconds: float) -> None:
+        """Set for how long the oldest expired row that is still there is due; 0 when there is none."""
+        self._expiry_lag.value = seconds
 
     def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """Return what a scrape gets, and its content type.

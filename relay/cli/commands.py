@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -194,10 +196,37 @@ async def _expire(settings: Settings, *, dry_run: bool) -> int:
 
     retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
     store = await Store.open(settings.records.url, retention, create=False)
+    now = datetime.now(UTC)
     try:
-        return await store.expire(datetime.now(UTC), settings.expiry.batch_size, dry_run=dry_run)
+        if dry_run or not sys.stderr.isatty():
+            return await store.expire(now, settings.expiry.batch_size, dry_run=dry_run)
+        with _Progress(await store.expire(now, settings.expiry.batch_size, dry_run=True)) as progress:
+            return await store.expire(now, settings.expiry.batch_size, on_batch=progress.add)
     finally:
         await store.close()
+
+
+class _Progress:
+    """One line on the terminal that says how many rows are deleted, and is gone at the end."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._rows = 0
+        self._next = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        typer.echo("\r\x1b[K", nl=False, err=True)
+
+    def add(self, rows: int) -> None:
+        """Count rows; show the count, a few times a second."""
+        self._rows += rows
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.2
+            typer.echo(f"\r{self._rows:,} of {self._total:,} expired rows deleted", nl=False, err=True)
 
 
 def _summary(settings: Settings) -> Iterator[tuple[str, str]]:

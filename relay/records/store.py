@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ import orjson
 
 from relay.records.errors import ExpiryBusyError, RejectedRecordError, StoreError
 from relay.records.model import Doubt, Entry, Record
+from relay.records.pacing import Pace
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
 from relay.records.sqlite import Database, path_of
@@ -30,14 +32,12 @@ __all__ = ["ExpiryBusyError", "RejectedRecordError", "Store", "StoreError", "utc
 T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0
-SHORT_S = 0.1
-"""How long, in seconds, a transaction of retention or expiry may hold the lock before it ends."""
-CHUNK_ROWS = 50
-"""Rows that are deleted between two looks at the clock; each may have a thousand recipients."""
 RETENTION_ROWS = 500
-VACUUM_PAGES = 256
+PLANNED_ROWS = 250
+"""Expired rows that are looked up at a time, to be deleted in as many steps as it takes."""
 LEASE = timedelta(seconds=60)
 """How long a run of expiry that shows no life keeps others away."""
+LEASE_RENEWAL_S = 5.0
 
 
 def utc_now() -> datetime:
@@ -52,6 +52,7 @@ class Store:
         self._database = database
         self._retention = retention
         self._clock = clock
+        self._commits = 0  # since long work last looked
 
     @classmethod
     async def open(
@@ -88,6 +89,7 @@ class Store:
         written now. A caller that is cancelled does not know: the transaction is finished all the same.
         """
         if entries:
+            self._commits += 1
             await self._database.statement(lambda raw: _insert(raw, entries, self._retention))
 
     async def count(self) -> int:
@@ -133,39 +135,93 @@ class Store:
     ) -> int:
         """Delete every row whose `expires_at` is not after `now`, and give the space back; return how many.
 
-        No transaction deletes more than `batch_size` rows, or holds the lock for much more than SHORT_S.
-        `on_batch` is told of each one's rows. With `dry_run` they are only counted. Raises ExpiryBusyError
-        while another run, here or in another process, is at work.
+        No transaction deletes more than `batch_size` rows; each is about as long as a commit of new rows (a
+        row goes with all its recipients, so one with a thousand takes longer). `on_batch` is told of each
+        one's rows. With `dry_run` they are only counted. Raises ExpiryBusyError while another run, here or in
+        another process, is at work.
         """
         moment = utc_text(now)
         if dry_run:
             return await self._database.read(
                 lambda raw: _integer(raw.execute(_COUNT_EXPIRED, {"now": moment}))
             )
-        owner = uuid4().hex
-        await self._database.transaction(lambda raw: _take_lease(raw, owner, self._clock()))
-        deleted = 0
-        finished = False
+        lease = _Lease(self._database, self._clock)
+        await lease.take()
         try:
-            while not finished:
-                step = await self._paced(
-                    lambda raw: _delete_expired(raw, moment, batch_size, owner, self._clock())
-                )
-                deleted += step.rows
-                finished = step.finished
-                if step.rows and on_batch is not None:
-                    on_batch(step.rows)
-            if deleted:
-                await self._give_space_back()
+            deleted = await self._delete_expired(moment, batch_size, lease, on_batch)
+            await self._give_space_back(lease)
         finally:
-            await self._database.transaction(lambda raw: raw.execute(_DROP_LEASE, {"owner": owner}))
+            await lease.drop()
         return deleted
 
-    async def _give_space_back(self) -> None:
-        while await self._database.run(_vacuum):
-            pass
+    async def expiry_lag(self, now: datetime) -> float:
+        """Return for how long, in seconds, the oldest row that has expired is due; 0.0 when there is none."""
+        moment = utc_text(now)
+        row = await self._database.run(lambda raw: raw.execute(_OLDEST_EXPIRED, {"now": moment}).fetchone())
+        if row[0] is None:
+            return 0.0
+        return (now - datetime.fromisoformat(row[0]).replace(tzinfo=UTC)).total_seconds()
+
+    async def _delete_expired(
+        self, moment: str, batch_size: int, lease: _Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        pace = Pace()
+        deleted = 0
+        due: list[tuple[int, int]] = []
+        while True:
+            if not due:
+                due = await self._database.run(lambda raw: _due(raw, moment))
+                if not due:
+                    return deleted + await self._delete_doubts(moment, batch_size, lease, on_batch)
+            count = min(batch_size, pace.first([work for _, work in due]))
+            keys = [key for key, _ in due[:count]]
+            due = due[count:]
+            rows, seconds = await self._timed(partial(_delete, keys=keys, moment=moment, owner=lease.owner))
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if not await lease.kept(in_doubt=rows < len(keys)):
+                return deleted  # the rest is the work of the one who has it
+            await self._rest(pace, seconds)
+
+    async def _delete_doubts(
+        self, moment: str, batch_size: int, lease: _Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        """Delete what has expired of the messages in doubt; they are few."""
+        pace = Pace()
+        deleted = 0
+        while True:
+            wanted = min(batch_size, pace.work)
+            work = partial(_delete_doubts, moment=moment, rows=wanted, owner=lease.owner)
+            rows, seconds = await self._timed(work)
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if rows < wanted or not await lease.kept():
+                return deleted
+            await self._rest(pace, seconds)
+
+    async def _give_space_back(self, lease: _Lease) -> None:
+        pace = Pace()
+        more = True
+        while more and await lease.kept():
+            more, seconds = await self._timed(lambda raw: _vacuum(raw, pace.work))
+            await self._rest(pace, seconds)
         # PASSIVE waits for nobody; the file shrinks when the log has been carried into it.
         await self._database.run(lambda raw: raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+
+    async def _timed(self, work: Callable[[sqlite3.Connection], T]) -> tuple[T, float]:
+        """Run `work`, which writes with one statement; return the seconds it took, too."""
+
+        def timed(raw: sqlite3.Connection) -> tuple[T, float]:
+            begun = time.monotonic()
+            return work(raw), time.monotonic() - begun
+
+        return await self._database.statement(timed)
+
+    async def _rest(self, pace: Pace, seconds: float) -> None:
+        commits, self._commits = self._commits, 0
+        await asyncio.sleep(pace.took(seconds, commits=commits > 0))
 
     async def _paced(self, work: Callable[[sqlite3.Connection], _Step]) -> _Step:
         """Run one short transaction, then leave the store to others for as long as it took."""
@@ -368,7 +424,32 @@ def _keep_retention_state(
     raw.execute(_PUT_RETENTION, {"value": value})
 
 
-# Expiry, within one transaction each.
+# Expiry.
+
+
+class _Lease:
+    """What lets one run, of all processes on the database, delete and give space back."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        self.owner = uuid4().hex
+        self._database = database
+        self._clock = clock
+        self._shown = time.monotonic()
+
+    async def take(self) -> None:
+        """Become the one; raises ExpiryBusyError while another is."""
+        await self._database.transaction(lambda raw: _take_lease(raw, self.owner, self._clock()))
+
+    async def kept(self, *, in_doubt: bool = False) -> bool:
+        """Show life, now and then or if `in_doubt`; False: we were silent for so long that another did."""
+        if not in_doubt and time.monotonic() - self._shown < LEASE_RENEWAL_S:
+            return True
+        self._shown = time.monotonic()
+        return await self._database.transaction(lambda raw: _keep_lease(raw, self.owner, self._clock()))
+
+    async def drop(self) -> None:
+        """Let others be the one at once."""
+        await self._database.transaction(lambda raw: raw.execute(_DROP_LEASE, {"owner": self.owner}))
 
 
 def _take_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> None:
@@ -383,34 +464,37 @@ def _take_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> None:
         raise ExpiryBusyError("another process is deleting expired rows just now")
 
 
-def _delete_expired(
-    raw: sqlite3.Connection, moment: str, batch_size: int, owner: str, now: datetime
-) -> _Step:
-    """Delete the next rows, as long as the lease is ours."""
-    begun = time.monotonic()
-    if raw.execute(_KEEP_LEASE, {"owner": owner, "until": utc_text(now + LEASE)}).rowcount == 0:
-        # We were silent for so long that another took over: the rest is its work.
-        return _Step(0, 0.0, finished=True)
-    deleted = 0
-    statements = iter((_DELETE_EXPIRED, _DELETE_EXPIRED_DOUBTS))
-    statement: str | None = next(statements)
-    while statement is not None:
-        wanted = min(CHUNK_ROWS, batch_size - deleted)
-        found = raw.execute(statement, {"now": moment, "rows": wanted}).rowcount
-        deleted += found
-        seconds = time.monotonic() - begun
-        if found < wanted:
-            statement = next(statements, None)
-        elif deleted >= batch_size or seconds >= SHORT_S:
-            return _Step(deleted, seconds, finished=False)
-    return _Step(deleted, time.monotonic() - begun, finished=True)
+def _keep_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> bool:
+    """Show life; return whether the lease is still ours."""
+    return raw.execute(_KEEP_LEASE, {"owner": owner, "until": utc_text(now + LEASE)}).rowcount > 0
 
 
-def _vacuum(raw: sqlite3.Connection) -> bool:
+def _due(raw: sqlite3.Connection, moment: str) -> list[tuple[int, int]]:
+    """Return the next rows to delete, each with the rows of all tables that go with it."""
+    return raw.execute(_DUE, {"now": moment, "rows": PLANNED_ROWS}).fetchall()
+
+
+def _delete(raw: sqlite3.Connection, keys: Sequence[int], moment: str, owner: str) -> int:
+    """Delete these rows, as long as the lease is ours; return how many there were.
+
+    One statement, a transaction of its own: see `_insert` for why.
+    """
+    parameters = {"keys": orjson.dumps(keys).decode(), "now": moment, "owner": owner}
+    return raw.execute(_DELETE, parameters).rowcount
+
+
+def _delete_doubts(raw: sqlite3.Connection, moment: str, rows: int, owner: str) -> int:
+    """Delete expired entries of messages in doubt, at most `rows`; return how many there were."""
+    return raw.execute(_DELETE_DOUBTS, {"now": moment, "rows": rows, "owner": owner}).rowcount
+
+
+def _vacuum(raw: sqlite3.Connection, pages: int) -> bool:
     """Give some free pages back; return whether there may be more."""
     before = _integer(raw.execute("PRAGMA freelist_count"))
+    if not before:
+        return False
     # Each row fetched is one page given back.
-    raw.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+    raw.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
     return 0 < _integer(raw.execute("PRAGMA freelist_count")) < before
 
 
@@ -491,15 +575,21 @@ _COUNT_EXPIRED = """
     SELECT (SELECT count(*) FROM task_done WHERE expires_at <= :now)
         + (SELECT count(*) FROM task_in_doubt WHERE expires_at <= :now)
 """
-_DELETE_EXPIRED_DOUBTS = """
+# The last ordinal is found at once, a count would read them all.
+_DUE = """
+    SELECT id, 2 + coalesce((SELECT max(ordinal) FROM task_done_recipient WHERE task_done_id = id), -1)
+    FROM task_done WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows
+"""
+_OLDEST_EXPIRED = "SELECT min(expires_at) FROM task_done WHERE expires_at <= :now"
+_DELETE_DOUBTS = """
     DELETE FROM task_in_doubt WHERE id IN (
         SELECT id FROM task_in_doubt WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows
-    )
+    ) AND EXISTS (SELECT 1 FROM task_done_state WHERE name = 'expiry' AND value = :owner)
 """
-_DELETE_EXPIRED = """
-    DELETE FROM task_done WHERE id IN (
-        SELECT id FROM task_done WHERE expires_at <= :now ORDER BY expires_at LIMIT :rows
-    )
+_DELETE = """
+    DELETE FROM task_done
+    WHERE id IN (SELECT value FROM json_each(:keys)) AND expires_at <= :now
+    AND EXISTS (SELECT 1 FROM task_done_state WHERE name = 'expiry' AND value = :owner)
 """
 _GET_RETENTION = "SELECT value FROM task_done_state WHERE name = 'retention'"
 _PUT_RETENTION = """

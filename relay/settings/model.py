@@ -523,7 +523,7 @@ class ExpirySettings(_Section):
     interval: Duration = written("1h")
     """Time from one round to the next."""
     batch_size: Count = 5000
-    """Rows deleted in one transaction."""
+    """Rows deleted in one transaction, at most."""
 
 
 class HttpSettings(_Endpoint):

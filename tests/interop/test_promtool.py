@@ -36,6 +36,7 @@ NAMES = {
     "records_reserve_bytes": "gauge",
     "record_errors_total": "counter",
     "expired_rows_total": "counter",
+    "expiry_lag_seconds": "gauge",
     "expiry_last_run_timestamp_seconds": "gauge",
     "expiry_duration_seconds": "gauge",
     "build_info": "gauge",

@@ -158,6 +158,8 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     ),
     "found_in_journal": lambda text: maillog.found_in_journal(doubt(sender=text, recipients=(text,))),
     "row_lost": lambda text: maillog.row_lost(record(sender=text, data={text: text}), text),
+    "expiry_behind": lambda _: maillog.expiry_behind(5, 0.25, 60.0),
+    "expiry_progress": lambda _: maillog.expiry_progress(5, 0.25, 60.0),
     "expiry_done": lambda _: maillog.expiry_done(5, 0.25),
     "expiry_failed": maillog.expiry_failed,
     "retention_changed": lambda _: maillog.retention_changed(6),

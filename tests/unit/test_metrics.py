@@ -82,6 +82,7 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "records_reserve_bytes": {},
     "record_errors_total": {},
     "expired_rows_total": {},
+    "expiry_lag_seconds": {},
     "expiry_last_run_timestamp_seconds": {},
     "expiry_duration_seconds": {},
 }

@@ -1,0 +1,46 @@
+"""How much of long work is done at a time, and how long it rests: so that those who wait do not feel it.
+
+Rules. Commits and long work share one connection, so a commit waits for the step that is under way: a step
+is no longer than a commit. Rest is a multiple of work, so that the share of time is bounded whatever the disk
+is like; and every step gets something done, so that the work ends however many commits there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["Pace"]
+
+STEP_S = 0.004
+"""How long, in seconds, a step should take."""
+LEAST = 16
+MOST = 512
+"""Bounds of a step's work, in rows written. The lesser one is for disks whose fsync alone takes longer."""
+REST_ALONE = 1
+REST_BESIDE_COMMITS = 3
+"""Rest after a step, in multiples of its time: for other processes on the file; for our own commits."""
+
+
+class Pace:
+    """The pace of one run of long work. Steps begin small, and grow as they turn out short."""
+
+    def __init__(self) -> None:
+        self.work = LEAST
+        """What the next step may do, in rows written."""
+
+    def took(self, seconds: float, *, commits: bool) -> float:
+        """Learn from a step; return how long to rest, in seconds. `commits`: there were some beside it."""
+        if seconds > STEP_S * 1.5:
+            self.work = max(LEAST, self.work // 2)
+        elif seconds < STEP_S / 1.5:
+            self.work = min(MOST, self.work * 5 // 4 + 1)
+        return seconds * (REST_BESIDE_COMMITS if commits else REST_ALONE)
+
+    def first(self, weights: Sequence[int]) -> int:
+        """Return how many of the items, each of so much work, go into the next step: at least one, if any."""
+        left = self.work
+        for count, weight in enumerate(weights):
+            left -= weight
+            if left < 0:
+                return max(1, count)
+        return len(weights)
