@@ -1,8 +1,9 @@
 """How much of long work is done at a time, and how long it rests: so that those who wait do not feel it.
 
 Rules. Commits and long work share one connection, so a commit waits for the step that is under way: a step
-is no longer than a commit. Rest is a multiple of work, so that the share of time is bounded whatever the disk
-is like; and every step gets something done, so that the work ends however many commits there are.
+is about as long as a commit, which ends with an fsync as it does. Rest is a multiple of work, so that the
+share of time is bounded whatever the disk is like. Every step gets something done, so that the work ends
+however many commits there are.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Sequence
 __all__ = ["Pace"]
 
 STEP_S = 0.004
-"""How long, in seconds, a step should take."""
+"""How long, in seconds, a step may take, however short commits are."""
+LONGEST_STEP_S = 0.05
+"""How long it may take where commits are slow."""
 LEAST = 16
 MOST = 512
-"""Bounds of a step's work, in rows written. The lesser one is for disks whose fsync alone takes longer."""
+"""Bounds of a step's work, in rows written."""
 REST_ALONE = 1
 REST_BESIDE_COMMITS = 3
 """Rest after a step, in multiples of its time: for other processes on the file; for our own commits."""
@@ -28,11 +31,15 @@ class Pace:
         self.work = LEAST
         """What the next step may do, in rows written."""
 
-    def took(self, seconds: float, *, commits: bool) -> float:
-        """Learn from a step; return how long to rest, in seconds. `commits`: there were some beside it."""
-        if seconds > STEP_S * 1.5:
+    def took(self, seconds: float, *, commit: float, commits: bool) -> float:
+        """Learn from a step that took `seconds`; return how long to rest, in seconds.
+
+        `commit` is what a commit takes, in seconds; `commits`: there were some beside the step.
+        """
+        goal = min(max(STEP_S, commit), LONGEST_STEP_S)
+        if seconds > goal * 1.5:
             self.work = max(LEAST, self.work // 2)
-        elif seconds < STEP_S / 1.5:
+        elif seconds < goal / 1.5:
             self.work = min(MOST, self.work * 5 // 4 + 1)
         return seconds * (REST_BESIDE_COMMITS if commits else REST_ALONE)
 

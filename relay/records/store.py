@@ -53,6 +53,7 @@ class Store:
         self._retention = retention
         self._clock = clock
         self._commits = 0  # since long work last looked
+        self._commit_s = 0.0  # what one takes, smoothed
 
     @classmethod
     async def open(
@@ -89,8 +90,9 @@ class Store:
         written now. A caller that is cancelled does not know: the transaction is finished all the same.
         """
         if entries:
+            _, seconds = await self._timed(lambda raw: _insert(raw, entries, self._retention))
             self._commits += 1
-            await self._database.statement(lambda raw: _insert(raw, entries, self._retention))
+            self._commit_s += (seconds - self._commit_s) / 16
 
     async def count(self) -> int:
         """Return how many rows there are."""
@@ -221,7 +223,7 @@ class Store:
 
     async def _rest(self, pace: Pace, seconds: float) -> None:
         commits, self._commits = self._commits, 0
-        await asyncio.sleep(pace.took(seconds, commits=commits > 0))
+        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=commits > 0))
 
     async def _paced(self, work: Callable[[sqlite3.Connection], _Step]) -> _Step:
         """Run one short transaction, then leave the store to others for as long as it took."""

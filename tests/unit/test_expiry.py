@@ -113,7 +113,7 @@ async def test_no_batch_is_larger_than_asked_for(store, batch_size):
 
 async def test_a_step_has_only_so_much_work(store, monkeypatch):
     """Recipients are work, too; and when steps turn out long, they stay as small as they begin."""
-    monkeypatch.setattr(pacing, "STEP_S", 0.0)
+    monkeypatch.setattr(pacing, "LONGEST_STEP_S", 0.0)
     await store.write([record(number, NOW) for number in range(100)])
     crowd = tuple(f"r{number}@example.net" for number in range(1000))
     await store.write([record(number, NOW + SECOND, recipients=crowd) for number in range(100, 104)])
@@ -123,6 +123,7 @@ async def test_a_step_has_only_so_much_work(store, monkeypatch):
 
 
 async def test_steps_grow_until_they_are_as_long_as_they_may_be(store, monkeypatch):
+    monkeypatch.setattr(pacing, "LONGEST_STEP_S", 3600.0)
     monkeypatch.setattr(pacing, "STEP_S", 3600.0)
     await store.write([record(number, NOW) for number in range(2000)])
     batches = []
