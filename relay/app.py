@@ -256,6 +256,8 @@ class Relay:
         if (reason := self.recorder.refusal() or self._journal.refusal()) is not None:
             lines.append(f"records cannot be kept: {reason}")
         ready = not lines
+        if ready and (reason := self.recorder.away()) is not None:
+            lines.append(f"rows go to the spool: {reason}")
         error = self.pool.last_error
         lines.append(f"upstream {self.pool.name}: {'up' if error is None else f'down: {error}'}")
         return ready, lines

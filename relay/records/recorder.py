@@ -187,6 +187,10 @@ class Recorder:
             return f"no disk space to take ahead: {self._short}"
         return None
 
+    def away(self) -> str | None:
+        """Return why rows go to the spool, or None while the store takes them."""
+        return self._away
+
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - the bound is the promise
         """Make everything pending durable within `timeout` seconds: in the store, else in the spool.
 

@@ -265,10 +265,14 @@ def _find(path: Path, *, create: bool) -> None:
             f"{path}: {error.strerror}; change records.url, or the rights of its path"
         ) from error
     effective = os.access in os.supports_effective_ids
-    if not os.access(path, os.R_OK | os.W_OK, effective_ids=effective):
-        raise StoreError(f"{path}: cannot be written; give the relay's user the file")
-    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=effective):
-        raise StoreError(f"{path.parent}: cannot be written, and SQLite keeps files beside its own there")
+    # SQLite follows links, and keeps its files beside the one that it finds.
+    real = path.resolve()
+    for file in (path, real.with_name(f"{real.name}-wal"), real.with_name(f"{real.name}-shm")):
+        # One beside that cannot be written is no error for SQLite until something is to be written.
+        if file.exists() and not os.access(file, os.R_OK | os.W_OK, effective_ids=effective):
+            raise StoreError(f"{file}: cannot be written; give the relay's user the file")
+    if not os.access(real.parent, os.W_OK | os.X_OK, effective_ids=effective):
+        raise StoreError(f"{real.parent}: cannot be written, and SQLite keeps files beside its own there")
 
 
 def _make(path: Path) -> None:

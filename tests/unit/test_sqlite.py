@@ -228,6 +228,29 @@ async def test_a_directory_that_cannot_be_written(unprivileged):
     assert "Permission denied" in await open_error(path)
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-shm"])
+async def test_a_file_beside_that_cannot_be_written(unprivileged, ending):
+    path = unprivileged / "t.db"
+    database = await Database.open(path, create=True, busy_timeout=1)
+    beside = unprivileged / f"t.db{ending}"
+    beside.chmod(0o440)
+    assert f"{beside}: cannot be written" in await open_error(path)
+    beside.chmod(0o640)
+    await database.close()
+
+
+async def test_the_files_of_a_linked_one_stand_beside_it(unprivileged):
+    """SQLite follows the link; it is there that the directory must be writable."""
+    real = unprivileged / "real"
+    real.mkdir()
+    await (await Database.open(real / "t.db", create=True, busy_timeout=1)).close()
+    link = unprivileged / "link.db"
+    link.symlink_to(real / "t.db")
+    real.chmod(0o500)
+    assert f"{real}: cannot be written" in await open_error(link)
+    real.chmod(0o700)
+
+
 async def test_a_file_that_another_process_holds(tmp_path):
     path = tmp_path / "t.db"
     with closing(sqlite3.connect(path)) as raw:
