@@ -32,8 +32,7 @@ from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
 from relay.transaction import Services
-from relay.upstream.dial import Dialer
-from relay.upstream.pool import Pool, UnavailableError
+from relay.upstream.upstreams import Upstreams
 from relay.web import Web
 
 if TYPE_CHECKING:
@@ -59,9 +58,8 @@ class Relay:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._upstream = settings.upstreams[0]
         self.metrics = Metrics(
-            upstreams=[self._upstream.name],
+            upstreams=[upstream.name for upstream in settings.upstreams],
             listeners=[listener.address for listener in settings.listeners],
             task_types=_named_types(settings),
         )
@@ -75,7 +73,7 @@ class Relay:
         self.users: Users | None = None
         self.doorkeeper: Doorkeeper | None = None
         self.recorder: Recorder
-        self.pool: Pool
+        self.upstreams: Upstreams
         self.reception: Reception
         self.web: Web
 
@@ -85,9 +83,7 @@ class Relay:
         token = secrets.token_hex(6)
         try:
             await self._start_records()
-            metrics = self.metrics.upstreams[self._upstream.name]
-            dialer = Dialer(self._upstream, hostname=settings.server.hostname, own_token=token)
-            self.pool = Pool(self._upstream, dialer, metrics)
+            self.upstreams = Upstreams(settings, self.metrics, token=token)
             services = Services(
                 recorder=self.recorder,
                 journal=self._journal,
@@ -105,14 +101,15 @@ class Relay:
             self.reception = Reception(
                 settings,
                 services,
-                self.pool,
+                self.upstreams,
                 token=token,
                 certificate=self.certificate,
                 doorkeeper=self.doorkeeper,
             )
             self.web = Web(self.metrics, self.readiness)
             await self.web.start(settings.http.host, settings.http.port)
-            await self._try_upstream()
+            # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
+            await self.upstreams.probe()
             await self.reception.open()
         except (StoreError, SpoolError, CertificateError, UsersError, OSError) as error:
             await self._stop_parts()
@@ -121,7 +118,7 @@ class Relay:
         maillog.started(
             __version__,
             self.reception.addresses,
-            [f"{self._upstream.name} {self._upstream.address}"],
+            [f"{upstream.name} {upstream.address}" for upstream in settings.upstreams],
             settings.records.url,
             f"{settings.http.host}:{self.web.port}",
         )
@@ -172,8 +169,8 @@ class Relay:
         """Build what decides about logins, if there are any; raises UsersError."""
         clients = self.settings.clients
         authenticator: Authenticator
-        if clients.auth == "passthrough":
-            authenticator = Passthrough(self.pool)
+        if self.upstreams.passthrough is not None:
+            authenticator = Passthrough(self.upstreams.passthrough)
         elif clients.users_file is not None:
             authenticator = self.users = Users(clients.users_file)
         else:
@@ -190,12 +187,6 @@ class Relay:
             self.metrics.record_error()
             maillog.expiry_failed(f"rows do not follow the changed retention yet: {error}")
         self._expiry.start()
-
-    async def _try_upstream(self) -> None:
-        """Learn what the upstream can do before the first EHLO; mail is refused with 451 while it is away."""
-        with contextlib.suppress(UnavailableError, TimeoutError):
-            async with asyncio.timeout(self._upstream.connect_timeout):
-                await self.pool.probe()
 
     def reread(self, *, force: bool = True) -> None:
         """Read the certificate and the users again, those that have changed or, with `force`, all of them.
@@ -228,8 +219,8 @@ class Relay:
             await self.reception.close()
         if self.users is not None:
             self.users.close()
-        if hasattr(self, "pool"):
-            await self.pool.close()
+        if hasattr(self, "upstreams"):
+            await self.upstreams.close()
         await self._stop_records()
         if hasattr(self, "web"):
             await self.web.stop()
@@ -258,8 +249,8 @@ class Relay:
         ready = not lines
         if ready and (reason := self.recorder.away()) is not None:
             lines.append(f"rows go to the spool: {reason}")
-        error = self.pool.last_error
-        lines.append(f"upstream {self.pool.name}: {'up' if error is None else f'down: {error}'}")
+        for name, state in self.upstreams.states(asyncio.get_running_loop().time()):
+            lines.append(f"upstream {name}: {state}")
         return ready, lines
 
     # Time
@@ -274,21 +265,18 @@ class Relay:
             now = loop.time()
             try:
                 self.reception.sweep(now, now - looked)
-                self.pool.sweep(now)
+                self.upstreams.sweep(now)
                 self.reread(force=False)
             except Exception as error:
                 maillog.unforeseen("sweep", None, error)
             looked = now
 
     def _waits(self) -> Sequence[float]:
-        server, upstream = self.settings.server, self._upstream
-        return (
-            server.idle_timeout,
-            server.lease_idle_timeout,
-            upstream.reply_timeout,
-            upstream.end_of_data_timeout,
-            upstream.idle_timeout,
-        )
+        server = self.settings.server
+        waits = [server.idle_timeout, server.lease_idle_timeout]
+        for upstream in self.settings.upstreams:
+            waits += [upstream.reply_timeout, upstream.end_of_data_timeout, upstream.idle_timeout]
+        return waits
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

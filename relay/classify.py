@@ -115,7 +115,7 @@ class Classifier:
                 kept[name] = texts[0] if len(texts) == 1 else texts
 
         return Classification(
-            task_type=task_type or self._by_rule(sender),
+            task_type=task_type or self._by_rule(sender) or self._default,
             client_task_id=self._client_task_id(fields),
             message_id=_text(fields[_MESSAGE_ID][0]) or None if _MESSAGE_ID in fields else None,
             headers=kept,
@@ -142,12 +142,19 @@ class Classifier:
                 values.append(_value(section, match.end()))
         return fields, received
 
-    def _by_rule(self, sender: bytes) -> str:
+    def at_mail(self, sender: bytes) -> str | None:
+        """Return the type as far as the reverse-path tells; None: it takes a header, and that is to come.
+
+        A header that comes may say otherwise than the rule that this is from.
+        """
+        return self._by_rule(sender) or (None if self._typed else self._default)
+
+    def _by_rule(self, sender: bytes) -> str | None:
         if not self._rules:
-            return self._default
+            return None
         address = sender.decode("utf-8", "backslashreplace")
         matching = (task_type for pattern, task_type in self._rules if pattern.fullmatch(address))
-        return next(matching, self._default)
+        return next(matching, None)
 
     def _client_task_id(self, fields: dict[bytes, list[bytes]]) -> str | None:
         for value in fields.get(self._id, ()) if self._id else ():

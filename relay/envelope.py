@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from relay.reply import Reply
 
-__all__ = ["Envelope", "Recipient", "text"]
+__all__ = ["Envelope", "Recipient", "domain_of", "text"]
 
 
 @dataclass(slots=True)
@@ -50,3 +50,8 @@ class Envelope:
 def text(octets: bytes) -> str:
     """Return octets from the wire as text that can be stored: invalid UTF-8 and NUL escaped."""
     return octets.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+
+
+def domain_of(address: str) -> str:
+    """Return what follows the last "@", in lower case; empty when there is none (`<>`, `postmaster`)."""
+    return address.rpartition("@")[2].lower() if "@" in address else ""

@@ -41,6 +41,7 @@ __all__ = [
     "expiry_done",
     "expiry_failed",
     "expiry_progress",
+    "failover",
     "found_in_journal",
     "in_doubt",
     "listening",
@@ -56,8 +57,11 @@ __all__ = [
     "transaction",
     "unforeseen",
     "upstream_connected",
+    "upstream_down",
+    "upstream_drained",
     "upstream_failed",
     "upstream_retired",
+    "upstream_up",
     "user_not_checked",
     "users_not_read",
     "users_read",
@@ -292,6 +296,28 @@ def upstream_connected(name: str, address: str, reason: Wire) -> None:
 def upstream_failed(name: str, address: str, reason: Wire) -> None:
     """An upstream could not be connected to."""
     _current.log.warning("upstream failed", upstream=name, address=address, reason=reason)
+
+
+def upstream_down(name: str, address: str, reason: Wire, pause_s: float) -> None:
+    """An upstream has failed too often: messages do not go there, the next try is in `pause_s` seconds."""
+    _current.log.error(
+        "upstream down", upstream=name, address=address, reason=reason, pause_s=round(pause_s, 1)
+    )
+
+
+def upstream_up(name: str, address: str) -> None:
+    """An upstream that was down can be connected to again."""
+    _current.log.info("upstream up", upstream=name, address=address)
+
+
+def upstream_drained(name: str, address: str) -> None:
+    """No transaction is left on an upstream that gets no new ones."""
+    _current.log.info("upstream drained", upstream=name, address=address)
+
+
+def failover(task_id: UUID | str, name: str, to: str, reason: Wire) -> None:
+    """A message goes on to another upstream: the one that was tried has not answered MAIL."""
+    _current.log.warning("failover", task_id=task_id, upstream=name, to=to, reason=reason)
 
 
 def xforward_refused(name: str, address: str, reason: Wire) -> None:

@@ -122,17 +122,23 @@ class Metrics:
         self.registry.register(series)
         # Without an upstream there are transactions and no connections: `upstream_up{upstream="none"} 0`
         # would be a false alarm for ever, so those series are in no scrape.
-        self.upstreams: Mapping[str, UpstreamMetrics] = {
-            **{name: UpstreamMetrics(name, series, series) for name in upstreams},
-            NO_UPSTREAM: UpstreamMetrics(NO_UPSTREAM, series, _Series()),
-        }
+        self.upstreams: dict[str, UpstreamMetrics] = {}
         """By upstream name; `none` is for transactions that got no upstream."""
+        for name in upstreams:
+            self.add_upstream(name)
+        self.upstreams[NO_UPSTREAM] = UpstreamMetrics(NO_UPSTREAM, series, _Series())
         self._certificate: _Number | None = None
         self._bind_clients(series, listeners)
         self._bind_octets(series)
         self._bind_records(series, task_types)
         self._bind_expiry(series)
         series.gauge("build_info", "1; the label tells the version that runs.", version=__version__).value = 1
+
+    def add_upstream(self, name: str) -> UpstreamMetrics:
+        """Return the instruments of an upstream, made where there are none; those of one that went stay."""
+        if name not in self.upstreams:
+            self.upstreams[name] = UpstreamMetrics(name, self._series, self._series)
+        return self.upstreams[name]
 
     def _bind_clients(self, series: _Series, listeners: Sequence[str]) -> None:
         self._sessions = series.gauge("client_sessions", "Client sessions open now.")
@@ -280,6 +286,8 @@ class UpstreamMetrics:
     __slots__ = (
         "_connections",
         "_connects",
+        "_drained",
+        "_failovers",
         "_messages",
         "_recipients",
         "_replies",
@@ -319,6 +327,12 @@ class UpstreamMetrics:
             for outcome in CONNECT_OUTCOMES
         }
         self._up = connections.gauge("upstream_up", "1 if the upstream can be used, 0 if not.", upstream=name)
+        self._drained = connections.gauge(
+            "upstream_drained", "1 if the upstream gets no new messages, 0 if it does.", upstream=name
+        )
+        self._failovers = connections.counter(
+            "upstream_failovers_total", "Messages that went on from here to another upstream.", upstream=name
+        )
         text = "Time that transactions waited for an upstream connection."
         self._wait_seconds = connections.histogram("upstream_wait_seconds", text, _SECONDS, upstream=name)
 
@@ -354,6 +368,14 @@ class UpstreamMetrics:
     def up(self, value: bool) -> None:
         """Set whether the upstream can be used."""
         self._up.value = value
+
+    def drained(self, value: bool) -> None:
+        """Set whether the upstream is left without new messages."""
+        self._drained.value = value
+
+    def failed_over(self) -> None:
+        """Count a message that could not go here and went on to another upstream."""
+        self._failovers.value += 1
 
 
 class _Number:

@@ -1,4 +1,4 @@
-"""Tries what `relay check --connect` names to an operator: the store and the upstream. Sends no mail."""
+"""Tries what `relay check --connect` names to an operator: the store and the upstreams. Sends no mail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relay.upstream.pool import Pool, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from relay.settings import Settings
+    from relay.settings import Settings, UpstreamSettings
 
 __all__ = ["Finding", "probe"]
 
@@ -26,13 +26,15 @@ Finding = tuple[str, bool, str]
 
 
 def probe(settings: Settings) -> Sequence[Finding]:
-    """Try the store and the upstream."""
+    """Try the store and all upstreams."""
     maillog.configure("console", "critical")  # what goes wrong is in the findings
-    return asyncio.run(_both(settings))
+    return asyncio.run(_all(settings))
 
 
-async def _both(settings: Settings) -> Sequence[Finding]:
-    return [await _store(settings), await _upstream(settings)]
+async def _all(settings: Settings) -> Sequence[Finding]:
+    found = await _store(settings)
+    tried = await asyncio.gather(*(_upstream(settings, upstream) for upstream in settings.upstreams))
+    return [found, *tried]
 
 
 async def _store(settings: Settings) -> Finding:
@@ -49,10 +51,9 @@ async def _store(settings: Settings) -> Finding:
     return what, True, "opens, its schema is current"
 
 
-async def _upstream(settings: Settings) -> Finding:
-    """Connect, secure and log in as a relay would."""
-    upstream = settings.upstreams[0]
-    what = f"upstream {upstream.name} {upstream.address}"
+async def _upstream(settings: Settings, upstream: UpstreamSettings) -> Finding:
+    """Connect, secure and log in as a relay would; also where no message goes now."""
+    what = f"upstream {upstream.name} {upstream.address}{'' if upstream.weight else ' (drained)'}"
     metrics = Metrics(upstreams=[upstream.name], listeners=[], task_types=[])
     dialer = Dialer(upstream, hostname=settings.server.hostname, own_token=secrets.token_hex(6))
     pool = Pool(upstream, dialer, metrics.upstreams[upstream.name])

@@ -1,14 +1,15 @@
 """One mail transaction, from MAIL to its outcome.
 
-A message's way, top to bottom: `mail` takes a connection from the pool and sends MAIL up as the client
-wrote it; `rcpt` and `data` follow, pipelined where the upstream can; every reply goes back as it came. `feed`
-streams the content; or `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end
+A message's way, top to bottom: `mail` takes a connection to the first upstream of its route that can be had,
+and sends MAIL up as the client wrote it (where the recipient chooses the upstream, with the first one); `rcpt`
+and `data` follow, pipelined where the upstream can; every reply goes back as it came. `feed` streams the content; or `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end
 of data, which is also the end of the last chunk, `_settle` begins: it awaits the upstream's verdict, has the
 row written, answers the client and says once, to metrics and log, what became of the message. Nobody holds a
 handle by which `_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the
 client hears.
 
-Rules: only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
+Rules: another upstream is tried only until one has answered MAIL, and what it says is then the answer; a 421
+is none. Only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
 the message is never sent again. Content that will not be finished aborts its connection. `_conclude` is
 the only place where an outcome is counted and logged, once for each transaction.
 """
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from relay.records.journal import Journal
     from relay.records.recorder import Recorder
     from relay.upstream.pool import Pool
+    from relay.upstream.upstreams import Route
 
 __all__ = ["MAX_RECEIVED", "Services", "Transaction", "refused_at_mail"]
 
@@ -58,6 +60,9 @@ _XFORWARD = "xforward"
 
 LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
 SILENT = Reply.own(451, "4.2", "Silent for too long: the upstream connection was given up, try again")
+NO_ROUTE = Reply.own(451, "4.4", "No upstream server takes this message now, try again later")
+OTHER_ROUTE = Reply.own(452, "5.3", "This recipient takes another route: send it in a message of its own")
+HELD = Reply.own(250, "1.0", "Ok")
 NO_RECIPIENTS = Reply.own(554, "5.1", "No valid recipients")
 NO_MAIL = Reply.own(503, "5.1", "MAIL was not accepted")
 FAULTS = {
@@ -118,12 +123,12 @@ class Transaction:
     def __init__(
         self,
         services: Services,
-        pool: Pool,
+        route: Route,
         sender: Sender,
         reverse_path: bytes,
         client: xforward.Client | None = None,
     ) -> None:
-        """Begin with nothing sent; `client` is who the upstream is told about, if it is to be told."""
+        """Begin with nothing sent; `client` is who an upstream is told about that is to be told."""
         self.task_id = uuid7()
         self.envelope = Envelope(reverse_path)
         self.body: Body | Chunks | None = None
@@ -137,11 +142,13 @@ class Transaction:
         self.on_flow: Callable[[bool], None] = _ignore
         """Called with True when the client must stop sending content, with False when it may go on."""
         self._services = services
-        self._pool = pool
+        self._route = route
+        self._pool: Pool  # there is one as soon as the account has the upstream's name
+        self._untried: tuple[Pool, ...] = ()
         self._client = client
-        self._account = Account(self.task_id, sender, pool.name, self.envelope)
+        self._account = Account(self.task_id, sender, None, self.envelope)
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self._began = self._asked = self._loop.time()
         self._connection: Connection | None = None
         self._leasing: asyncio.Task[None] | None = None
         self._queued: deque[_Command] = deque()
@@ -166,16 +173,33 @@ class Transaction:
     ) -> None:
         """Begin: lease a connection and send MAIL; `answer` gets the upstream's reply.
 
+        Where it takes a recipient to know the upstream, MAIL is held until then, and the answer is our own.
         `without_auth` is the line for an upstream that does not offer AUTH, if `line` has an AUTH parameter.
         """
-        self._queued.append(_Command("mail", line, answer, without_auth=without_auth))
-        self._lease()
+        held = self._route.by_recipient
+        self._queued.append(_Command("mail", line, _ignore if held else answer, without_auth=without_auth))
+        if held:
+            answer(HELD)
+        else:
+            self._set_out(self._route.pools)
 
     def rcpt(self, line: bytes, path: bytes, answer: Callable[[Reply], None]) -> None:
         """Send RCPT; `answer` gets the upstream's reply to this recipient."""
         recipient = Recipient(path)
         self.envelope.recipients.append(recipient)
-        self._give(_Command("rcpt", line, answer, recipient))
+        command = _Command("rcpt", line, answer, recipient)
+        if not self._route.by_recipient or self._broken is not None:
+            self._give(command)
+        elif self._chosen:
+            if self._route.takes(self._pool, path):
+                self._give(command)
+            else:
+                _refuse_recipient(command, OTHER_ROUTE)
+        elif pools := self._route.pools_for(path):
+            self._queued.append(command)
+            self._set_out(pools)
+        else:
+            _refuse_recipient(command, NO_ROUTE)
 
     def data(self, answer: Callable[[Reply], None]) -> None:
         """Send DATA; after a 354 `body` is set and content may be fed."""
@@ -187,13 +211,63 @@ class Transaction:
                 command.recipient.reply = self._broken
             command.answer(self._broken)
             return
+        if not self._chosen:  # DATA, and no recipient had a route
+            command.answer(NO_RECIPIENTS)
+            return
         self._queued.append(command)
         self._pump()
 
     @property
     def refused(self) -> bool:
-        """Whether MAIL was answered with anything but acceptance: there is no transaction to go on with."""
+        """Whether the client has heard MAIL refused: there is no transaction to go on with."""
+        return self._mail_refused and not self._route.by_recipient
+
+    @property
+    def _mail_refused(self) -> bool:
         return self._mail_reply is not None and not self._mail_reply.positive
+
+    @property
+    def contested(self) -> bool:
+        """Whether it has a connection that is more than the client's share while others wait."""
+        return self._connection is not None and self._pool.over_share(self._account.sender.client)
+
+    # The way
+
+    @property
+    def _chosen(self) -> bool:
+        return self._account.upstream is not None
+
+    def _set_out(self, pools: tuple[Pool, ...]) -> None:
+        """Begin with the first of `pools`; the others are for when it cannot be had."""
+        if not pools:
+            self._break(NO_ROUTE, Outcome.UNAVAILABLE)
+            return
+        self._pool, self._untried = pools[0], pools[1:]
+        self._account.upstream = self._pool.name
+        self._lease()
+
+    def _fail_over(self, reason: str) -> bool:
+        """Turn to the next upstream before one has answered MAIL; False: there is none left."""
+        if not self._untried:
+            return False
+        before = self._pool
+        self._pool, self._untried = self._untried[0], self._untried[1:]
+        self._account.upstream = self._pool.name
+        before.metrics.failed_over()
+        if reason:
+            maillog.failover(self.task_id, before.name, self._pool.name, reason)
+        if self._route.by_recipient:
+            self._part_from_others()
+        self._asked = self._loop.time()
+        self._lease()
+        return True
+
+    def _part_from_others(self) -> None:
+        """Turn away recipients that may not go where the message goes now."""
+        for command in tuple(self._queued):
+            if command.recipient is not None and not self._route.takes(self._pool, command.recipient.path):
+                self._queued.remove(command)
+                _refuse_recipient(command, OTHER_ROUTE)
 
     # The lease
 
@@ -203,32 +277,38 @@ class Transaction:
         if connection is not None:
             self._leased(connection)
             return
+        if self._pool.avoided and self._fail_over(""):  # nothing was tried: the log has said why already
+            return
         self._leasing = self._loop.create_task(self._await_lease(fresh=fresh))
         self._services.running.add(self._leasing)
         self._leasing.add_done_callback(self._services.running.discard)
 
     async def _await_lease(self, *, fresh: bool) -> None:
         sender = self._account.sender
+        pool = self._pool
         try:
-            connection = await self._pool.acquire(sender.client, sender.credentials, fresh=fresh)
+            connection = await pool.acquire(sender.client, sender.credentials, fresh=fresh)
         except UnavailableError as error:
-            self._break(error.reply, Outcome.UNAVAILABLE)
+            # A library on the way may swallow the cancellation that came too late.
+            if not self.concluded and not self._fail_over(str(error)):
+                self._break(error.reply, Outcome.UNAVAILABLE)
         except Exception as error:  # the client must hear something, and the log why
             maillog.unforeseen("lease", self.task_id, error)
             self._break(internal(self.task_id), Outcome.UNAVAILABLE)
         else:
-            if self.concluded:  # a library on the way may swallow the cancellation that came too late
-                self._pool.release(connection, reset=False)
+            if self.concluded:  # as above
+                pool.release(connection, reset=False)
             else:
                 self._leased(connection)
 
     def _leased(self, connection: Connection) -> None:
-        self._account.waited_s = self._loop.time() - self._began
-        self._pool.metrics.waited(self._account.waited_s)
+        now = self._loop.time()
+        self._account.waited_s = now - self._began
+        self._pool.metrics.waited(now - self._asked)
         self._connection = connection
         connection.lessee = self
         connection.transactions += 1
-        if self._client is not None:
+        if self._client is not None and self._pool.xforward:
             self._introduce(connection, self._client)
         self._pump()
 
@@ -269,12 +349,16 @@ class Transaction:
         elif command.verb == _XFORWARD:
             self._introduction_answered(reply)
         elif command.recipient is not None:
+            if self._mail_refused and self._route.by_recipient:
+                reply = cast("Reply", self._mail_reply)  # the client has not heard it
             command.recipient.reply = reply
         elif command.verb == "data":
             reply = self._data_answered(reply)
         elif command.verb == "bdat" and not reply.positive and self._data_reply is None:
             self._data_reply = reply  # later ones only follow from it (RFC 3030 2)
         self.over = self.refused and not self._sent and not self._queued
+        if self._mail_refused and self._route.by_recipient and not self._sent:
+            self._drop_lease()
         command.answer(reply)
         self._pump()
 
@@ -285,17 +369,25 @@ class Transaction:
 
     def _mail_answered(self, reply: Reply) -> None:
         self._mail_reply = reply
-        if not reply.positive:
-            # What a pipelining upstream has already been sent it answers itself; the rest is not sent.
-            while self._queued:
-                self._queued.popleft().answer(NO_MAIL)
+        self._pool.answered()
+        if reply.positive:
+            return
+        held = self._route.by_recipient
+        if held:  # MAIL was answered before: this is the answer to all that depends on it
+            self._broken, self._broken_as = reply, negative_outcome(reply)
+        # What a pipelining upstream has already been sent it answers itself; the rest is not sent.
+        while self._queued:
+            command = self._queued.popleft()
+            if held and command.recipient is not None:
+                command.recipient.reply = reply
+            command.answer(reply if held else NO_MAIL)
 
     def _data_answered(self, reply: Reply) -> Reply:
         """Return what the client hears to DATA."""
         self._data_reply = reply
         if reply.code >= 400:
             return reply
-        if self.envelope.accepted and not self.refused:
+        if self.envelope.accepted and not self._mail_refused:
             self.body = Body(max_size=self._max_size(), normalize=self._services.normalize)
             return reply
         # 354 although no recipient was accepted: a lone dot ends it, and nothing is sent to anybody
@@ -325,17 +417,22 @@ class Transaction:
     def _go_on_without(self, reply: Reply) -> None:
         """The connection is no more: replace it unseen where that is safe, else answer `reply`."""
         connection, self._connection = self._connection, None
-        if self._mail_reply is None and connection is not None and connection.reused:
-            self._replace()
-        else:
+        if self._mail_reply is not None or connection is None:
             self._break(reply, Outcome.UNAVAILABLE)
+        elif connection.reused:  # an idle one was found dead before it had accepted MAIL
+            self._take_back()
+            self._lease(fresh=True)
+        else:
+            self._pool.lost(f"connection lost before MAIL was answered: {reply}")
+            self._take_back()
+            if not self._fail_over(str(reply)):
+                self._break(reply, Outcome.UNAVAILABLE)
 
-    def _replace(self) -> None:
-        """Begin again on a new connection: an idle one was found dead before it had accepted MAIL."""
-        # The next connection gets an introduction of its own, by what it offers.
+    def _take_back(self) -> None:
+        """Make ready to begin again on another connection."""
+        # That one gets an introduction of its own, by what it offers.
         self._queued.extendleft(each for each in reversed(self._sent) if each.verb != _XFORWARD)
         self._sent.clear()
-        self._lease(fresh=True)
 
     def _break(self, reply: Reply, outcome: Outcome) -> None:
         """Answer everything that waits, and whatever still comes, with `reply`: there is no connection."""
@@ -658,7 +755,8 @@ class Transaction:
             connection.abort("transaction unfinished")
         else:
             # A refused MAIL opened nothing, but what XFORWARD said would stay in force for the next client.
-            self._pool.release(connection, reset=not self.refused or self._client is not None)
+            introduced = self._client is not None and self._pool.xforward
+            self._pool.release(connection, reset=not self._mail_refused or introduced)
 
     def _last_reply(self) -> Reply | None:
         refused = self.envelope.refused
@@ -668,6 +766,8 @@ class Transaction:
         """Why it ended before the end of data: the first negative reply that decided it, or the client."""
         if self._broken is not None:
             return self._broken_as
+        if not self._chosen and self.envelope.recipients:
+            return Outcome.UNAVAILABLE
         if self._mail_reply is not None and not self._mail_reply.positive:
             return negative_outcome(self._mail_reply)
         refused = self.envelope.refused
@@ -703,6 +803,12 @@ def refused_at_mail(metrics: Metrics, sender: Sender, reverse_path: bytes, reply
     """Count and log a transaction that the relay's own policy refused at MAIL."""
     account = Account(uuid7(), sender, None, Envelope(reverse_path), client_heard=reply)
     account.close(metrics, Outcome.REFUSED, None)
+
+
+def _refuse_recipient(command: _Command, reply: Reply) -> None:
+    """Answer a RCPT that goes up to no upstream."""
+    cast("Recipient", command.recipient).reply = reply
+    command.answer(reply)
 
 
 def _ignore(_: object) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from relay.upstream.pool import Pool
+
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with `over` laid over it, section by section."""
@@ -38,6 +40,11 @@ class Running:
         address = relay.reception.addresses[0]
         self.port = 0 if address.startswith("unix:") else int(address.rpartition(":")[2])
         self.http_port = relay.web.port
+
+    @property
+    def pool(self) -> Pool:
+        """The pool of the first upstream."""
+        return next(iter(self.relay.upstreams.pools.values()))
 
     def rows(self, query: str = "SELECT * FROM task_done ORDER BY id") -> list[dict[str, Any]]:
         """Return rows as another process would see them: committed ones."""

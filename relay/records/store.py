@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import orjson
 
+from relay.envelope import domain_of
 from relay.records.errors import ExpiryBusyError, RejectedRecordError, StoreError
 from relay.records.model import Doubt, Entry, Record
 from relay.records.pacing import Pace
@@ -328,11 +329,6 @@ def _doubt_row(doubt: Doubt, retention: Retention) -> tuple[object, ...]:
         doubt.recipients,
         doubt.data,
     )
-
-
-def domain_of(address: str) -> str:
-    """Return what follows the last "@", in lower case; empty when there is none (`<>`, `postmaster`)."""
-    return address.rpartition("@")[2].lower() if "@" in address else ""
 
 
 def _integer(cursor: sqlite3.Cursor) -> int:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from relay.session.doorkeeper import Doorkeeper
     from relay.session.reception import Reception
     from relay.settings import ListenerSettings
+    from relay.upstream.capabilities import Capabilities
 
 __all__ = ["Dialogue", "Wire"]
 
@@ -330,7 +331,15 @@ class Dialogue:
         if self._hello(argument):
             self._esmtp = True
             mechanisms = self._login.offered(secured=self._secured)
-            self._replies.say(self._reception.ehlo(starttls=self._starttls_offered, mechanisms=mechanisms))
+            starttls = self._starttls_offered
+            self._replies.say(self._reception.ehlo(self._carried, starttls=starttls, mechanisms=mechanisms))
+
+    @property
+    def _carried(self) -> Capabilities:
+        """What every upstream can do that this client's messages may go to."""
+        return self._reception.upstreams.capabilities(
+            self._sender, may_relay=self._may_relay, may_log_in=self._login.possible
+        )
 
     def _helo(self, argument: bytes) -> None:
         if self._hello(argument):
@@ -370,10 +379,10 @@ class Dialogue:
         self._smtputf8 = mail.smtputf8
         transaction = Transaction(
             self._reception.services,
-            self._reception.pool,
+            self._reception.route(self._sender, mail.reverse_path),
             self._sender,
             mail.reverse_path,
-            self._client() if self._reception.pool.xforward else None,
+            self._client() if self._reception.upstreams.xforward else None,
         )
         self._transaction = transaction
         transaction.on_flow = self._on_flow
@@ -449,7 +458,7 @@ class Dialogue:
         """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
         transaction = self._open_transaction()
         command = parse_bdat(argument)
-        if not (self._reception.chunking or (transaction is not None and transaction.chunking)):
+        if not ("CHUNKING" in self._carried or (transaction is not None and transaction.chunking)):
             self._end(answers.NO_CHUNKING, "out_of_step")
         elif command is None:
             self._end(answers.BAD_CHUNK, "out_of_step")
@@ -742,7 +751,7 @@ class Dialogue:
         transaction, chunk = self._transaction, self._state is CHUNK
         if transaction is not None:
             transaction.pass_on()
-        contested = self._reception.pool.over_share(self._sender.client)
+        contested = transaction is not None and transaction.contested
         content_of = None if chunk else transaction
         if self._content.too_slow(content_of, now, self._reception.min_data_rate, contested=contested):
             self._end(answers.TOO_SLOW, "slow")
@@ -755,7 +764,7 @@ class Dialogue:
             self._end(answers.TIMEOUT, "timeout")
         elif self._transaction is not None and (
             silence > self._reception.lease_idle_timeout
-            or (silence > CONTESTED_SILENCE and self._reception.pool.over_share(self._sender.client))
+            or (silence > CONTESTED_SILENCE and self._transaction.contested)
         ):
             self._transaction.silent()
 

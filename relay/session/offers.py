@@ -18,6 +18,8 @@ __all__ = ["Offers"]
 
 MIRRORED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES", "CHUNKING")
 """Extensions that the relay can carry and offers when the upstream has them."""
+MAX_MADE = 100
+"""Replies that are kept."""
 MAX_LIMIT = 999_999
 """The largest value that a limit can have (RFC 9422 4)."""
 _LIMIT = re.compile(r"(RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5})")
@@ -32,22 +34,21 @@ class Offers:
         self._hostname = hostname
         self._max_message_size = max_message_size
         self._max_recipients = max_recipients
-        self._made_for: Capabilities | None = None
-        self._made: dict[tuple[bool, tuple[str, ...]], Reply] = {}
+        self._made: dict[tuple[Capabilities, bool, tuple[str, ...]], Reply] = {}
 
     def reply(self, upstream: Capabilities, *, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
         """Return the EHLO reply; `mechanisms` are those of AUTH, empty: AUTH is not offered."""
-        if self._made_for is not upstream:
-            self._made_for = upstream
-            self._made.clear()
-        reply = self._made.get((starttls, mechanisms))
+        reply = self._made.get((upstream, starttls, mechanisms))
         if reply is None:
             offered = self._keywords(upstream)
             if starttls:
                 offered.append("STARTTLS")
             if mechanisms:
                 offered.append(" ".join(("AUTH", *mechanisms)))
-            reply = self._made[starttls, mechanisms] = Reply.plain(250, self._hostname, *offered)
+            reply = Reply.plain(250, self._hostname, *offered)
+            if len(self._made) >= MAX_MADE:  # upstreams change what they offer, now and then
+                self._made.clear()
+            self._made[upstream, starttls, mechanisms] = reply
         return reply
 
     def _keywords(self, upstream: Capabilities) -> list[str]:

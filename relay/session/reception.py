@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from relay.session.tls import Certificate
     from relay.settings import Settings
     from relay.transaction import Services
-    from relay.upstream.pool import Pool
+    from relay.upstream.capabilities import Capabilities
+    from relay.upstream.upstreams import Route, Upstreams
 
 __all__ = ["Reception"]
 
@@ -44,7 +45,7 @@ class Reception:
         self,
         settings: Settings,
         services: Services,
-        pool: Pool,
+        upstreams: Upstreams,
         *,
         token: str,
         certificate: Certificate | None = None,
@@ -57,7 +58,7 @@ class Reception:
         server = settings.server
         self.loop = asyncio.get_running_loop()
         self.services = services
-        self.pool = pool
+        self.upstreams = upstreams
         self.metrics = services.metrics
         self.certificate = certificate
         self.doorkeeper = doorkeeper
@@ -142,14 +143,13 @@ class Reception:
         if not self._sessions:
             self._left.set()
 
-    def ehlo(self, *, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
-        """Return the EHLO reply; what it offers of STARTTLS and AUTH is for the session to say."""
-        return self._offers.reply(self.pool.capabilities, starttls=starttls, mechanisms=mechanisms)
+    def ehlo(self, carried: Capabilities, *, starttls: bool, mechanisms: tuple[str, ...]) -> Reply:
+        """Return the EHLO reply: what the upstreams carry, and the session's own STARTTLS and AUTH."""
+        return self._offers.reply(carried, starttls=starttls, mechanisms=mechanisms)
 
-    @property
-    def chunking(self) -> bool:
-        """Whether BDAT is offered: the upstream has it."""
-        return "CHUNKING" in self.pool.capabilities
+    def route(self, sender: Sender, reverse_path: bytes) -> Route:
+        """Return which upstreams a message may go to."""
+        return self.upstreams.route(sender, reverse_path, self.services.classifier.at_mail)
 
     # Time and the end
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
+from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from typing import Annotated, Any
 
@@ -32,11 +33,14 @@ __all__ = [
     "HttpAddress",
     "Lifetime",
     "ListenAddress",
+    "MatchPattern",
     "NetworkText",
     "OwnName",
     "Size",
     "TaskTypeName",
     "UpstreamAddress",
+    "Weight",
+    "fits",
     "machine_name",
     "written",
 ]
@@ -97,6 +101,23 @@ def _task_type(value: str) -> str:
     if not value.isprintable() or value != value.strip():
         raise ValueError("must be printable text, without space at its ends")
     return value
+
+
+def _pattern(value: str) -> str:
+    text = value.removeprefix("!")
+    if not text:
+        raise ValueError("a pattern is empty (the null reverse-path is written <>)")
+    if not text.isprintable() or text != text.strip() or text.startswith("!"):
+        raise ValueError(
+            f"{value!r} is no pattern: printable text, at most one ! before it, no space at its ends"
+        )
+    return value
+
+
+def fits(pattern: str, value: str) -> bool:
+    """Whether `value` is what `pattern` says, or fits it as one with wildcards; case does not matter."""
+    wanted, found = pattern.lower(), value.lower()
+    return wanted == found or fnmatchcase(found, wanted)
 
 
 def machine_name() -> str:
@@ -168,6 +189,9 @@ NetworkText = Annotated[
     WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
 ]
 Count = Annotated[int, Strict(), Field(ge=1)]
+Weight = Annotated[int, Strict(), Field(ge=0)]
+MatchPattern = Annotated[str, Field(max_length=320), AfterValidator(_pattern)]
+"""A text with the wildcards of `fnmatch`; a leading "!" excludes what fits it."""
 Flag = Annotated[bool, Strict()]
 HeaderName = Annotated[str, AfterValidator(_header)]
 TaskTypeName = Annotated[str, Field(min_length=1, max_length=TASK_TYPE_LENGTH), AfterValidator(_task_type)]

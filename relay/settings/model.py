@@ -8,6 +8,7 @@ later one. What this version does not carry is refused by name, never ignored. N
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,15 +35,18 @@ from relay.settings.kinds import (
     HttpAddress,
     Lifetime,
     ListenAddress,
+    MatchPattern,
     NetworkText,
     OwnName,
     Size,
     TaskTypeName,
     UpstreamAddress,
+    Weight,
+    fits,
     machine_name,
     written,
 )
-from relay.settings.networks import Network, too_wide
+from relay.settings.networks import Network, parse_network, too_wide
 
 __all__ = [
     "ClientSettings",
@@ -50,6 +54,7 @@ __all__ = [
     "HttpSettings",
     "ListenerSettings",
     "LogSettings",
+    "MatchSettings",
     "Origin",
     "RecordSettings",
     "RetentionSettings",
@@ -187,6 +192,8 @@ class ClientSettings(_Section):
     """File of the users for auth = "users"; `relay user` keeps it. Read again when it changes."""
     allow: tuple[NetworkText, ...] = Field(default_factory=_allowed_by_default)
     """Networks and addresses that may relay without AUTH. With auth, the default is nobody."""
+    passthrough_to: str | None = None
+    """The upstream that decides about logins with auth = "passthrough", and gets the mail of who is in."""
     trusted_proxies: tuple[NetworkText, ...] = ()
     """Networks and addresses whose PROXY header is believed; a unix socket counts as 127.0.0.1."""
 
@@ -204,6 +211,14 @@ class ClientSettings(_Section):
         if auth == "users" and value is None:
             raise ValueError('missing: auth = "users" needs it (make it with: relay user add NAME)')
         if auth in ("none", "passthrough") and value is not None:
+            raise ValueError(f'is of no use with auth = "{auth}"')
+        return value
+
+    @field_validator("passthrough_to")
+    @classmethod
+    def _passthrough_to(cls, value: str | None, info: ValidationInfo) -> str | None:
+        auth = info.data.get("auth")
+        if value is not None and auth in ("none", "users"):
             raise ValueError(f'is of no use with auth = "{auth}"')
         return value
 
@@ -311,6 +326,55 @@ def _not_in_clear(info: ValidationInfo) -> None:
         raise ValueError('credentials would go in clear: set tls = "starttls" or "implicit"')
 
 
+_Patterns = tuple[MatchPattern, ...]
+
+
+class MatchSettings(_Section):
+    """Which messages an upstream is for; a message must fit every key that is given."""
+
+    sender_domain: _Patterns | None = None
+    """Domains of the reverse-path. The null reverse-path has none: write it as <>."""
+    recipient_domain: _Patterns | None = None
+    """Domains of the recipients. The first one chooses; others that go elsewhere are told 452."""
+    client: _Patterns | None = None
+    """Users, and addresses or networks that clients connect from."""
+    listener: _Patterns | None = None
+    """Addresses of listeners, as they are configured."""
+    task_type: _Patterns | None = None
+    """Task types, as far as task_type.rules tell them at MAIL: by sender, before there is a header."""
+
+    @field_validator("sender_domain", "recipient_domain", "client", "listener", "task_type")
+    @classmethod
+    def _something(cls, value: _Patterns | None) -> _Patterns | None:
+        if value == ():
+            raise ValueError("is empty: no message would fit (leave the key out for all)")
+        return value
+
+    @field_validator("sender_domain", "recipient_domain")
+    @classmethod
+    def _domains(cls, value: _Patterns | None, info: ValidationInfo) -> _Patterns | None:
+        for pattern in value or ():
+            domain = pattern.removeprefix("!")
+            if "@" in domain:
+                raise ValueError(f'"{pattern}" is no domain: write what stands behind the @')
+            if domain == "<>" and info.field_name == "recipient_domain":
+                raise ValueError(f'"{pattern}": no recipient is the null path')
+        return value
+
+    @field_validator("client")
+    @classmethod
+    def _clients(cls, value: _Patterns | None) -> _Patterns | None:
+        for pattern in value or ():
+            if "/" in pattern:
+                parse_network(pattern.removeprefix("!"))
+        return value
+
+    @property
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """The keys that are given, and their patterns."""
+        return {key: value for key, value in self if value is not None}
+
+
 class UpstreamSettings(_Endpoint):
     """The server that messages are relayed to."""
 
@@ -352,10 +416,10 @@ class UpstreamSettings(_Endpoint):
     """Whether an upstream that offers XFORWARD is told each message's client and task id, for its log."""
     priority: Annotated[int, Strict(), Field(ge=0)] = 10
     """Lower is tried first. With one upstream it makes no difference."""
-    weight: Count = 1
-    """Share among upstreams of one priority. With one upstream it makes no difference."""
-    match: dict[str, Any] | None = None
-    """Which messages go to this upstream. In this version: all."""
+    weight: Weight = 1
+    """Share among upstreams of one priority. 0: drained, it gets no new messages."""
+    match: MatchSettings | None = None
+    """Which messages it is for. Without it: all, also those that others are for while these are away."""
 
     @field_validator("name")
     @classmethod
@@ -421,9 +485,9 @@ class UpstreamSettings(_Endpoint):
 
     @field_validator("match")
     @classmethod
-    def _no_match(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None:
-            raise ValueError(f"{_NOT_YET}: one upstream for all messages")
+    def _match_something(cls, value: MatchSettings | None) -> MatchSettings | None:
+        if value is not None and not value.given:
+            raise ValueError("is empty: leave it out for an upstream that takes any message")
         return value
 
 
@@ -507,6 +571,12 @@ class TaskTypeSettings(_Section):
     rules: tuple[TaskTypeRule, ...] = ()
     """Task types by sender."""
 
+    @property
+    def known_at_mail(self) -> tuple[str, ...]:
+        """The types that can be known before there is a header: by rule, and the default if none is read."""
+        of_rules = [rule.type for rule in self.rules]
+        return tuple(dict.fromkeys(of_rules if self.headers else [*of_rules, self.default]))
+
 
 class RetentionSettings(_Section):
     """How long rows are kept."""
@@ -559,6 +629,54 @@ class Origin:
     dev: bool = False
 
 
+def _same_address(upstreams: tuple[UpstreamSettings, ...]) -> list[str]:
+    """Two names for one server would count its connections twice; two accounts on it are two upstreams."""
+    return [
+        f"two upstreams of one address and user: {earlier.name}, {upstream.name}"
+        for index, upstream in enumerate(upstreams)
+        for earlier in upstreams[:index]
+        if (upstream.address, upstream.username) == (earlier.address, earlier.username)
+    ]
+
+
+def _passthrough_reasons(upstreams: tuple[UpstreamSettings, ...], named: str | None) -> list[str]:
+    names = [upstream.name for upstream in upstreams]
+    if named is None:
+        if len(names) < 2:
+            return []
+        return [f"clients.passthrough_to is missing: which one decides about logins? {_listed(names)}"]
+    if named not in names:
+        return [f'clients.passthrough_to names no upstream: "{named}" (there are: {_listed(names)})']
+    if not upstreams[names.index(named)].weight:
+        return [f"{named} has weight = 0: who logs in there (clients.passthrough_to) could send nothing"]
+    return []
+
+
+def _listener_reasons(
+    upstreams: tuple[UpstreamSettings, ...], listeners: tuple[ListenerSettings, ...]
+) -> list[str]:
+    addresses = [listener.address for listener in listeners]
+    return [
+        f'match.listener of {upstreams[index].name}: "{pattern}" fits no listener ({_listed(addresses)})'
+        for index, pattern in _patterns(upstreams, "listener")
+        if addresses and not any(fits(pattern, address) for address in addresses)
+    ]
+
+
+def _patterns(upstreams: tuple[UpstreamSettings, ...], key: str) -> list[tuple[int, str]]:
+    """Every pattern of one key of match, without its "!", and the index of its upstream."""
+    return [
+        (index, pattern.removeprefix("!"))
+        for index, upstream in enumerate(upstreams)
+        if upstream.match is not None
+        for pattern in upstream.match.given.get(key, ())
+    ]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
 class Settings(_Section):
     """The configuration of one relay. Frozen; make one with `load`."""
 
@@ -571,7 +689,7 @@ class Settings(_Section):
     clients: ClientSettings = Field(default_factory=ClientSettings)
     """Who may relay."""
     upstreams: tuple[UpstreamSettings, ...]
-    """The server that messages are relayed to. In this version: exactly one."""
+    """The servers that messages are relayed to: one or more."""
     records: RecordSettings = Field(default_factory=RecordSettings)
     """Where the rows go, and what they hold."""
     task_type: TaskTypeSettings = Field(default_factory=TaskTypeSettings)
@@ -635,7 +753,7 @@ class Settings(_Section):
 
     @field_validator("upstreams")
     @classmethod
-    def _one_upstream(
+    def _upstreams_fit(
         cls, value: tuple[UpstreamSettings, ...], info: ValidationInfo
     ) -> tuple[UpstreamSettings, ...]:
         reasons = []
@@ -645,8 +763,9 @@ class Settings(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             reasons.append(f"two upstreams of one name: {', '.join(twice)}")
-        if len(value) > 1:
-            reasons.append(f"{_NOT_YET}: one upstream")
+        reasons += _same_address(value)
+        if value and not any(upstream.weight for upstream in value):
+            reasons.append("all have weight = 0: no message could go anywhere")
         listeners: tuple[ListenerSettings, ...] = info.data.get("listeners", ())
         reasons += [
             f"{upstream.address} is a listener of this relay: mail would go round in circles"
@@ -659,8 +778,26 @@ class Settings(_Section):
                 f"{upstream.address} would be given the passwords of clients in clear "
                 '(clients.auth = "passthrough"): set its tls = "starttls" or "implicit"'
                 for upstream in value
-                if upstream.tls not in ("starttls", "implicit") and not upstream.loopback
+                if upstream.tls not in ("starttls", "implicit")
+                and not upstream.loopback
+                and clients.passthrough_to in (upstream.name, None)
             ]
+            reasons += _passthrough_reasons(value, clients.passthrough_to)
+        reasons += _listener_reasons(value, listeners)
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return value
+
+    @field_validator("task_type")
+    @classmethod
+    def _known_at_mail(cls, value: TaskTypeSettings, info: ValidationInfo) -> TaskTypeSettings:
+        known = value.known_at_mail
+        reasons = [
+            f'upstreams.{index}.match.task_type: "{pattern}" fits no type that is known at MAIL, before the '
+            f"headers: {_listed(known) or 'there are no rules'} (add a rule, or match another key)"
+            for index, pattern in _patterns(info.data.get("upstreams", ()), "task_type")
+            if not any(fits(pattern, each) for each in known)
+        ]
         if reasons:
             raise ValueError("; ".join(reasons))
         return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["UNKNOWN", "Capabilities"]
 
@@ -20,7 +20,7 @@ class Capabilities:
     """The upstream's message size limit in octets (RFC 1870); None: it names none."""
     mechanisms: frozenset[str] = frozenset()
     """The AUTH mechanisms that it offers (RFC 4954), in upper case."""
-    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """The words behind each keyword, in upper case."""
 
     @classmethod
@@ -30,6 +30,25 @@ class Capabilities:
         size = "".join(parameters.get("SIZE", ()))
         limit = int(size) if size.isascii() and size.isdigit() and len(size) <= 20 else 0
         return cls(frozenset(parameters), limit or None, frozenset(parameters.get("AUTH", ())), parameters)
+
+    @classmethod
+    def common(cls, several: Sequence[Capabilities]) -> Capabilities:
+        """Return what all of `several` can do, one at least: of limits the smallest, whoever has it."""
+        if len(several) == 1:
+            return several[0]
+        keywords = frozenset.intersection(*(each.keywords for each in several))
+        limits: dict[str, int] = {}
+        for each in several:
+            for word in each.parameters.get("LIMITS", ()):
+                name, _, value = word.partition("=")
+                if value.isascii() and value.isdigit() and len(value) <= 6:
+                    limits[name] = min(int(value), limits.get(name, int(value)))
+        return cls(
+            keywords,
+            min((each.size for each in several if each.size), default=None),
+            frozenset.intersection(*(each.mechanisms for each in several)),
+            {"LIMITS": tuple(f"{name}={value}" for name, value in limits.items())} if limits else {},
+        )
 
     def __contains__(self, keyword: str) -> bool:
         return keyword in self.keywords

@@ -5,7 +5,8 @@ permits. A connection belongs to an identity, the relay's own account or the cre
 is given to nobody else; it is known by a keyed hash, and no credentials are kept. Waiters are served in
 fair shares between clients, with a connection that comes back or with the permit of one that went. Only a
 connection that saw nothing but clean replies comes back. An idle connection on which the upstream closes,
-or speaks, is gone before anybody can be given it.
+or speaks, is gone before anybody can be given it. While the breaker is open nothing is opened for a message:
+an attempt of the pool's own finds out when the upstream is back.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import re
 import secrets
 import sys
 from collections import deque
+from random import Random
 from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.reply import Reply
+from relay.upstream.breaker import Breaker
 from relay.upstream.capabilities import UNKNOWN, Capabilities
 from relay.upstream.connection import Connection
-from relay.upstream.dial import Dialer, DialError
+from relay.upstream.dial import UNREACHABLE, Dialer, DialError
 from relay.upstream.shares import Shares, Waiter
 
 if TYPE_CHECKING:
@@ -48,11 +51,12 @@ RELAY = ""
 class UnavailableError(Exception):
     """No connection can be had; `reply` is what the client hears at MAIL.
 
-    `verdict` is the upstream's own reply to the credentials of a client, if that is why.
+    `verdict` is the upstream's own reply to the credentials of a client, if that is why. The text is for the
+    operator.
     """
 
-    def __init__(self, reply: Reply, verdict: Reply | None = None) -> None:
-        super().__init__(str(reply))
+    def __init__(self, reply: Reply, verdict: Reply | None = None, reason: str = "") -> None:
+        super().__init__(reason or str(reply))
         self.reply = reply
         self.verdict = verdict
 
@@ -60,11 +64,20 @@ class UnavailableError(Exception):
 class Pool:
     """Connections to one upstream."""
 
-    def __init__(self, upstream: UpstreamSettings, dialer: Dialer, metrics: UpstreamMetrics) -> None:
+    def __init__(
+        self,
+        upstream: UpstreamSettings,
+        dialer: Dialer,
+        metrics: UpstreamMetrics,
+        *,
+        random: Random | None = None,
+    ) -> None:
+        """`random` draws the pauses of the breaker."""
         self.name = upstream.name
         self.capabilities: Capabilities = UNKNOWN
         """What the upstream said that it can do, at its last EHLO."""
         self.metrics = metrics
+        self.connect_timeout = upstream.connect_timeout
         self.end_of_data_timeout = upstream.end_of_data_timeout
         self.xforward = upstream.xforward
         """Whether the upstream is to be told who the clients are."""
@@ -81,6 +94,12 @@ class Pool:
         """Those that are closed to make room for a waiter."""
         self._closing = False
         self._emptied = asyncio.Event()
+        self._breaker = Breaker(random or Random())  # noqa: S311  no secret
+        self._trying: asyncio.Task[None] | None = None
+        self.draining = False
+        """Whether no new transactions come: connections are not kept."""
+        self._drain_told = False
+        self._replaced = False
         self.on_refused: Callable[[bytes], None] = _ignore
         """Called with the identity whose credentials the upstream has refused."""
         self.last_error: str | None = None
@@ -100,6 +119,58 @@ class Pool:
     def over_share(self, client: str) -> bool:
         """Whether the client holds more than its fair share while another one waits."""
         return self._shares.waiting > 0 and self._shares.over(client)
+
+    # How it is
+
+    @property
+    def avoided(self) -> bool:
+        """Whether the upstream has failed too often to be tried for a message now."""
+        return self._breaker.open
+
+    @property
+    def transactions(self) -> int:
+        """How many transactions have a connection, or wait for one."""
+        return self._shares.leases + self._shares.waiting
+
+    def state(self, now: float) -> str:
+        """Say in a few words how the upstream is, to people."""
+        if self.draining:
+            busy = self.transactions
+            return f"draining, {busy} transactions" if busy else "drained"
+        if self.last_error is None:
+            return "up"
+        if self._breaker.retry_at is None:
+            return f"down: {self.last_error}"
+        return f"down: {self.last_error}, next try in {max(0.0, self._breaker.retry_at - now):.0f} s"
+
+    def answered(self) -> None:
+        """MAIL was answered on one of the connections."""
+        self._breaker.answered()
+
+    def lost(self, reason: str) -> None:
+        """A new connection was lost before MAIL was answered on it."""
+        if self._breaker.lost(self._now()):
+            self.last_error = reason
+            self._went_down(reason)
+
+    def drain(self, *, replaced: bool = False) -> None:
+        """Keep no connections from now on; those that are leased end with their transactions.
+
+        `replaced`: another pool of this name takes over, the gauges too.
+        """
+        self.draining = True
+        self._replaced = replaced
+        if not replaced:
+            self.metrics.drained(value=True)
+        self._quit_idle()
+
+    def resume(self) -> None:
+        """Take new transactions again after `drain`."""
+        self.draining = self._drain_told = False
+        self.metrics.drained(value=False)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     # Leasing
 
@@ -140,6 +211,8 @@ class Pool:
         while True:
             if not fresh and (connection := self._take(client, identity)) is not None:
                 return connection
+            if self._breaker.open and self._used < self._settings.max_connections:
+                raise self._left_alone()
             granted = await self._room(client, identity, fresh=fresh)
             if granted is None:
                 return (await self._dial(client, identity, credentials))[0]
@@ -153,6 +226,8 @@ class Pool:
         Raises UnavailableError, with the upstream's own reply as its `verdict` if it gave one.
         """
         identity = self.identity(credentials)
+        if self._breaker.open:
+            raise self._left_alone()
         await self._room(RELAY, identity, fresh=True)
         connection, welcome = await self._dial(RELAY, identity, credentials)
         self.release(connection, reset=False)
@@ -182,6 +257,9 @@ class Pool:
             return
         connection.reused = True
         if self._shares.waiting and self._hand_on(connection):
+            return
+        if self.draining:
+            connection.quit()
             return
         connection.idle_since = now
         self._idle.setdefault(connection.identity, deque()).append(connection)
@@ -290,18 +368,28 @@ class Pool:
     # Opening
 
     async def _dial(
-        self, client: str, identity: bytes | None, credentials: Credentials | None
+        self,
+        client: str,
+        identity: bytes | None,
+        credentials: Credentials | None,
+        *,
+        decisive: bool = False,
     ) -> tuple[Connection, Reply | None]:
-        """Open a connection within a permit that the caller has; return it with the reply to its login."""
+        """Open a connection within a permit that the caller has; return it with the reply to its login.
+
+        `decisive`: it is the attempt by which the breaker closes, or does not.
+        """
         leased = False
         try:
+            if self._breaker.open and not decisive:  # it opened while the permit was waited for
+                raise self._left_alone()
             transport, capabilities, welcome = await self._dialer.dial(credentials)
         except DialError as error:
-            self._failed(error, identity)
+            self._failed(error, identity, decisive=decisive)
             if error.verdict is not None:
                 heard = error.verdict.recoded(451) if error.verdict.transient else LOG_IN_AGAIN
                 raise UnavailableError(heard, error.verdict) from error
-            raise UnavailableError(error.reply) from error
+            raise UnavailableError(error.reply, reason=f"{error.stage}: {error}") from error
         else:
             connection = Connection(
                 self,
@@ -316,9 +404,12 @@ class Pool:
             leased = True
             self._open.add(connection)
             self.last_error = None
-            self.capabilities = capabilities
+            if capabilities != self.capabilities or self.capabilities is UNKNOWN:
+                self.capabilities = capabilities  # else the one that is known: replies are made for it
             self.metrics.connected("ok")
             self.metrics.up(value=True)
+            if self._breaker.connected():
+                maillog.upstream_up(self.name, self._settings.address)
             maillog.upstream_connected(self.name, self._settings.address, self._settings.tls)
             connection.attach(transport)
             return connection, welcome
@@ -328,18 +419,30 @@ class Pool:
                 self._shares.give_back(client)
             self._pass_permits()
 
-    def _failed(self, error: DialError, identity: bytes | None) -> None:
+    def _failed(self, error: DialError, identity: bytes | None, *, decisive: bool) -> None:
         """Take note of a dial that failed; whose credentials are refused says nothing of the upstream."""
         self.metrics.connected(error.stage)
         self.metrics.up(value=error.verdict is not None)
         if error.verdict is None:
             self.last_error = str(error)
             maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
+            # Nor does an exchange that a client's own credentials have broken: it could shut out all others.
+            counts = identity is None or error.stage != "auth"
+            if counts and self._breaker.refused(self._now(), decisive=decisive):
+                self._went_down(f"{error.stage}: {error}")
             return
         self.last_error = None
         if identity is not None and not error.verdict.transient:
             self._retire(identity)
             self.on_refused(identity)
+
+    def _went_down(self, reason: str) -> None:
+        self.metrics.up(value=False)
+        pause = cast("float", self._breaker.retry_at) - self._now()
+        maillog.upstream_down(self.name, self._settings.address, reason, pause)
+
+    def _left_alone(self) -> UnavailableError:
+        return UnavailableError(UNREACHABLE)
 
     def _retire(self, identity: bytes) -> None:
         """Use no connection of this identity again: what it is logged in with is not valid any more."""
@@ -355,14 +458,38 @@ class Pool:
         """Open one connection, so that the upstream's extensions are known; raises UnavailableError."""
         self.release(await self.acquire(RELAY), reset=False)
 
+    async def _try_again(self) -> None:
+        """Find out whether the upstream is back, by a connection of nobody's message."""
+        self._breaker.try_begins()
+        try:
+            await self._room(RELAY, None, fresh=True)
+            connection, _ = await self._dial(RELAY, None, None, decisive=True)
+        except UnavailableError:
+            self._breaker.not_tried(self._now())
+        except Exception as error:
+            maillog.unforeseen("upstream", None, error)
+            self._breaker.not_tried(self._now())
+        else:
+            self.release(connection, reset=False)
+        finally:
+            self._trying = None
+
     def sweep(self, now: float) -> None:
         """End what has waited too long, retire what is idle or worn, and show the counts; every second."""
+        if self._trying is None and not (self.draining or self._closing) and self._breaker.due(now):
+            self._trying = asyncio.get_running_loop().create_task(self._try_again())
+        if self.draining and not self._drain_told and not self.transactions:
+            self._drain_told = True
+            if not self._replaced:
+                maillog.upstream_drained(self.name, self._settings.address)
         for connection in tuple(self._open):
             connection.check(now)
         for connection in [each for idle in self._idle.values() for each in idle]:
             if now - connection.idle_since > self._settings.idle_timeout or self._worn(connection, now):
                 self._not_idle(connection)
                 connection.quit()
+        if self._replaced:
+            return
         idle = self._idle_count
         self.metrics.connections(idle=idle, active=len(self._open) - idle, connecting=self._dialing)
 
@@ -391,15 +518,20 @@ class Pool:
     async def close(self) -> None:
         """Say QUIT on idle connections and cut what is left; no lease is given any more."""
         self._closing = True
-        for connection in [each for idle in self._idle.values() for each in idle]:
-            self._not_idle(connection)
-            connection.quit()
+        if self._trying is not None:
+            self._trying.cancel()
+        self._quit_idle()
         if self._open:
             self._emptied.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._emptied.wait(), CLOSE_TIMEOUT)
         for connection in tuple(self._open):
             connection.abort("the relay stops")
+
+    def _quit_idle(self) -> None:
+        for connection in [each for idle in self._idle.values() for each in idle]:
+            self._not_idle(connection)
+            connection.quit()
 
     def _not_idle(self, connection: Connection) -> None:
         idle = self._idle.get(connection.identity, ())

@@ -48,6 +48,11 @@ class Shares:
         self.waiting = 0
         """How many wait."""
 
+    @property
+    def leases(self) -> int:
+        """How many leases there are."""
+        return sum(self._leases.values())
+
     def lend(self, client: str) -> None:
         """Count a lease."""
         self._leases[client] = self._leases.get(client, 0) + 1
@@ -96,4 +101,4 @@ class Shares:
         return leases > -(-self._total // clients)
 
     def __repr__(self) -> str:
-        return f"<Shares: {sum(self._leases.values())} leases, {self.waiting} waiting>"
+        return f"<Shares: {self.leases} leases, {self.waiting} waiting>"

@@ -231,7 +231,7 @@ async def in_the_middle(client: Client, running: Running, *, at_once: bool) -> l
     if not at_once:
         replies.append(await client.reply())
     await client.send(last[:half])
-    await eventually(lambda: "0 active" in repr(running.relay.pool))
+    await eventually(lambda: "0 active" in repr(running.pool))
     await client.send(last[half:])
     return [*replies, *await client.replies(2 - len(replies))]
 
@@ -243,7 +243,7 @@ async def test_a_late_verdict_is_recorded(stage: str, start: Any, upstream: Scri
     upstream.extensions.insert(0, "PIPELINING")  # else the last chunk waits for the reply before it
     upstream.script = {stage: [Delay(answer)]}
     async with start(upstream.port, upstream=LOOKS) as running, Client(running.port) as client:
-        running.relay.pool.end_of_data_timeout = 0.0
+        running.pool.end_of_data_timeout = 0.0
         await begun(client)
         await client.send(bdat(FIRST) + bdat(SECOND + THIRD, last=True))
         first, last = await client.replies(2)
@@ -311,7 +311,7 @@ async def test_between_chunks_rset_clears_them_and_the_connection_is_kept(
         await client.expect(250)
         await client.command("RSET", 250)
         await counted(running, aborted=1)
-        await eventually(lambda: "1 idle" in repr(running.relay.pool))
+        await eventually(lambda: "1 idle" in repr(running.pool))
         assert upstream.connections[-1].lines[-1] == b"RSET"
         connections = len(upstream.connections)
         await next_message_passes(client, running, upstream)
@@ -427,7 +427,7 @@ async def test_a_client_silent_between_chunks_loses_the_connection(
         await client.send(bdat(FIRST))
         await client.expect(250)
         running.relay.reception.sweep(asyncio.get_running_loop().time() + 31, 0.0)
-        await eventually(lambda: "1 idle" in repr(running.relay.pool))
+        await eventually(lambda: "1 idle" in repr(running.pool))
         await client.send(bdat(SECOND) + bdat(THIRD, last=True))
         for reply in await client.replies(2):
             assert str(reply).startswith("451 4.4.2 Silent for too long: ")
@@ -452,15 +452,15 @@ async def test_an_upstream_that_does_not_read_holds_the_client(
 async def test_an_upstream_that_has_no_chunking_any_more(start: Any, upstream: ScriptedUpstream) -> None:
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.ehlo()
-        offered = running.relay.pool.capabilities
+        offered = running.pool.capabilities
         upstream.extensions = ["PIPELINING"]
         for connection in upstream.open_connections:
             connection.close()
-        await eventually(lambda: " 0 idle" in repr(running.relay.pool))
+        await eventually(lambda: " 0 idle" in repr(running.pool))
         for command in (MAIL, RCPT):
             await client.send(command)
             await client.expect(250)
-        running.relay.pool.capabilities = offered
+        running.pool.capabilities = offered
         await client.send(bdat(FIRST) + bdat(b"", last=True))
         for reply in await client.replies(2):
             assert str(reply).startswith("451 4.3.3 The upstream server does not take BDAT now")

@@ -166,7 +166,7 @@ async def test_the_client_leaves_as_its_connection_is_ready(
     """A cancellation that comes when the dial is done may be swallowed: `wait_for` does so before 3.12."""
     upstream.script = {"greeting": [b"554 not yet\r\n"]}  # the start's own attempt: no connection is idle
     async with start(upstream.port) as running:
-        dial, begun, go_on = running.relay.pool._dialer.dial, asyncio.Event(), asyncio.Event()
+        dial, begun, go_on = running.pool._dialer.dial, asyncio.Event(), asyncio.Event()
 
         async def deaf_dial(credentials: Any) -> Any:
             begun.set()
@@ -175,7 +175,7 @@ async def test_the_client_leaves_as_its_connection_is_ready(
                     await go_on.wait()
             return await dial(credentials)
 
-        monkeypatch.setattr(running.relay.pool._dialer, "dial", deaf_dial)
+        monkeypatch.setattr(running.pool._dialer, "dial", deaf_dial)
         async with Client(running.port) as client:
             await client.ehlo()
             await client.send(b"MAIL FROM:<a@example.test>\r\n")
@@ -209,7 +209,7 @@ async def test_a_late_verdict_is_the_truth(
     answer = asyncio.Event()
     upstream.script = {"end_of_data": [Delay(answer, verdict)]}
     async with start(upstream.port, upstream=LOOKS) as running:
-        running.relay.pool.end_of_data_timeout = 0.0
+        running.pool.end_of_data_timeout = 0.0
         async with Client(running.port) as client:
             await client.ehlo()
             replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
@@ -239,12 +239,12 @@ async def test_the_session_goes_on_while_a_verdict_is_overdue(start: Any, upstre
     answer = asyncio.Event()
     upstream.script = {"end_of_data": [Delay(answer, b"250 2.0.0 late\r\n")]}
     async with start(upstream.port, upstream=LOOKS) as running:
-        running.relay.pool.end_of_data_timeout = 0.0
+        running.pool.end_of_data_timeout = 0.0
         async with Client(running.port) as client:
             await client.ehlo()
             first = await client.message("a@example.test", ["b@example.test"], CONTENT)
             assert first[-1].code == 451
-            running.relay.pool.end_of_data_timeout = 600.0
+            running.pool.end_of_data_timeout = 600.0
             second = await client.message("a@example.test", ["c@example.test"], CONTENT)
             assert second[-1].code == 250
             await counted(running, accepted=1)

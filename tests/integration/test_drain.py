@@ -61,7 +61,7 @@ class Stopping:
         async with asyncio.timeout(15):
             await self._stop
         assert repr(self.relay.reception) == "<Reception: 0 sessions, 0 settling>"
-        assert repr(self.relay.pool) == "<Pool primary: 0 active, 0 idle, 0 connecting, 0 waiting>"
+        assert repr(self.running.pool) == "<Pool primary: 0 active, 0 idle, 0 connecting, 0 waiting>"
         await upstream.wait_for(lambda: not upstream.open_connections)
         ours = {task for connection in upstream.connections if (task := connection.task) is not None}
         await eventually(lambda: not (asyncio.all_tasks() - self._before - ours), lambda: asyncio.all_tasks())
@@ -256,7 +256,7 @@ async def test_a_client_that_waits_for_a_connection_is_not_waited_for(
         await say(first, MAIL)
         await second.ehlo()
         await second.send(MAIL + b"\r\n")
-        await eventually(lambda: "1 waiting" in repr(relay.relay.pool))
+        await eventually(lambda: "1 waiting" in repr(relay.running.pool))
         await relay.begin()
         await first.expect_closed()
         await second.expect_closed()

@@ -30,7 +30,7 @@ def pass_time(running: Running, seconds: float) -> None:
 
 
 def waiting(running: Running, count: int) -> bool:
-    return f" {count} waiting" in repr(running.relay.pool)
+    return f" {count} waiting" in repr(running.pool)
 
 
 async def flood(running: Running, stack: contextlib.AsyncExitStack) -> tuple[list[Client], list[Client]]:
@@ -41,7 +41,7 @@ async def flood(running: Running, stack: contextlib.AsyncExitStack) -> tuple[lis
     for client in clients:
         await client.ehlo()
         await client.send(MAIL + b"\r\n")
-    await eventually(lambda: waiting(running, FLOOD - 4), lambda: running.relay.pool)
+    await eventually(lambda: waiting(running, FLOOD - 4), lambda: running.pool)
     await eventually(lambda: sum(bool(client.wire.waiting) for client in clients) == 4)
     held = [client for client in clients if client.wire.waiting]
     for client in held:

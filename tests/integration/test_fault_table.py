@@ -233,7 +233,7 @@ async def test_the_upstream_fails_in_the_transaction(
             async def noticed() -> None:
                 """Let the relay learn of a failure in the body before the client goes on."""
                 if line.stage == "body" and not line.silent:
-                    await eventually(lambda: "0 active, 0 idle" in repr(running.relay.pool))
+                    await eventually(lambda: "0 active, 0 idle" in repr(running.pool))
 
             await client.ehlo()
             content = CONTENT
@@ -339,7 +339,7 @@ async def next_message_passes(
     before = len(upstream.connections)
     if line.connection == "same":
         # The relay says RSET on it first; in the meantime a message would get another one.
-        await eventually(lambda: " 0 active, 1 idle" in repr(running.relay.pool))
+        await eventually(lambda: " 0 active, 1 idle" in repr(running.pool))
     replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
     assert [reply.code for reply in replies] == [250, 250, 354, 250]
     (accepted,) = upstream.accepted

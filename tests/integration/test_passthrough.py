@@ -494,7 +494,7 @@ async def test_a_session_whose_login_was_revoked_hears_530_at_mail(start: Any) -
         assert replies[-1].code == 250
         assert upstream.messages[0].accepted
         upstream.users = {"ann": "changed"}
-        running.relay.pool.sweep(asyncio.get_running_loop().time() + 301)
+        running.pool.sweep(asyncio.get_running_loop().time() + 301)
         reply = await client.command(b"MAIL FROM:<a@example.test>", 530)
         assert reply.text == "5.7.0 The upstream server refuses this login now: connect and log in again"
         (row,) = running.rows()

@@ -43,13 +43,13 @@ def messages(upstream: ScriptedUpstream) -> list[int]:
 
 
 async def idle(running: Running, count: int) -> None:
-    pool = running.relay.pool
+    pool = running.pool
     await eventually(lambda: f": 0 active, {count} idle, 0 connecting" in repr(pool), lambda: pool)
 
 
 def look(running: Running, seconds: float) -> None:
     """Let the pool look at its connections as if it were so many seconds later."""
-    running.relay.pool.sweep(asyncio.get_running_loop().time() + seconds)
+    running.pool.sweep(asyncio.get_running_loop().time() + seconds)
 
 
 # Reuse
@@ -75,7 +75,7 @@ async def test_the_connection_that_came_back_last_is_taken_first(
         assert len(upstream.connections) == 3
         for back, number in enumerate((0, 2, 1), start=1):
             await clients[number].command("RSET", 250)
-            await eventually(lambda: f", {back} idle" in repr(running.relay.pool))  # noqa: B023
+            await eventually(lambda: f", {back} idle" in repr(running.pool))  # noqa: B023
         await send(running, 2)
         assert messages(upstream) == [0, 2, 0]
 
@@ -127,7 +127,7 @@ async def test_waiters_are_served_in_order(start: Any, upstream: ScriptedUpstrea
             await client.ehlo()
             await client.send(b"MAIL FROM:<%d@example.test>\r\n" % number)
             if number:
-                await eventually(lambda: f"{number} waiting" in repr(running.relay.pool))  # noqa: B023
+                await eventually(lambda: f"{number} waiting" in repr(running.pool))  # noqa: B023
         for client in clients:
             await client.expect(250)
             await client.command("RSET", 250)
@@ -143,9 +143,9 @@ async def test_who_stops_waiting_costs_nobody_a_connection(start: Any, upstream:
             await first.command(MAIL, 250)
             await second.ehlo()
             await second.send(MAIL + b"\r\n")
-            await eventually(lambda: "1 waiting" in repr(running.relay.pool))
+            await eventually(lambda: "1 waiting" in repr(running.pool))
             second.reset()
-            await eventually(lambda: "0 waiting" in repr(running.relay.pool))
+            await eventually(lambda: "0 waiting" in repr(running.pool))
             await first.command("RSET", 250)
             await first.quit()
         await send(running)

@@ -43,7 +43,7 @@ def look(running: Running, seconds: float, *, elapsed: float = 0.0) -> None:
     """Look at all waits as if it were so many seconds later."""
     now = asyncio.get_running_loop().time() + seconds
     running.relay.reception.sweep(now, elapsed)
-    running.relay.pool.sweep(now)
+    running.pool.sweep(now)
 
 
 def the_session(running: Running) -> Session:
@@ -106,7 +106,7 @@ async def test_a_client_silent_in_a_transaction_loses_its_lease_not_its_session(
         look(running, LEASE_IDLE - SOON)
         await client.command(RCPT, 250)
         look(running, LEASE_IDLE + SOON)
-        await eventually(lambda: " 0 active, 1 idle" in repr(running.relay.pool))
+        await eventually(lambda: " 0 active, 1 idle" in repr(running.pool))
         for command in (RCPT, b"DATA"):
             reply = await client.command(command, 451)
             assert reply.text.startswith("4.4.2 ")
@@ -267,9 +267,9 @@ async def test_the_verdict_has_the_longest_limit(start: Any, upstream: ScriptedU
         await client.expect(250)
         assert outcomes(running) == {}, "the verdict may still come"
         now = asyncio.get_running_loop().time()
-        running.relay.pool.sweep(now + 2 * END_OF_DATA - SOON)
+        running.pool.sweep(now + 2 * END_OF_DATA - SOON)
         assert outcomes(running) == {}
-        running.relay.pool.sweep(now + 2 * END_OF_DATA + SOON)
+        running.pool.sweep(now + 2 * END_OF_DATA + SOON)
         await counted(running, in_doubt=1)
         assert running.rows() == []
         await client.quit()

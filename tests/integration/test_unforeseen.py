@@ -28,7 +28,7 @@ async def test_while_a_connection_is_opened(
             async def dial(_: object) -> None:
                 raise RuntimeError("secret detail")
 
-            broken.setattr(running.relay.pool._dialer, "dial", dial)
+            broken.setattr(running.pool._dialer, "dial", dial)
             reply = await client.command(b"MAIL FROM:<a@example.test>")
 
         assert (reply.code, reply.text[:5]) == (451, "4.3.0")

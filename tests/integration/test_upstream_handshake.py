@@ -86,7 +86,7 @@ async def test_tls_is_used(
         assert upstream.connections[0].wire.secured
         hellos = [line for line in upstream.connections[0].lines if line.startswith(b"EHLO")]
         assert len(hellos) == (1 if tls == "implicit" else 2), "what was said before TLS does not count"
-        running.relay.pool.sweep(asyncio.get_running_loop().time() + 61)
+        running.pool.sweep(asyncio.get_running_loop().time() + 61)
         await upstream.wait_for(lambda: not upstream.open_connections)
         assert upstream.connections[0].lines[-1] == b"QUIT"
     assert upstream.violations == []
@@ -165,7 +165,7 @@ async def test_octets_glued_to_a_reply_end_the_attempt(
             assert replies[0].code == 451
             await counted(running, unavailable=1)
             assert running.metric("upstream_connects_total", upstream="primary", outcome=stage) == 2
-            assert "XSMUGGLED" not in running.relay.pool.capabilities
+            assert "XSMUGGLED" not in running.pool.capabilities
             said = [line.split()[0] for each in upstream.connections for line in each.lines]
             assert b"MAIL" not in said
             assert (b"AUTH" in said) == (stage == "auth"), "no credentials after it"
@@ -185,7 +185,7 @@ async def test_octets_in_clear_that_come_later_than_the_220_end_the_attempt(
         start(upstream.port, upstream={"tls": "starttls", **trusting}) as running,
     ):
         await is_refused(running, upstream, "tls")
-        assert "XSMUGGLED" not in running.relay.pool.capabilities
+        assert "XSMUGGLED" not in running.pool.capabilities
 
 
 async def test_a_second_ehlo_decides_what_is_offered(

@@ -140,7 +140,7 @@ async def test_what_was_said_of_a_client_whose_mail_was_refused_is_taken_back(
     async with start(server.port, upstream=ON) as running, Client(running.port) as client:
         await client.ehlo()
         await client.command(MAIL, 550)
-        await eventually(lambda: "0 active, 1 idle" in repr(running.relay.pool))
+        await eventually(lambda: "0 active, 1 idle" in repr(running.pool))
         await send(client)
     expected = ["EHLO", "XFORWARD", "MAIL", "RSET", "XFORWARD", "MAIL", "RCPT", "DATA", "QUIT"]
     assert verbs(server.connections[0]) == expected

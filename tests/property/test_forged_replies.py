@@ -293,7 +293,7 @@ def test_whatever_the_upstream_says(stage_set: tuple[asyncio.Runner, Forging, Ru
 async def converse(upstream: Forging, running: Running, *, pipelined: bool) -> None:
     """Send one message, see that the session is in step, and compare what was said with what is known."""
     before = len(running.rows())
-    await eventually(lambda: " 0 active, 0 idle, 0 connecting" in repr(running.relay.pool))
+    await eventually(lambda: " 0 active, 0 idle, 0 connecting" in repr(running.pool))
     async with Client(running.port) as client:
         await client.greeting()
         await client.command(b"EHLO client.test", 250)

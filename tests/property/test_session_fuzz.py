@@ -199,7 +199,7 @@ class Play:
             if reached():
                 return
             await asyncio.sleep(0)
-        await eventually(reached, lambda: f"{self._running.relay.reception!r} {self._running.relay.pool!r}")
+        await eventually(reached, lambda: f"{self._running.relay.reception!r} {self._running.pool!r}")
 
     def _waits_for_the_client(self) -> bool:
         wire = self._client.wire
@@ -216,13 +216,13 @@ class Play:
         )
 
     def _is_at_rest(self) -> bool:
-        reception, pool = self._running.relay.reception, repr(self._running.relay.pool)
+        reception, pool = self._running.relay.reception, repr(self._running.pool)
         return (
             repr(reception) == "<Reception: 0 sessions, 0 settling>"
             and not reception.services.running
             and " 0 active" in pool
             and " 0 connecting, 0 waiting" in pool
-            and len(self._upstream.open_connections) == len(self._running.relay.pool._open)
+            and len(self._upstream.open_connections) == len(self._running.pool._open)
             and all(_has_seen_all(connection) for connection in self._upstream.connections)
         )
 

@@ -52,7 +52,7 @@ async def counted(running: Running, **expected: int) -> None:
 
 async def nothing_left(running: Running) -> None:
     """Wait until no session, no transaction and no task of one is left, and no connection is leased."""
-    reception, pool = running.relay.reception, running.relay.pool
+    reception, pool = running.relay.reception, running.pool
     await eventually(
         lambda: (
             repr(reception) == "<Reception: 0 sessions, 0 settling>"

@@ -15,9 +15,10 @@ from uuid import UUID
 import orjson
 import pytest
 
+from relay.envelope import domain_of
 from relay.records.model import Doubt, Record, Settled
 from relay.records.retention import Retention
-from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, domain_of, utc_now
+from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, utc_now
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)

@@ -256,7 +256,7 @@ async def prove(
     tls: ssl.SSLContext | None = None,
 ) -> None:
     """Run a vector in one segment, then check what it expects, and all that must hold after any."""
-    await eventually(lambda: running.relay.pool.last_error is not None or upstream.connections)
+    await eventually(lambda: running.pool.last_error is not None or upstream.connections)
     if vector.upstream.get("IDLE_421"):
         await one_message(running)
         (idle,) = [connection for connection in upstream.connections if connection.idle]
