@@ -109,7 +109,7 @@ def _pattern(value: str) -> str:
         raise ValueError("a pattern is empty (the null reverse-path is written <>)")
     if not text.isprintable() or text != text.strip() or text.startswith("!"):
         raise ValueError(
-            f"{value!r} is no pattern: printable text, at most one ! before it, no space at its ends"
+            f'"{value}" is no pattern: printable text, at most one ! before it, no space at its ends'
         )
     return value
 

@@ -635,7 +635,7 @@ def _same_address(upstreams: tuple[UpstreamSettings, ...]) -> list[str]:
         f"two upstreams of one address and user: {earlier.name}, {upstream.name}"
         for index, upstream in enumerate(upstreams)
         for earlier in upstreams[:index]
-        if (upstream.address, upstream.username) == (earlier.address, earlier.username)
+        if upstream.address.lower() == earlier.address.lower() and upstream.username == earlier.username
     ]
 
 

@@ -100,6 +100,7 @@ class Pool:
         """Whether no new transactions come: connections are not kept."""
         self._drain_told = False
         self._replaced = False
+        metrics.drained(value=False)
         self.on_refused: Callable[[bytes], None] = _ignore
         """Called with the identity whose credentials the upstream has refused."""
         self.last_error: str | None = None

@@ -121,6 +121,9 @@ class Upstreams:
             if made.get(name) is not pool:
                 self._leaving.add(pool)
                 pool.drain(replaced=name in made)
+        for pool in self._leaving:
+            if pool.name in made:  # taken out before, and now back
+                pool.drain(replaced=True)
         self.pools = made
         for upstream in settings.upstreams:
             pool, drained = made[upstream.name], not upstream.weight

@@ -484,7 +484,10 @@ async def test_under_tls_the_best_mechanism_is_plain(tmp_path: Path, door: Any) 
 async def test_a_session_whose_login_was_revoked_hears_530_at_mail(start: Any) -> None:
     async with (
         ScriptedUpstream(users=USERS, mechanisms=("PLAIN",)) as upstream,
-        start(upstream.port) as running,
+        start(
+            upstream.port,
+            clients={"auth": "passthrough", "auth_without_tls": True, "allow": ["127.0.0.1/32"]},
+        ) as running,
         Client(running.port) as client,
     ):
         await client.ehlo()

@@ -73,6 +73,8 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "upstream_connections": {"upstream": UPSTREAMS, "state": ["idle", "active", "connecting"]},
     "upstream_connects_total": {"upstream": UPSTREAMS, "outcome": list(CONNECT_OUTCOMES)},
     "upstream_up": {"upstream": UPSTREAMS},
+    "upstream_drained": {"upstream": UPSTREAMS},
+    "upstream_failovers_total": {"upstream": UPSTREAMS},
     "upstream_wait_seconds_count": {"upstream": UPSTREAMS},
     "records_total": {"task_type": ["mention", "digest", "other"]},
     "record_commit_seconds_count": {},
