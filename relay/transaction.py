@@ -1,12 +1,12 @@
 """One mail transaction, from MAIL to its outcome.
 
 A message's way, top to bottom: `mail` takes a connection to the first upstream of its route that can be had,
-and sends MAIL up as the client wrote it (where the recipient chooses the upstream, with the first one); `rcpt`
-and `data` follow, pipelined where the upstream can; every reply goes back as it came. `feed` streams the content; or `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end
-of data, which is also the end of the last chunk, `_settle` begins: it awaits the upstream's verdict, has the
-row written, answers the client and says once, to metrics and log, what became of the message. Nobody holds a
-handle by which `_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the
-client hears.
+and sends MAIL up as the client wrote it (where the recipient chooses, with the first one); `rcpt` and `data`
+follow, pipelined where the upstream can; every reply goes back as it came. `feed` streams the content; or
+`begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end of data, which is also
+the end of the last chunk, `_settle` begins: it awaits the upstream's verdict, has the row written, answers
+the client and says once, to metrics and log, what became of the message. Nobody holds a handle by which
+`_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the client hears.
 
 Rules: another upstream is tried only until one has answered MAIL, and what it says is then the answer; a 421
 is none. Only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up

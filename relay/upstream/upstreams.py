@@ -1,10 +1,10 @@
 """All upstreams of the relay: their pools by name, the route of a message, what they can do together.
 
 Rules: a route is decided once, at MAIL, and names pools; which of them gets the message is for the
-transaction, by trying them in order. Credentials of a client go to the one upstream that decides about them,
-whatever else is configured, and to no other. When the settings change, an upstream that is reached as before keeps its
-connections and what is known of it; a pool that is not wanted any more is left to its transactions, and goes
-with the last one.
+transaction, by trying them in order. Credentials of a client go to the one upstream that decides about
+them, whatever else is configured, and to no other. When the settings change, an upstream that is reached
+as before keeps its connections and what is known of it; a pool that is not wanted any more is left to its
+transactions, and goes with the last one.
 """
 
 from __future__ import annotations

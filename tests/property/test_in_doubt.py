@@ -30,7 +30,7 @@ LIVES = {
     "in doubt": "d",
     "in doubt, killed before its slot was freed": "dd",
 }
-"""What the recorder is given of one message, in this order: a record (R: marked as doubted), a doubt, its end."""
+"""What the recorder is given of one message, in this order: record (R: marked as doubted), doubt, its end."""
 
 
 def entry(number: int, kind: str) -> Entry:
@@ -72,7 +72,7 @@ def test_what_is_in_doubt_in_the_end(
 
 
 async def written(batches: list[list[Entry]], data: st.DataObject) -> tuple[list[int], list[int]]:
-    """Write the batches, and now and then those from an earlier one on again, as a replay that was cut does."""
+    """Write the batches, now and then those from an earlier one on again, as a replay that was cut does."""
     with tempfile.TemporaryDirectory() as directory:
         database = Path(directory) / "rows.db"
         store = await Store.open(f"sqlite:///{database}", Retention(None))
