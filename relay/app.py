@@ -1,36 +1,40 @@
 """The composition root: builds the parts, starts them, looks after their time, drains and stops them.
 
 Start: store, spool and recorder (nothing is accepted that could not be recorded), upstream, HTTP, then the
-listeners. Stop, in the opposite order: listeners and sessions drain, settled messages are recorded, then
-everything closes. No decisions about mail are made here.
+listeners. Reload: everything that can fail is made ready first (`reload.py`), then parts are exchanged. Stop,
+in the opposite order of the start: listeners and sessions drain, settled messages are recorded, everything
+closes. No decisions about mail are made here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import signal
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from relay import __version__, maillog
+from relay import __version__, maillog, parts, systemd
 from relay.auth.guard import Guard
 from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
 from relay.auth.users import Users
-from relay.classify import Classifier
 from relay.metrics import Metrics
 from relay.records.expiry import ExpiryLoop
 from relay.records.journal import Journal
 from relay.records.recorder import USUAL_PLACE, Recorder
-from relay.records.retention import Retention
 from relay.records.spool import RESERVE, Spool, SpoolError
 from relay.records.store import Store, StoreError, utc_now
+from relay.reload import REFUSALS, Files, Fresh, read_files, reasons
 from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
+from relay.settings import Changes, Settings, compare
 from relay.transaction import Services
 from relay.upstream.upstreams import Upstreams
 from relay.web import Web
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
     from relay.session.doorkeeper import Authenticator
-    from relay.settings import Settings
 
 __all__ = ["Relay", "StartError", "run"]
 
@@ -56,76 +59,93 @@ class StartError(Exception):
 class Relay:
     """One relay: all its parts, running between `start` and `stop`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, supervisor: systemd.Supervisor | None = None) -> None:
+        """`supervisor` is whom the service manager wants told of what happens."""
         self.settings = settings
+        """Those in force."""
+        self._supervisor = supervisor or systemd.Supervisor()
         self.metrics = Metrics(
             upstreams=[upstream.name for upstream in settings.upstreams],
             listeners=[listener.address for listener in settings.listeners],
-            task_types=_named_types(settings),
+            task_types=parts.task_types(settings),
         )
+        self._token = secrets.token_hex(6)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closers: list[Callable[[], object]] = []
+        self._house: asyncio.Task[None] | None = None
+        self._hurried = False
         self._store: Store
         self._spool: Spool
         self._journal: Journal
         self._expiry: ExpiryLoop
         self.certificate: Certificate | None = None
         self.users: Users | None = None
-        self.doorkeeper: Doorkeeper | None = None
+        self.doorkeeper: Doorkeeper
         self.recorder: Recorder
         self.upstreams: Upstreams
         self.reception: Reception
         self.web: Web
 
-    async def start(self) -> None:
-        """Start everything, listeners last; raises StartError, with nothing left running."""
-        settings = self.settings
-        token = secrets.token_hex(6)
+    async def start(self, passed: Sequence[systemd.Inherited] = ()) -> None:
+        """Start everything, listeners last; raises StartError, with nothing left running.
+
+        `passed` are the sockets of listeners that a supervisor has opened.
+        """
         try:
-            await self._start_records()
-            self.upstreams = Upstreams(settings, self.metrics, token=token)
-            services = Services(
-                recorder=self.recorder,
-                journal=self._journal,
-                classifier=_classifier(settings),
-                metrics=self.metrics,
-                normalize=settings.server.bare_newlines == "normalize",
-                max_message_size=settings.server.max_message_size,
-                settling=set(),
-                running=set(),
-            )
-            self.doorkeeper = self._let_in()
-            self.certificate = _certificate(settings)
-            if self.certificate is not None:
-                self.metrics.certificate(self.certificate.not_after)
-            self.reception = Reception(
-                settings,
-                services,
-                self.upstreams,
-                token=token,
-                certificate=self.certificate,
-                doorkeeper=self.doorkeeper,
-            )
-            self.web = Web(self.metrics, self.readiness)
-            await self.web.start(settings.http.host, settings.http.port)
-            # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
-            await self.upstreams.probe()
-            await self.reception.open()
+            await self._start_parts(passed)
         except (StoreError, SpoolError, CertificateError, UsersError, OSError) as error:
             await self._stop_parts()
             raise StartError(str(error)) from error
+        except BaseException:  # also a signal that ends the start
+            await self._stop_parts()
+            raise
+        self.metrics.config_read(time.time())
         self._spawn(self._sweep())
         maillog.started(
             __version__,
             self.reception.addresses,
-            [f"{upstream.name} {upstream.address}" for upstream in settings.upstreams],
-            settings.records.url,
-            f"{settings.http.host}:{self.web.port}",
+            [f"{upstream.name} {upstream.address}" for upstream in self.settings.upstreams],
+            self.settings.records.url,
+            f"{self.settings.http.host}:{self.web.port}",
         )
+        self._supervisor.ready(self._status)
+
+    async def _start_parts(self, passed: Sequence[systemd.Inherited]) -> None:
+        settings = self.settings
+        await self._start_records()
+        self.upstreams = Upstreams(settings, self.metrics, token=self._token)
+        services = Services(
+            recorder=self.recorder,
+            journal=self._journal,
+            classifier=parts.classifier(settings),
+            metrics=self.metrics,
+            normalize=settings.server.bare_newlines == "normalize",
+            max_message_size=settings.server.max_message_size,
+            settling=set(),
+            running=set(),
+        )
+        if settings.clients.users_file is not None:
+            self.users = Users(settings.clients.users_file)
+        self.doorkeeper = Doorkeeper(self._authenticator(settings), Guard(), self.metrics)
+        self.certificate = parts.certificate(settings)
+        if self.certificate is not None:
+            self.metrics.certificate(self.certificate.not_after)
+        self.reception = Reception(
+            settings,
+            services,
+            self.upstreams,
+            token=self._token,
+            doorkeeper=self.doorkeeper,
+            certificate=self.certificate,
+        )
+        self.web = Web(self.metrics, self.readiness)
+        await self.web.start(settings.http.host, settings.http.port)
+        # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
+        await self.upstreams.probe()
+        await self.reception.open([each.socket for each in passed])
 
     async def _start_records(self) -> None:
-        records, kept = self.settings.records, self.settings.retention
-        self._store = await Store.open(records.url, Retention.of_seconds(kept.default, kept.by_type))
+        records = self.settings.records
+        self._store = await Store.open(records.url, parts.retention(self.settings))
         connections = sum(upstream.max_connections for upstream in self.settings.upstreams)
         self._spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
         self._journal = Journal(self._spool.directory, connections)
@@ -139,6 +159,9 @@ class Relay:
         )
         self.recorder.start()
         self._take_over_doubts()
+        self._begin_housekeeping()
+
+    def _begin_housekeeping(self) -> None:
         self._expiry = ExpiryLoop(
             self._store,
             self.metrics,
@@ -150,7 +173,13 @@ class Relay:
             on_progress=maillog.expiry_progress,
             on_behind=maillog.expiry_behind,
         )
-        self._spawn(self._keep_house())
+        self._house = self._spawn(self._keep_house())
+
+    async def _end_housekeeping(self) -> None:
+        if self._house is not None:
+            self._house.cancel()
+            await asyncio.wait((self._house,))
+            await self._expiry.stop()
 
     def _take_over_doubts(self) -> None:
         """Keep what a process before this one has left in the journal; a slot is free once that is durable.
@@ -165,18 +194,6 @@ class Relay:
         if not kept.cancelled():
             self._journal.free(slot)
 
-    def _let_in(self) -> Doorkeeper | None:
-        """Build what decides about logins, if there are any; raises UsersError."""
-        clients = self.settings.clients
-        authenticator: Authenticator
-        if self.upstreams.passthrough is not None:
-            authenticator = Passthrough(self.upstreams.passthrough)
-        elif clients.users_file is not None:
-            authenticator = self.users = Users(clients.users_file)
-        else:
-            return None
-        return Doorkeeper(authenticator, Guard(), self.metrics)
-
     async def _keep_house(self) -> None:
         """Make existing rows follow changed retention settings, then delete what expires, for ever."""
         try:
@@ -188,8 +205,16 @@ class Relay:
             maillog.expiry_failed(f"rows do not follow the changed retention yet: {error}")
         self._expiry.start()
 
-    def reread(self, *, force: bool = True) -> None:
-        """Read the certificate and the users again, those that have changed or, with `force`, all of them.
+    def _authenticator(self, settings: Settings) -> Authenticator | None:
+        """Return what decides about logins, if there are any."""
+        if self.upstreams.passthrough is not None:
+            return Passthrough(self.upstreams.passthrough)
+        return self.users if settings.clients.auth == "users" else None
+
+    # Files that change
+
+    def reread(self) -> None:
+        """Read the certificate and the users again if they have changed.
 
         What cannot be used is reported and changes nothing.
         """
@@ -197,19 +222,122 @@ class Relay:
             self.users.refresh()
         if self.certificate is not None:
             try:
-                changed = self.certificate.refresh(force=force)
+                if self.certificate.refresh():
+                    self._certificate_read(self.certificate)
             except CertificateError as error:
                 maillog.certificate_refused(str(error))
-            else:
-                if changed:
-                    self.metrics.certificate(self.certificate.not_after)
-                    maillog.certificate_read(_date(self.certificate.not_after))
+
+    def _certificate_read(self, certificate: Certificate) -> None:
+        self.metrics.certificate(certificate.not_after)
+        maillog.certificate_read(_date(certificate.not_after))
+
+    # Reload
+
+    async def reload(self, load: Callable[[], Settings]) -> None:
+        """Read the configuration again by `load`, and take into force what can be; sessions stay.
+
+        A mistake, here or in a file that is named, or an address that is taken, changes nothing.
+        """
+        self._supervisor.reloading()
+        try:
+            changes = compare(self.settings, await asyncio.to_thread(load))
+            fresh = await self._prepare(changes)
+            await self._exchange(changes, fresh)
+        except REFUSALS as error:
+            for reason in reasons(error):
+                maillog.reload_refused(reason)
+            self.metrics.config_read(None)
+        except Exception as error:
+            maillog.unforeseen("reload", None, error)
+            self.metrics.config_read(None)
+        else:
+            self.metrics.config_read(time.time())
+        finally:
+            self._supervisor.ready(self._status)
+
+    async def _prepare(self, changes: Changes) -> Fresh:
+        """Make ready what the settings ask for, all of it or, raising one of REFUSALS, nothing."""
+        settings = changes.settings
+        in_use = None if self.users is None else self.users.path
+        fresh = Fresh(await asyncio.to_thread(read_files, settings, in_use))
+        try:
+            if changes.touch("http"):
+                fresh.web = Web(self.metrics, self.readiness)
+                await fresh.web.start(settings.http.host, settings.http.port)
+            fresh.bound = self.reception.bind(settings)
+            self.upstreams.apply(settings)  # the last that can fail, and then nothing has changed
+        except BaseException:
+            await fresh.discard()
+            raise
+        return fresh
+
+    async def _exchange(self, changes: Changes, fresh: Fresh) -> None:
+        """Put the settings into force. Nothing here fails for what they are."""
+        settings = self.settings = changes.settings
+        maillog.configure(settings.log.format, settings.log.level)
+        for warning in settings.warnings:
+            maillog.warning(warning)
+        self.metrics.add_listeners(listener.address for listener in settings.listeners)
+        self.metrics.add_task_types(parts.task_types(settings))
+        self.recorder.follow(
+            commit_timeout=settings.records.commit_timeout,
+            refuse_while_away=settings.records.when_unavailable == "refuse",
+        )
+        self._exchange_users(settings, fresh.files)
+        if fresh.files.certificate is not None:
+            self.certificate = fresh.files.certificate
+            self._certificate_read(self.certificate)
+        services = replace(
+            self.reception.services,
+            classifier=parts.classifier(settings),
+            normalize=settings.server.bare_newlines == "normalize",
+            max_message_size=settings.server.max_message_size,
+        )
+        self.reception.apply(settings, services, self.certificate)
+        if fresh.bound is not None:
+            await self.reception.listen(fresh.bound)
+        if changes.touch("retention", "expiry"):
+            self._store.use_retention(parts.retention(settings))
+            await self._end_housekeeping()
+            self._begin_housekeeping()
+        if fresh.web is not None:
+            before, self.web = self.web, fresh.web
+            maillog.listening(f"{settings.http.host}:{self.web.port}")
+            await before.stop()
+        if changes.restart:
+            maillog.reload_takes_restart(changes.restart)
+        maillog.reloaded(changes.names)
+
+    def _exchange_users(self, settings: Settings, files: Files) -> None:
+        if self.users is not None and (files.users is not None or settings.clients.users_file is None):
+            self.users.retire()
+            self.users = None
+        if files.users is not None:
+            self.users = files.users
+        elif self.users is not None:
+            self.users.refresh()
+        self.doorkeeper.authenticator = self._authenticator(settings)
+
+    @property
+    def _status(self) -> str:
+        return f"listening on {', '.join(self.reception.addresses)}"
+
+    # Stop
 
     async def stop(self) -> None:
         """Drain the sessions, record what was settled, close everything."""
+        self._supervisor.stopping()
         await self.reception.drain(self.settings.server.drain_timeout)
         await self._stop_parts()
         maillog.stopped()
+
+    def hurry(self) -> None:
+        """Wait no longer for what is under way; rows are made durable all the same."""
+        if not self._hurried:
+            self._hurried = True
+            maillog.hurrying()
+            if hasattr(self, "reception"):
+                self.reception.hurry()
 
     async def _stop_parts(self) -> None:
         for task in self._tasks:
@@ -224,6 +352,7 @@ class Relay:
         await self._stop_records()
         if hasattr(self, "web"):
             await self.web.stop()
+        self._supervisor.close()
 
     async def _stop_records(self) -> None:
         if hasattr(self, "_expiry"):
@@ -258,15 +387,15 @@ class Relay:
     async def _sweep(self) -> None:
         """Look at all waits of sessions and connections, again and again."""
         loop = asyncio.get_running_loop()
-        interval = min(SWEEP_INTERVAL, *(wait / 4 for wait in self._waits()))
         looked = loop.time()
         while True:
-            await asyncio.sleep(interval)
+            await asyncio.sleep(min(SWEEP_INTERVAL, *(wait / 4 for wait in self._waits())))
             now = loop.time()
             try:
+                self._supervisor.alive(now)
                 self.reception.sweep(now, now - looked)
                 self.upstreams.sweep(now)
-                self.reread(force=False)
+                self.reread()
             except Exception as error:
                 maillog.unforeseen("sweep", None, error)
             looked = now
@@ -276,37 +405,78 @@ class Relay:
         waits = [server.idle_timeout, server.lease_idle_timeout]
         for upstream in self.settings.upstreams:
             waits += [upstream.reply_timeout, upstream.end_of_data_timeout, upstream.idle_timeout]
+        if self._supervisor.watchdog_s:
+            waits.append(self._supervisor.watchdog_s)
         return waits
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
-def run(settings: Settings) -> int:
-    """Run the relay until SIGTERM or SIGINT; return the exit status."""
+def run(settings: Settings, load: Callable[[], Settings]) -> int:
+    """Run the relay until SIGTERM or SIGINT; return the exit status. `load` reads the settings again."""
     maillog.configure(settings.log.format, settings.log.level)
     maillog.settings(settings.effective())
     for warning in settings.warnings:
         maillog.warning(warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings))
+        return runner.run(_serve(settings, load))
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, load: Callable[[], Settings]) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_unhandled)
-    ended = asyncio.Event()
+    try:
+        passed = systemd.inherited(os.environ)
+    except systemd.ActivationError as error:
+        raise StartError(str(error)) from None
+    relay = Relay(settings, systemd.Supervisor.of(os.environ))
+    ended, wanted = asyncio.Event(), asyncio.Event()
+
+    def end() -> None:
+        if ended.is_set():
+            relay.hurry()
+        ended.set()
+
+    def again() -> None:
+        if ended.is_set():
+            maillog.reload_ignored("the relay is stopping")
+        wanted.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    relay = Relay(settings)
+        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, again)
     async with _built_in_upstream(settings):
-        await relay.start()
-        loop.add_signal_handler(signal.SIGHUP, relay.reread)
-        await ended.wait()
-        await relay.stop()
+        if await _unless(ended, relay.start(passed)):
+            await _unless(ended, _reloads(relay, load, wanted))
+            await relay.stop()
+        else:
+            maillog.stopped()
     return 0
+
+
+async def _reloads(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:
+    """Reload whenever it is wanted, one after the other: what is asked for during one is done behind it."""
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        await relay.reload(load)
+
+
+async def _unless(ended: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
+    """Do the work, and return True, unless the end comes first: then it is cancelled, and cleans up."""
+    doing, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
+    await asyncio.wait((doing, ending), return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    if doing.done():
+        doing.result()
+        return True
+    doing.cancel()
+    await asyncio.wait((doing,))
+    return False
 
 
 @contextlib.asynccontextmanager
@@ -320,32 +490,8 @@ async def _built_in_upstream(settings: Settings) -> AsyncIterator[None]:
         yield
 
 
-def _certificate(settings: Settings) -> Certificate | None:
-    tls = settings.tls
-    if tls.cert is None or tls.key is None or all(each.tls == "none" for each in settings.listeners):
-        return None
-    return Certificate(tls.cert, tls.key)
-
-
 def _date(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat()
-
-
-def _classifier(settings: Settings) -> Classifier:
-    found = settings.task_type
-    return Classifier(
-        headers=found.headers,
-        default=found.default,
-        id_header=found.id_header,
-        rules=[(rule.sender or "<>", rule.type) for rule in found.rules],
-        keep=settings.records.headers,
-    )
-
-
-def _named_types(settings: Settings) -> Sequence[str]:
-    named = [settings.task_type.default, *settings.retention.by_type]
-    named += [rule.type for rule in settings.task_type.rules]
-    return list(dict.fromkeys(named))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -43,10 +43,15 @@ __all__ = [
     "expiry_progress",
     "failover",
     "found_in_journal",
+    "hurrying",
     "in_doubt",
     "listening",
     "login",
     "login_refused",
+    "reload_ignored",
+    "reload_refused",
+    "reload_takes_restart",
+    "reloaded",
     "retention_changed",
     "retention_shortened",
     "row_lost",
@@ -122,6 +127,11 @@ def draining(sessions: int, timeout_s: float) -> None:
     _current.log.info("draining", sessions=sessions, timeout_s=timeout_s)
 
 
+def hurrying() -> None:
+    """The drain ends now; what the upstream has not answered yet is in doubt."""
+    _current.log.warning("hurrying")
+
+
 def stopped() -> None:
     """The relay has ended in order."""
     _current.log.info("stopped")
@@ -133,6 +143,26 @@ def settings(effective: Mapping[str, Any]) -> None:
     _current.log.info(
         "settings", **{section: _without_secrets(value) for section, value in effective.items()}
     )
+
+
+def reloaded(changed: Sequence[str]) -> None:
+    """The configuration was read again and is in force; `changed` are the names of the keys that did."""
+    _current.log.info("reloaded", changed=changed)
+
+
+def reload_takes_restart(keys: Sequence[str]) -> None:
+    """These keys have changed, and the values that the relay was started with stay in force."""
+    _current.log.warning("reload: takes a restart", keys=keys)
+
+
+def reload_refused(reason: str) -> None:
+    """The configuration was read again and cannot be used; nothing has changed. One line for each mistake."""
+    _current.log.error("reload refused", reason=reason)
+
+
+def reload_ignored(reason: str) -> None:
+    """The configuration was not read again."""
+    _current.log.warning("reload ignored", reason=reason)
 
 
 def warning(text: str) -> None:

@@ -132,6 +132,10 @@ class Metrics:
         self._bind_octets(series)
         self._bind_records(series, task_types)
         self._bind_expiry(series)
+        text = "1 if the configuration that was read last is in force, 0 if it was refused."
+        self._reload_ok = series.gauge("config_last_reload_successful", text)
+        text = "When the configuration in force was read, Unix time."
+        self._reload_at = series.gauge("config_last_reload_success_timestamp_seconds", text)
         series.gauge("build_info", "1; the label tells the version that runs.", version=__version__).value = 1
 
     def add_upstream(self, name: str) -> UpstreamMetrics:
@@ -144,10 +148,8 @@ class Metrics:
         self._sessions = series.gauge("client_sessions", "Client sessions open now.")
         # OpenMetrics names a counter's family without `_total`, so as a counter it would collide with the
         # gauge; as a family of unknown type both keep their names in either format.
-        self._sessions_total = {
-            listener: series.unknown("client_sessions_total", "Client sessions begun.", listener=listener)
-            for listener in listeners
-        }
+        self._sessions_total: dict[str, _Number] = {}
+        self.add_listeners(listeners)
         text = "Sessions, commands and messages that the relay itself refused."
         self._rejects = {
             reason: series.counter("client_rejects_total", text, reason=reason) for reason in REJECT_REASONS
@@ -164,10 +166,8 @@ class Metrics:
         self._message_size = series.histogram("message_size_bytes", "Size of accepted messages.", _OCTETS)
 
     def _bind_records(self, series: _Series, task_types: Sequence[str]) -> None:
-        self._records = {
-            name: series.counter("records_total", "Rows made for accepted messages.", task_type=name)
-            for name in (*task_types, OTHER_TASK_TYPE)
-        }
+        self._records: dict[str, _Number] = {}
+        self.add_task_types((*task_types, OTHER_TASK_TYPE))
         self._records_other = self._records[OTHER_TASK_TYPE]
         self._commit_seconds = series.histogram(
             "record_commit_seconds", "Time for one commit of rows to the store.", _SECONDS
@@ -193,6 +193,28 @@ class Metrics:
         self._expiry_lag = series.gauge(
             "expiry_lag_seconds", "For how long the oldest expired row that is still there has been due."
         )
+
+    # What a changed configuration names has series from then on; what it names no more keeps its own.
+
+    def add_listeners(self, listeners: Iterable[str]) -> None:
+        """Make the series of these listeners, where there are none."""
+        text = "Client sessions begun."
+        for listener in listeners:
+            self._sessions_total[listener] = self._series.unknown(
+                "client_sessions_total", text, listener=listener
+            )
+
+    def add_task_types(self, task_types: Iterable[str]) -> None:
+        """Make the series of these task types, where there are none."""
+        text = "Rows made for accepted messages."
+        for name in task_types:
+            self._records[name] = self._series.counter("records_total", text, task_type=name)
+
+    def config_read(self, at: float | None) -> None:
+        """Set when (Unix time, seconds) the configuration in force was read; None: what was read is not."""
+        self._reload_ok.value = int(at is not None)
+        if at is not None:
+            self._reload_at.value = at
 
     def session_opened(self, listener: str) -> None:
         """Count a client session that begins on the configured `listener`."""

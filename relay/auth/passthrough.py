@@ -67,6 +67,10 @@ class Passthrough:
         passwords = PASSWORD_MECHANISMS if offered & _PASSWORDS else ()
         return (*passwords, *(mechanism for mechanism in TOKEN_MECHANISMS if mechanism in offered))
 
+    def stands(self, verdict: Verdict) -> bool:
+        """Whether the login was one at an upstream, which says itself what it takes, at each MAIL."""
+        return verdict.credentials is not None
+
     async def login(self, credentials: Credentials) -> Verdict:
         """Return the upstream's verdict; never raises for what the credentials are."""
         identity = self._pool.identity(credentials)

@@ -53,6 +53,11 @@ class Users:
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="login")
 
     @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
     def mechanisms(self) -> tuple[str, ...]:
         """The SASL mechanisms that can be offered now."""
         return PASSWORD_MECHANISMS
@@ -102,7 +107,11 @@ class Users:
         # RFC 4616 section 2: nobody may act as another here.
         if user is None or credentials.authorization not in ("", name):
             return _REFUSED
-        return Verdict(_LOGGED_IN, "ok", name, user.senders)
+        return Verdict(_LOGGED_IN, "ok", name, user.senders, entry=user)
+
+    def stands(self, verdict: Verdict) -> bool:
+        """Whether the user who has logged in is still in the file, as it was."""
+        return verdict.entry is not None and self._users.get(verdict.user) == verdict.entry
 
     async def _check(self, name: str, user: User | None, password: str, fingerprint: bytes) -> Verdict | None:
         """Hold a password against the user's hash; None if it is right.
@@ -137,6 +146,10 @@ class Users:
     def _decoy(self, name: str) -> str:
         place = hmac.digest(self._key, name.encode(), "sha256")
         return self._hashes[int.from_bytes(place) % len(self._hashes)]
+
+    def retire(self) -> None:
+        """Finish the checks that have begun or wait; there are no more logins to come."""
+        self._executor.shutdown(wait=False)
 
     def close(self) -> None:
         """Begin no more checks; those that wait are given up."""

@@ -24,3 +24,5 @@ class Verdict(NamedTuple):
     """Patterns of the reverse-paths that this user may use, see `policy.may_send`; None: any."""
     credentials: Credentials | None = None
     """What to log in with upstream; None: the relay's own account there."""
+    entry: object = None
+    """What the login was held against; the authenticator tells by it whether the login still stands."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay import __version__
-from relay.cli.configuration import ConfigOption, configured, find
+from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
 from relay.cli.sends import EPILOG, sends
 from relay.cli.spool import spool
@@ -69,11 +69,12 @@ def serve(
     ] = False,
 ) -> int:
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
-    settings = configured(find(config, os.environ, dev=dev), dev=dev)
+    path = find(config, os.environ, dev=dev)
+    settings = configured(path, dev=dev)
     from relay.app import StartError, run
 
     try:
-        return run(settings)
+        return run(settings, loader(path, dev=dev))
     except (StartError, OSError) as error:
         raise CommandError([f"relay: cannot start: {error}"]) from None
 

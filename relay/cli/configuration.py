@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from relay.cli.failure import CommandError
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["DEFAULT", "ConfigOption", "configured", "configured_to_read", "find"]
+__all__ = ["DEFAULT", "ConfigOption", "configured", "configured_to_read", "find", "loader"]
 
 DEFAULT = Path("config/relay.toml")
 
@@ -39,12 +40,19 @@ def find(config: Path | None, environ: Mapping[str, str], *, dev: bool = False) 
 
 def configured(path: Path | None, *, dev: bool = False) -> Settings:
     """Return the settings of the file at `path`, with the environment over them, or raise CommandError."""
-    from relay.settings import DEV_UPSTREAM, SettingsError, load
+    from relay.settings import SettingsError
 
     try:
-        return load(path, os.environ, dev_upstream=DEV_UPSTREAM if dev else None)
+        return loader(path, dev=dev)()
     except SettingsError as error:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
+
+
+def loader(path: Path | None, *, dev: bool = False) -> Callable[[], Settings]:
+    """Return what reads these settings, as often as it is called; it raises SettingsError."""
+    from relay.settings import DEV_UPSTREAM, load
+
+    return partial(load, path, os.environ, dev_upstream=DEV_UPSTREAM if dev else None)
 
 
 def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Settings:

@@ -132,6 +132,11 @@ class Recorder:
         self._wanted = 0  # octets that the reserve should have; 0: its usual size
         self._provider: asyncio.Task[None] | None = None
 
+    def follow(self, *, commit_timeout: float, refuse_while_away: bool) -> None:
+        """Go on with other values, from the next batch on."""
+        self._commit_timeout = commit_timeout
+        self._refuse_while_away = refuse_while_away
+
     def start(self) -> None:
         """Begin to keep rows, and replay what an earlier process left in the spool. Needs a running loop."""
         self._hurry = asyncio.get_running_loop().create_future()

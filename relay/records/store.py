@@ -95,6 +95,10 @@ class Store:
             self._commits += 1
             self._commit_s += (seconds - self._commit_s) / 16
 
+    def use_retention(self, retention: Retention) -> None:
+        """Give new rows the ends of this retention; `follow_retention` does so for those that exist."""
+        self._retention = retention
+
     async def count(self) -> int:
         """Return how many rows there are."""
         return await self._database.run(lambda raw: _integer(raw.execute(_COUNT)))
@@ -112,16 +116,17 @@ class Store:
         changes, `on_due` is told how many rows will become due by it, if any. Call it before expiry: a run
         that was cut short is taken up again by the next call, and expiry waits until then.
         """
-        target = self._retention.canonical()
+        retention = self._retention  # another one may come in the midst; its own run then takes over
+        target = retention.canonical()
         if not await self._database.transaction(lambda raw: _begin_following(raw, target)):
             return 0
-        due = await self._database.read(lambda raw: _count_due(raw, self._retention, self._clock()))
+        due = await self._database.read(lambda raw: _count_due(raw, retention, self._clock()))
         if due and on_due is not None:
             on_due(due)
         changed = 0
         finished = False
         while not finished:
-            step = await self._paced(lambda raw: _follow(raw, self._retention, target))
+            step = await self._paced(lambda raw: _follow(raw, retention, target))
             changed += step.rows
             finished = step.finished
         return changed

@@ -34,6 +34,7 @@ AUTH_LINE_TOO_LONG = Reply.own(500, "5.6", "The AUTH exchange line is too long (
 
 # Policy
 AUTH_FIRST = Reply.own(530, "7.0", "Relaying needs AUTH (RFC 4954)")
+LOG_IN_AGAIN = Reply.own(530, "7.0", "This login is not valid any more: connect and log in again")
 NOT_YOUR_SENDER = Reply.own(550, "7.1", "The user that is logged in may not send from this address")
 NOT_ALLOWED = Reply.own(550, "7.1", "Relaying is not allowed from this address")
 TOO_LARGE = Reply.own(552, "3.4", "The message is larger than this relay takes")

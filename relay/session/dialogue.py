@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from relay.account import Sender
     from relay.auth.verdict import Verdict
     from relay.credentials import Credentials
-    from relay.session.doorkeeper import Doorkeeper
     from relay.session.reception import Reception
     from relay.settings import ListenerSettings
     from relay.upstream.capabilities import Capabilities
@@ -130,9 +129,9 @@ class Dialogue:
         "_input",
         "_last_moved",
         "_listener",
+        "_local",
         "_login",
         "_loop",
-        "_may_relay",
         "_reception",
         "_replies",
         "_secured",
@@ -142,6 +141,7 @@ class Dialogue:
         "_state",
         "_transaction",
         "_wire",
+        "may_relay",
     )
 
     def __init__(
@@ -156,14 +156,16 @@ class Dialogue:
     ) -> None:
         """Begin; `sender` is who is at the other end.
 
-        `may_relay`: whether the policy lets it relay without AUTH. `local`: whether it is on this machine.
+        `may_relay`: whether the policy lets it relay without AUTH; it may be set anew at any time. `local`:
+        whether it is on this machine.
         """
         self._wire = wire
         self._reception = reception
         self._listener = listener
         self._sender = sender
-        self._may_relay = may_relay
-        self._login = Login(reception.doorkeeper, local=local and reception.auth_without_tls)
+        self.may_relay = may_relay
+        self._local = local
+        self._login = Login(reception.doorkeeper)
         self._secured = False
         self._loop: asyncio.AbstractEventLoop = reception.loop
         self._state = SECURING if listener.tls == "implicit" else COMMANDS
@@ -330,7 +332,7 @@ class Dialogue:
     def _ehlo(self, argument: bytes) -> None:
         if self._hello(argument):
             self._esmtp = True
-            mechanisms = self._login.offered(secured=self._secured)
+            mechanisms = self._login.offered(private=self._private)
             starttls = self._starttls_offered
             self._replies.say(self._reception.ehlo(self._carried, starttls=starttls, mechanisms=mechanisms))
 
@@ -338,7 +340,7 @@ class Dialogue:
     def _carried(self) -> Capabilities:
         """What every upstream can do that this client's messages may go to."""
         return self._reception.upstreams.capabilities(
-            self._sender, may_relay=self._may_relay, may_log_in=self._login.possible
+            self._sender, may_relay=self.may_relay, may_log_in=self._login.possible
         )
 
     def _helo(self, argument: bytes) -> None:
@@ -398,7 +400,10 @@ class Dialogue:
 
     def _refusal(self, reverse_path: bytes, size: int | None) -> tuple[Reply, str] | None:
         """The relay's own policy at MAIL: who may relay, how large, and whether a row could be kept."""
-        if not self._may_relay:
+        if self._login.done:
+            if not self._login.stands:
+                return answers.LOG_IN_AGAIN, "not_allowed"
+        elif not self.may_relay:
             return answers.AUTH_FIRST if self._login.possible else answers.NOT_ALLOWED, "not_allowed"
         if not self._login.may_use(reverse_path):
             return answers.NOT_YOUR_SENDER, "not_allowed"
@@ -522,6 +527,11 @@ class Dialogue:
 
     # AUTH (RFC 4954)
 
+    @property
+    def _private(self) -> bool:
+        """Whether credentials may be said here: within TLS, or where the operator says so on this machine."""
+        return self._secured or (self._local and self._reception.auth_without_tls)
+
     def _auth(self, argument: bytes) -> None:
         if self._login.exhausted:
             self._end(answers.TOO_MANY_LOGINS, "too_many_logins")
@@ -530,13 +540,13 @@ class Dialogue:
         elif not self._greeted:
             self._error(answers.START)
         else:
-            self._go_on_with_login(self._login.begin(argument, secured=self._secured))
+            self._go_on_with_login(self._login.begin(argument, private=self._private))
 
     def _go_on_with_login(self, step: Reply | Credentials) -> None:
         """Give the challenge or the refusal to the client, or have the credentials decided about."""
         if not isinstance(step, Reply):
             self._state = DECIDING
-            cast("Doorkeeper", self._reception.doorkeeper).decide(step, self._sender, self._decided)
+            self._reception.doorkeeper.decide(step, self._sender, self._decided)
         elif step.code != 334:
             self._error(step)
         elif self._input.size:  # the answer came before the challenge
@@ -573,7 +583,6 @@ class Dialogue:
             return
         self._login.decided(verdict)
         if self._login.done:
-            self._may_relay = True
             self._sender = replace(
                 self._sender,
                 client=verdict.user or self._sender.client,

@@ -36,20 +36,33 @@ class Authenticator(Protocol):
     async def login(self, credentials: Credentials) -> Verdict:
         """Try them."""
 
+    def stands(self, verdict: Verdict) -> bool:
+        """Whether a verdict "ok", given earlier by whatever decided then, still holds."""
+
 
 class Doorkeeper:
     """Decides about logins, for all sessions."""
 
-    def __init__(self, authenticator: Authenticator, guard: Guard, metrics: Metrics) -> None:
-        self._authenticator = authenticator
+    def __init__(self, authenticator: Authenticator | None, guard: Guard, metrics: Metrics) -> None:
+        """`authenticator` may be set anew at any time; None: nobody can log in."""
+        self.authenticator = authenticator
         self._guard = guard
         self._metrics = metrics
         self._deciding: set[asyncio.Task[None]] = set()
 
     @property
+    def open(self) -> bool:
+        """Whether anybody can log in at all."""
+        return self.authenticator is not None
+
+    @property
     def mechanisms(self) -> tuple[str, ...]:
         """What EHLO offers now, in this order."""
-        return self._authenticator.mechanisms
+        return () if self.authenticator is None else self.authenticator.mechanisms
+
+    def stands(self, verdict: Verdict) -> bool:
+        """Whether somebody who has logged in would still be let in."""
+        return self.authenticator is not None and self.authenticator.stands(verdict)
 
     def decide(self, credentials: Credentials, sender: Sender, answer: Callable[[Verdict], None]) -> None:
         """Find out about `credentials`, and give the verdict to `answer` when the time has come."""
@@ -79,8 +92,10 @@ class Doorkeeper:
     async def _verdict(self, credentials: Credentials, sender: Sender) -> Verdict:
         if self._guard.blocked(sender.client, credentials):
             return Verdict(answers.TOO_MANY_LOGINS, "throttled")
+        if self.authenticator is None:  # taken away in the midst of the exchange
+            return Verdict(answers.NOT_HERE, "aborted")
         try:
-            return await self._authenticator.login(credentials)
+            return await self.authenticator.login(credentials)
         except Exception as error:  # the client must hear something, and the log why
             identity = uuid7()
             maillog.unforeseen("login", identity, error)

@@ -2,6 +2,8 @@
 
 Rules: an IPv6 address is IPv6 alone, so that every listener is what it is written as. The file of a unix
 socket that nobody listens on any more is replaced, any other file is left alone; owner and group may connect.
+A socket that a supervisor passed stays its own: it is neither unlinked nor emptied at the end, and what waits
+in its queue is for whoever comes after us.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ import asyncio
 import contextlib
 import socket
 import stat
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.settings import ListenerSettings
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "address_of"]
 
 BACKLOG = 4096
 """Connections that the kernel may hold for us: a burst must not wait for SYN retries."""
@@ -28,30 +31,56 @@ SOCKET_MODE = 0o660
 class Listener:
     """One bound address."""
 
-    def __init__(self, settings: ListenerSettings, *, reuse_port: bool) -> None:
-        """Bind it; raises OSError."""
-        self._path = Path(settings.path) if settings.path else None
-        if self._path is not None:
+    def __init__(
+        self,
+        settings: ListenerSettings,
+        *,
+        reuse_port: bool = False,
+        passed: socket.socket | None = None,
+    ) -> None:
+        """Listen there; `passed` is a socket that does already. Raises OSError."""
+        self.settings = settings
+        """What holds for connections from now on."""
+        self._passed = passed is not None
+        self._path: Path | None = None
+        if passed is not None:
+            self._socket = passed
+        elif settings.path:
+            self._path = Path(settings.path)
             self._socket = _bind_file(self._path)
             self._inode = self._path.stat().st_ino
-            self.address = settings.address
-            """The address, with the port that was really bound."""
         else:
             self._socket = _bind(settings.host, settings.port, reuse_port=reuse_port)
-            host, port = self._socket.getsockname()[:2]
-            self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._socket.setblocking(False)
         self._server: asyncio.Server | None = None
+        try:
+            self._socket.listen(BACKLOG)  # only now is it certain that the address is free
+        except OSError:
+            self.close()
+            raise
+        self.address = settings.address if settings.path else address_of(self._socket)
+        """The address, with the port that was really bound."""
 
-    async def serve(self, session: Callable[[], asyncio.Protocol]) -> None:
+    async def serve(self, session: Callable[[ListenerSettings], asyncio.Protocol]) -> None:
         """Accept connections, each with a new session."""
         loop = asyncio.get_running_loop()
-        if self._path is not None:
-            self._server = await loop.create_unix_server(session, sock=self._socket, backlog=BACKLOG)
-        else:
-            self._server = await loop.create_server(session, sock=self._socket, backlog=BACKLOG)
 
-    def close(self) -> None:
-        """Accept no more, and take the file away if it is still ours."""
+        def begin() -> asyncio.Protocol:
+            return session(self.settings)
+
+        if self._socket.family == socket.AF_UNIX:
+            # The file is ours to remove, or the supervisor's.
+            keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            self._server = await loop.create_unix_server(begin, sock=self._socket, backlog=BACKLOG, **keep)
+        else:
+            self._server = await loop.create_server(begin, sock=self._socket, backlog=BACKLOG)
+
+    def close(self) -> list[socket.socket]:
+        """Accept no more, and take the file away if it is still ours.
+
+        Returns the connections that the kernel had for us: closing the socket would reset them.
+        """
+        waiting = [] if self._passed else self._waiting()
         if self._server is not None:
             self._server.close()
         else:
@@ -60,6 +89,25 @@ class Listener:
             with contextlib.suppress(OSError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
+        return waiting
+
+    def _waiting(self) -> list[socket.socket]:
+        waiting: list[socket.socket] = []
+        with contextlib.suppress(OSError):  # BlockingIOError: that was the last one
+            while len(waiting) < BACKLOG:
+                connection, _ = self._socket.accept()
+                connection.setblocking(False)
+                waiting.append(connection)
+        return waiting
+
+
+def address_of(bound: socket.socket) -> str:
+    """Return what a socket is bound to, as it would be written in the configuration."""
+    name = bound.getsockname()
+    if bound.family == socket.AF_UNIX:
+        return f"unix:{name if isinstance(name, str) else name.decode('utf-8', 'backslashreplace')}"
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _bind(host: str, port: int, *, reuse_port: bool) -> socket.socket:

@@ -26,43 +26,49 @@ __all__ = ["Login"]
 class Login:
     """Who a session has logged in as, or the way there."""
 
-    __slots__ = ("_doorkeeper", "_exchange", "_failed", "_local", "_senders", "done")
+    __slots__ = ("_doorkeeper", "_exchange", "_failed", "_verdict")
 
-    def __init__(self, doorkeeper: Doorkeeper | None, *, local: bool) -> None:
-        """`doorkeeper`: None where nobody can log in; `local`: TLS is not asked for."""
+    def __init__(self, doorkeeper: Doorkeeper) -> None:
         self._doorkeeper = doorkeeper
-        self._local = local
         self._exchange: Exchange | None = None
         self._failed = 0
-        self._senders: tuple[str, ...] | None = None
-        self.done = False
+        self._verdict: Verdict | None = None
+
+    @property
+    def done(self) -> bool:
         """Whether somebody is logged in."""
+        return self._verdict is not None
+
+    @property
+    def stands(self) -> bool:
+        """Whether the login is still good: users come and go while sessions last."""
+        return self._verdict is not None and self._doorkeeper.stands(self._verdict)
 
     @property
     def possible(self) -> bool:
         """Whether AUTH would help a client that may not relay."""
-        return self._doorkeeper is not None and not self.done
+        return self._doorkeeper.open and not self.done
 
     @property
     def exhausted(self) -> bool:
         """Whether there were too many failures for another attempt."""
         return self._failed >= FAILURES_PER_SESSION
 
-    def offered(self, *, secured: bool) -> tuple[str, ...]:
-        """The mechanisms for EHLO."""
-        if self._doorkeeper is None or self.done or not (secured or self._local):
+    def offered(self, *, private: bool) -> tuple[str, ...]:
+        """The mechanisms for EHLO; `private`: whether credentials may be said in this session."""
+        if self.done or not private:
             return ()
         return self._doorkeeper.mechanisms
 
-    def begin(self, argument: bytes, *, secured: bool) -> Reply | Credentials:
+    def begin(self, argument: bytes, *, private: bool) -> Reply | Credentials:
         """Take what stood behind "AUTH "; return a challenge (334), a refusal, or what is to be decided."""
         name, _, initial = argument.partition(b" ")
         mechanism = name.decode("ascii", "replace").upper()
-        if self._doorkeeper is None:
+        if not self._doorkeeper.open:
             return answers.NOT_HERE
         if self.done:
             return answers.AUTH_ALREADY
-        if not (secured or self._local):
+        if not private:
             return answers.TLS_FOR_AUTH
         if mechanism not in self._doorkeeper.mechanisms:
             return answers.MECHANISM
@@ -71,11 +77,11 @@ class Login:
 
     def respond(self, line: bytes | None) -> Reply | Credentials:
         """Take the client's answer to a challenge; return as `begin` does."""
-        exchange, doorkeeper = cast("Exchange", self._exchange), cast("Doorkeeper", self._doorkeeper)
+        exchange = cast("Exchange", self._exchange)
         try:
             step = exchange.step(line)
         except SaslError as error:
-            doorkeeper.aborted()
+            self._doorkeeper.aborted()
             return error.reply
         if isinstance(step, bytes):
             return Reply.plain(334, b64encode(step).decode())
@@ -84,11 +90,10 @@ class Login:
     def decided(self, verdict: Verdict) -> None:
         """Take the verdict."""
         if verdict.outcome == "ok":
-            self.done = True
-            self._senders = verdict.senders
+            self._verdict = verdict
         elif verdict.outcome == "failed":
             self._failed += 1
 
     def may_use(self, reverse_path: bytes) -> bool:
         """Whether the user may send from this address; anybody may who relays without AUTH."""
-        return may_send(self._senders, reverse_path)
+        return self._verdict is None or may_send(self._verdict.senders, reverse_path)

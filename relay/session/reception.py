@@ -8,8 +8,8 @@ are looked at by one `sweep`; no session sets a timer for its commands.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -17,20 +17,23 @@ from typing import TYPE_CHECKING
 from relay import maillog
 from relay.reply import Reply
 from relay.session import answers
-from relay.session.listeners import Listener
+from relay.session.listeners import Listener, address_of
 from relay.session.offers import Offers
 from relay.session.session import Session
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
     from relay.account import Sender
     from relay.session.doorkeeper import Doorkeeper
     from relay.session.tls import Certificate
-    from relay.settings import Settings
+    from relay.settings import ListenerSettings, Settings
     from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
     from relay.upstream.upstreams import Route, Upstreams
 
-__all__ = ["Reception"]
+__all__ = ["Bound", "Reception"]
 
 CROWDED_IDLE = 10.0
 """Seconds without a transaction after which a session makes room for another when all places are taken."""
@@ -48,65 +51,130 @@ class Reception:
         upstreams: Upstreams,
         *,
         token: str,
+        doorkeeper: Doorkeeper,
         certificate: Certificate | None = None,
-        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         """`token` marks our greeting, so that a relay that is its own upstream notices.
 
-        `certificate` is there if a listener has TLS, `doorkeeper` if clients can log in.
+        `certificate` is there if a listener has TLS.
         """
-        server = settings.server
         self.loop = asyncio.get_running_loop()
-        self.services = services
         self.upstreams = upstreams
         self.metrics = services.metrics
-        self.certificate = certificate
         self.doorkeeper = doorkeeper
-        self.allow = settings.clients.allow
-        self.auth_without_tls = settings.clients.auth_without_tls
-        self.trusted_proxies = settings.clients.trusted_proxies
+        self.certificate = certificate
+        self.draining = False
+        self.addresses: list[str] = []
+        """Where it listens, with the ports that were really bound."""
+        self._token = token
+        self._sessions: set[Session] = set()
+        self._clients: Counter[str] = Counter()
+        self._listeners: list[Listener] = []
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._crowded = False
+        self._left = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._use(settings, services)
+
+    def _use(self, settings: Settings, services: Services) -> None:
+        server, clients = settings.server, settings.clients
+        self._settings = settings
+        self.services = services
+        self.allow = clients.allow
+        self.auth_without_tls = clients.auth_without_tls
+        self.trusted_proxies = clients.trusted_proxies
         self.max_message_size = server.max_message_size
         self.max_recipients = server.max_recipients
         self.min_data_rate = server.min_data_rate
         self.idle_timeout = server.idle_timeout
         self.lease_idle_timeout = server.lease_idle_timeout
-        self.greeting = Reply.plain(220, f"{server.hostname} ESMTP {token}")
+        self.greeting = Reply.plain(220, f"{server.hostname} ESMTP {self._token}")
         self.helo = Reply.plain(250, server.hostname)
-        self.draining = False
-        self.addresses: list[str] = []
-        """Where it listens, with the ports that were really bound."""
-        self._settings = settings
-        self._sessions: set[Session] = set()
-        self._clients: Counter[str] = Counter()
-        self._listeners: list[Listener] = []
         self._offers = Offers(
             server.hostname,
             max_message_size=server.max_message_size,
             max_recipients=server.max_recipients,
         )
-        self._crowded = False
-        self._left = asyncio.Event()
+
+    def apply(self, settings: Settings, services: Services, certificate: Certificate | None) -> None:
+        """Go on with other settings; they hold for open sessions from their next command on.
+
+        Without a new certificate the one before stays, for sessions that were offered TLS.
+        """
+        self._use(settings, services)
+        self.certificate = certificate or self.certificate
+        for session in tuple(self._sessions):
+            session.reconsider()
 
     # Listening
 
-    async def open(self) -> None:
-        """Listen on every configured address; raises OSError whose text names the address."""
-        for settings in self._settings.listeners:
-            try:
-                listener = Listener(settings, reuse_port=self._settings.server.reuse_port)
-            except OSError as error:
-                await self.close()
-                raise OSError(f"cannot listen on {settings.address}: {error.strerror or error}") from error
-            self._listeners.append(listener)
-            await listener.serve(partial(Session, self, settings))
-            self.addresses.append(listener.address)
+    async def open(self, passed: Sequence[socket.socket] = ()) -> None:
+        """Listen on every configured address; raises OSError whose text names the address.
+
+        `passed` are listening sockets that a supervisor has opened for some of them.
+        """
+        await self.listen(self.bind(self._settings, passed))
+
+    def bind(self, settings: Settings, passed: Sequence[socket.socket] = ()) -> Bound:
+        """Open the addresses of `settings` that are not open yet, all or, with OSError, none of them."""
+        free, given = list(self._listeners), {address_of(each): each for each in passed}
+        kept: list[tuple[Listener, ListenerSettings]] = []
+        opened: list[Listener] = []
+        unnamed = given.keys() - {name for each in settings.listeners for name in _names(each)}
+        if unnamed:
+            for unused in passed:
+                unused.close()
+            raise OSError(f"no listener is configured for the socket that was passed: {min(unnamed)}")
+        for wanted in settings.listeners:
+            listener = next((each for each in free if each.settings.address == wanted.address), None)
+            if listener is not None:
+                free.remove(listener)
+            else:
+                name = next((name for name in _names(wanted) if name in given), "")
+                try:
+                    listener = Listener(
+                        wanted, reuse_port=settings.server.reuse_port, passed=given.pop(name, None)
+                    )
+                except OSError as error:
+                    for each in opened:
+                        each.close()
+                    raise OSError(f"cannot listen on {wanted.address}: {error.strerror or error}") from error
+                opened.append(listener)
+            kept.append((listener, wanted))
+        return Bound(kept, opened, free)
+
+    async def listen(self, bound: Bound) -> None:
+        """Serve what `bind` has opened, and listen no more where nobody wants it."""
+        for listener, wanted in bound.wanted:
+            listener.settings = wanted
+        self._listeners = [listener for listener, _ in bound.wanted]
+        self.addresses[:] = [listener.address for listener in self._listeners]
+        for listener in bound.opened:
+            await listener.serve(partial(Session, self))
             maillog.listening(listener.address)
+        for listener in bound.unwanted:
+            self._close(listener)
 
     async def close(self) -> None:
         """Listen no more; the sessions that are in stay in."""
         for listener in self._listeners:
-            listener.close()
+            self._close(listener)
         self._listeners.clear()
+        if self._accepting:
+            await asyncio.wait(self._accepting)
+
+    def _close(self, listener: Listener) -> None:
+        """Close it, and let those in who had been connected by the kernel."""
+        for connection in listener.close():
+            accepting = self.loop.create_task(self._accept(connection, listener.settings))
+            self._accepting.add(accepting)
+            accepting.add_done_callback(self._accepting.discard)
+
+    async def _accept(self, connection: socket.socket, listener: ListenerSettings) -> None:
+        try:
+            await self.loop.connect_accepted_socket(partial(Session, self, listener), connection)
+        except OSError:
+            connection.close()  # it has gone meanwhile
 
     # Coming and going
 
@@ -177,29 +245,59 @@ class Reception:
     async def drain(self, timeout_s: float) -> None:
         """Take no new transaction, let those under way finish for `timeout_s` seconds, then end them all.
 
-        A message whose end of data went up unanswered is in doubt when the time is over.
+        A message whose end of data went up unanswered is in doubt when the time is over. `hurry` ends it.
         """
         self.draining = True
-        ends = self.loop.time() + timeout_s
         await self.close()
         maillog.draining(len(self._sessions), timeout_s)
         for session in tuple(self._sessions):
             session.drain()
-        if self._sessions:
-            self._left.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), timeout_s)
-        await self._settled(ends - self.loop.time())  # also those whose client has gone
+        finished = self.loop.create_task(self._finished())
+        hurried = self.loop.create_task(self._hurried.wait())
+        await asyncio.wait((finished, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finished.cancel()
+        hurried.cancel()
         for transaction in tuple(self.services.settling):
             transaction.give_up()
-        await self._settled(COMMIT_TIMEOUT)
+        if self.services.running:
+            await asyncio.wait(tuple(self.services.running), timeout=COMMIT_TIMEOUT)
         for session in tuple(self._sessions):
             session.cut()
 
-    async def _settled(self, timeout_s: float) -> None:
-        """Wait until the messages that are settling have their outcome, for `timeout_s` seconds at most."""
-        if self.services.running:
-            await asyncio.wait(tuple(self.services.running), timeout=max(0.0, timeout_s))
+    def hurry(self) -> None:
+        """Let the drain, or the one that comes, wait for nothing more."""
+        self._hurried.set()
+
+    async def _finished(self) -> None:
+        """Return when all sessions have left, and the messages of those whose client has gone are settled."""
+        while self._sessions:
+            self._left.clear()
+            await self._left.wait()
+        while self.services.running:
+            await asyncio.wait(tuple(self.services.running))
 
     def __repr__(self) -> str:
         return f"<Reception: {len(self._sessions)} sessions, {len(self.services.settling)} settling>"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Addresses that are open, as some settings want them; not in force before `Reception.listen`."""
+
+    wanted: list[tuple[Listener, ListenerSettings]]
+    opened: list[Listener]
+    """Those of them that are new."""
+    unwanted: list[Listener]
+
+    def discard(self) -> None:
+        """Close what was opened: the settings did not come into force."""
+        for listener in self.opened:
+            for connection in listener.close():
+                connection.close()
+
+
+def _names(listener: ListenerSettings) -> tuple[str, ...]:
+    """What a socket that somebody else has bound for this listener may be bound to."""
+    if listener.host == "localhost":
+        return tuple(f"{host}:{listener.port}" for host in ("127.0.0.1", "[::1]"))
+    return (listener.address,)

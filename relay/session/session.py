@@ -53,6 +53,8 @@ class Session(smtp.SMTP):
         self._securing: asyncio.Task[None] | None = None
         self._handshake: bytes | None = None
         self._client = ""
+        self._proxy: Address | None = None
+        self._address: Address | None = None
         self._since = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -65,6 +67,7 @@ class Session(smtp.SMTP):
         if not self._listener.proxy_protocol:
             self._admit(peer, peername[1] if peername else None)
         elif trusted_proxy(peer, self._reception.trusted_proxies):
+            self._proxy = peer
             self._header = Header()
         else:
             self._turn_away("proxy", "not one of clients.trusted_proxies")
@@ -74,13 +77,14 @@ class Session(smtp.SMTP):
 
         A client of a proxy that does not say who it is may do nothing without AUTH.
         """
+        self._address = client
         sender = Sender(self._client, self._listener.address, port=port)
         self._dialogue = dialogue = Dialogue(
             self,
             self._reception,
             self._listener,
             sender,
-            may_relay=may_relay(client, self._reception.allow),
+            may_relay=self._may_relay(),
             local=client is not None and client.is_loopback,
         )
         refusal = self._reception.admit(sender)
@@ -92,6 +96,18 @@ class Session(smtp.SMTP):
             self.secure(received)
         else:  # no handshake for somebody who is turned away
             self.cut()
+
+    def _may_relay(self) -> bool:
+        """Whether the policy lets this client relay without AUTH; a proxy is believed while it is trusted."""
+        reception = self._reception
+        if self._proxy is not None and not trusted_proxy(self._proxy, reception.trusted_proxies):
+            return False
+        return may_relay(self._address, reception.allow)
+
+    def reconsider(self) -> None:
+        """Decide anew what the settings decide about this client: they have changed."""
+        if self._dialogue is not None:
+            self._dialogue.may_relay = self._may_relay()
 
     def _turn_away(self, reason: str, detail: str) -> None:
         """Drop a connection that never came to a dialogue."""

@@ -1,5 +1,6 @@
 """The configuration: one TOML file, the environment over it, checked as a whole before anything starts."""
 
+from relay.settings.changes import RESTART, Changes, compare
 from relay.settings.load import DEV_UPSTREAM, SettingsError, load, schema
 from relay.settings.model import (
     ClientSettings,
@@ -22,6 +23,8 @@ from relay.settings.networks import Network
 
 __all__ = [
     "DEV_UPSTREAM",
+    "RESTART",
+    "Changes",
     "ClientSettings",
     "ExpirySettings",
     "HttpSettings",
@@ -39,6 +42,7 @@ __all__ = [
     "TlsSettings",
     "TokenSettings",
     "UpstreamSettings",
+    "compare",
     "load",
     "schema",
 ]

@@ -289,7 +289,7 @@ async def test_a_new_certificate_is_taken_and_no_session_is_dropped(
         async with contextlib.aclosing(_Closing(client)):
             await client.ehlo()
             authority.write_server(tmp_path, days=90)
-            relay.reread(force=False)
+            relay.reread()
             assert await asyncio.to_thread(_serial, running.port, context) != first
             assert 89 < (running.metric("certificate_expiry_timestamp_seconds") - time.time()) / 86400 < 91
             assert (await client.message("a@example.com", ["b@example.org"], MESSAGE))[-1].code == 250
@@ -303,14 +303,13 @@ async def test_a_bad_pair_changes_nothing(
         first = await asyncio.to_thread(_serial, running.port, context)
         good = (tmp_path / "key.pem").read_bytes()
         (tmp_path / "key.pem").write_bytes(b"no key\n")
-        running.relay.reread(force=False)
-        running.relay.reread(force=True)
+        running.relay.reread()
         assert await asyncio.to_thread(_serial, running.port, context) == first
         (tmp_path / "key.pem").unlink()
-        running.relay.reread(force=False)
+        running.relay.reread()
         assert await asyncio.to_thread(_serial, running.port, context) == first
         (tmp_path / "key.pem").write_bytes(good)
-        running.relay.reread(force=False)
+        running.relay.reread()
         assert await asyncio.to_thread(_serial, running.port, context) == first
 
 

@@ -1,4 +1,4 @@
-"""A message whose upstream cannot be had: when another one gets it, when none may, and what each side sees."""
+"""A message whose upstream cannot be had: when another gets it, when none may, and what each side sees."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_all_mistakes_are_told_at_once(
 @pytest.mark.parametrize("status", [0, 1])
 def test_serve_ends_as_the_relay_ends(status: int, config: Path, app: App) -> None:
     served: list[Settings] = []
-    app(run=lambda settings: served.append(settings) or status)
+    app(run=lambda settings, _: served.append(settings) or status)
 
     assert main(["serve", "--config", str(config)]) == status
     assert served[0].upstreams[0].address == "smtp.example.com:587"
@@ -140,7 +140,7 @@ def test_serve_ends_as_the_relay_ends(status: int, config: Path, app: App) -> No
 def test_a_relay_that_cannot_start_says_why(
     error: Exception, config: Path, app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, _load: Any) -> int:
         raise error
 
     app(run=run)
@@ -153,7 +153,7 @@ def test_serve_dev_does_not_look_for_the_default_file(app: App) -> None:
     DEFAULT.parent.mkdir()
     DEFAULT.write_text("this is not TOML")
     served: list[Settings] = []
-    app(run=lambda settings: served.append(settings) or 0)
+    app(run=lambda settings, _: served.append(settings) or 0)
 
     assert main(["serve", "--dev"]) == 0
     assert served[0].dev
@@ -166,7 +166,7 @@ def test_the_environment_reaches_the_settings(
     monkeypatch.setenv("RELAY_CONFIG", str(config))
     monkeypatch.setenv("RELAY__SERVER__MAX_RECIPIENTS", "7")
     served: list[Settings] = []
-    app(run=lambda settings: served.append(settings) or 0)
+    app(run=lambda settings, _: served.append(settings) or 0)
 
     assert main(["serve"]) == 0
     assert served[0].server.max_recipients == 7
@@ -262,7 +262,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_unforeseen_is_a_line_and_no_traceback(
     config: Path, app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, _load: Any) -> int:
         raise LookupError("nobody thought of it")
 
     app(run=run)
@@ -275,7 +275,7 @@ def test_the_unforeseen_is_a_line_and_no_traceback(
 
 
 def test_ctrl_c_is_no_defect(config: Path, app: App, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, _load: Any) -> int:
         raise KeyboardInterrupt
 
     app(run=run)
