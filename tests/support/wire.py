@@ -13,6 +13,7 @@ import ssl
 import struct
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["GoneError", "Wire"]
 
@@ -160,6 +161,11 @@ class Wire(asyncio.Protocol):
         if transport is None:
             raise GoneError
         self._transport = transport
+
+    def certificate(self) -> dict[str, Any]:
+        """Return what the other side's certificate says, as `SSLSocket.getpeercert` does."""
+        found: dict[str, Any] = self._up.get_extra_info("peercert")
+        return found
 
     def pause(self) -> None:
         """Stop reading: the other side's window fills up."""
