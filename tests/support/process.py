@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sqlite3
 import sys
@@ -54,8 +55,41 @@ class RelayProcess:
         self.port = 0
         """Of the listener; 0 while nothing listens there."""
         self.http_port = 0
+        self.launcher: tuple[str, ...] = ()
+        """What runs the command, in front of it."""
+        self.descriptors_passed: tuple[int, ...] = ()
+        self.environ: dict[str, str] = {}
+        """What is added to the environment."""
+        self._upstream_port = upstream_port
         self._process: asyncio.subprocess.Process | None = None
         self._log_begin = 0  # where in the log file the present process began
+
+    def configure(self, **over: dict[str, Any]) -> None:
+        """Write another configuration, whole, as `__init__` does."""
+        self.write(toml(self._configuration(self._upstream_port, over)))
+
+    def write(self, text: str) -> None:
+        """Put a configuration in place in one step."""
+        fresh = self.config.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(self.config)
+
+    def signal(self, number: int) -> None:
+        """Send a signal, and wait for nothing."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def reload(self) -> list[dict[str, Any]]:
+        """SIGHUP; return the lines that it brings, up to the one that says what came of it."""
+        before = len(self.log())
+        self.signal(signal.SIGHUP)
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end:
+            lines = self.log()[before:]
+            if lines and lines[-1]["event"] in ("reloaded", "reload refused", "reload ignored"):
+                return lines
+            await asyncio.sleep(_POLL_S)
+        raise AssertionError(f"no reload in the log: {self.log()[before:]} {self.errors()}")
 
     def _configuration(self, upstream_port: int, over: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         upstream = {"name": "primary", "address": f"127.0.0.1:{upstream_port}", "tls": "none"}
@@ -95,11 +129,16 @@ class RelayProcess:
         assert not self.running
         self.port = self.http_port = 0
         self.starts += 1
-        command = (sys.executable, "-m", self.module, "serve", "--config", str(self.config))
+        command = (*self.launcher, sys.executable, "-m", self.module, "serve", "--config", str(self.config))
         with self.log_file.open("ab") as log, self.error_file.open("ab") as errors:
             self._log_begin = log.tell()
             self._process = await asyncio.create_subprocess_exec(
-                *command, cwd=ROOT, stdout=log, stderr=errors
+                *command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=errors,
+                env=os.environ | self.environ,
+                pass_fds=self.descriptors_passed,
             )
 
     async def start(self) -> None:
