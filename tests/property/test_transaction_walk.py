@@ -28,12 +28,12 @@ WALKS: dict[str, tuple[dict[str, Any], Sequence[Event], int, int]] = {
     "from the beginning": ({}, [], 6, 1000),
     "one command at a time": ({"pipelining": False}, [], 6, 700),
     "a connection that may have died": ({"idle": True}, [], 5, 1000),
-    "a place in the pool is waited for": ({"busy": True}, [], 6, 800),
+    "a place in the pool is waited for": ({"busy": True}, [], 5, 500),
     "no chunks": ({"chunking": False}, [*OPEN, *RECIPIENT], 3, 100),
     "recipients, partly refused": ({}, [*OPEN, ("client", "rcpt"), ("client", "rcpt")], 4, 400),
     "content": ({"idle": True}, [*OPEN_IDLE, *RECIPIENT, *DATA], 4, 700),
     "end of data": ({}, [*OPEN, *RECIPIENT, *DATA, *TEXT, *END], 5, 400),
-    "chunks": ({}, [*OPEN, *RECIPIENT, ("client", "chunk")], 4, 500),
+    "chunks": ({}, [*OPEN, *RECIPIENT, ("client", "chunk")], 3, 500),
     "the last chunk": ({}, [*OPEN, *RECIPIENT, ("client", "chunk"), ("client", "last chunk")], 4, 500),
 }
 """The stage, what has happened, how many events follow in every order, and the least number of places."""

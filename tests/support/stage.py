@@ -79,6 +79,11 @@ METRICS = Metrics(upstreams=["primary"], listeners=["test"], task_types=["t"])
 CLASSIFIER = Classifier(headers=["X-Task-Type"], default="email", id_header="X-Task-Id", rules=[], keep=[])
 SENDER = Sender("192.0.2.1", "test")
 REVERSE_PATH = b"a@client.test"
+# What the relay itself refuses is nobody's.
+_OUTCOMES = [outcome for _ in range(2) for outcome in Outcome]
+_COUNTERS = [
+    METRICS.upstreams[name]._messages[outcome] for name in ("primary", NO_UPSTREAM) for outcome in Outcome
+]
 
 
 def services_for(stage: Stage) -> Services:
@@ -370,7 +375,7 @@ class Stage:
         self.lines: list[Line] = []
         self.dialer = StageDialer(self)
         self.keeper = Keeper(self)
-        self._counted = self._counts()
+        self._counted = _counts()
         self._errors = METRICS._record_errors.value
         self.pool: Pool = self.loop.at_once(
             lambda: Pool(SETTINGS, self.dialer, METRICS.upstreams["primary"])  # type: ignore[arg-type]
@@ -777,16 +782,11 @@ class Stage:
 
     def outcomes(self) -> list[str]:
         """Return the outcomes that metrics have counted for this transaction."""
-        return [
-            outcome.value
-            for outcome, count in self._counts().items()
-            for _ in range(int(count - self._counted[outcome]))
-        ]
-
-    def _counts(self) -> dict[Outcome, float]:
-        # What the relay itself refuses is nobody's.
-        counts = [METRICS.upstreams[name]._messages for name in ("primary", NO_UPSTREAM)]
-        return {outcome: sum(each[outcome].value for each in counts) for outcome in Outcome}
+        counts = _counts()
+        if counts == self._counted:
+            return []
+        pairs = zip(_OUTCOMES, self._counted, counts, strict=True)
+        return [outcome.value for outcome, before, now in pairs for _ in range(int(now - before))]
 
     # The end
 
@@ -899,3 +899,7 @@ class Stage:
             tuple(lines),
         )
         return own, self.loop.pending, snapshot(self.loop, [self.transaction, self.pool, self.services])
+
+
+def _counts() -> list[float]:
+    return [counter.value for counter in _COUNTERS]
