@@ -14,9 +14,13 @@ from typing import Self
 from .content import stuff
 from .wire import GoneError, Wire
 
-__all__ = ["Client", "Reply", "bdat"]
+__all__ = ["Client", "OverdueError", "Reply", "bdat"]
 
 DEADLINE_S = 10.0
+
+
+class OverdueError(AssertionError):
+    """A wait has passed its deadline."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,11 @@ class Client:
         """The connection, for what has no method here: `pause`, `resume`, `abort`."""
 
     @classmethod
-    async def connect(cls, port: int, *, tls: ssl.SSLContext | None = None) -> Self:
+    async def connect(
+        cls, port: int, *, tls: ssl.SSLContext | None = None, deadline_s: float | None = None
+    ) -> Self:
         """Connect, with TLS from the first octet if a context is given."""
-        client = cls(port)
+        client = cls(port, deadline_s=DEADLINE_S if deadline_s is None else deadline_s)
         await client._open(tls)
         return client
 
@@ -219,6 +225,9 @@ class Client:
                 server_hostname="localhost" if tls else None,
                 local_addr=self._source,
             )
+        if self.wire.meets_itself:
+            self.wire.abort()
+            raise ConnectionRefusedError("nobody listens there: the connection is one with itself")
 
     def _deadline(self, complaint: str) -> _Deadline:
         return _Deadline(self.deadline_s, complaint)
@@ -238,7 +247,7 @@ class _Deadline:
         try:
             await self._timeout.__aexit__(*error)  # type: ignore[arg-type]
         except TimeoutError:
-            raise AssertionError(self._complaint) from None
+            raise OverdueError(self._complaint) from None
 
 
 def bdat(chunk: bytes, *, last: bool = False) -> bytes:

@@ -51,6 +51,8 @@ class RelayProcess:
         self.log_file = directory / "relay.log"
         self.error_file = directory / "relay.err"
         self.config.write_text(toml(self._configuration(upstream_port, over)))
+        self.environment: dict[str, str] = {}
+        """Laid over the environment of the next process."""
         self.starts = 0
         self.port = 0
         """Of the listener; 0 while nothing listens there."""
@@ -58,8 +60,6 @@ class RelayProcess:
         self.launcher: tuple[str, ...] = ()
         """What runs the command, in front of it."""
         self.descriptors_passed: tuple[int, ...] = ()
-        self.environ: dict[str, str] = {}
-        """What is added to the environment."""
         self._upstream_port = upstream_port
         self._process: asyncio.subprocess.Process | None = None
         self._log_begin = 0  # where in the log file the present process began
@@ -137,7 +137,7 @@ class RelayProcess:
                 cwd=ROOT,
                 stdout=log,
                 stderr=errors,
-                env=os.environ | self.environ,
+                env=os.environ | self.environment,
                 pass_fds=self.descriptors_passed,
             )
 

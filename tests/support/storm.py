@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from .client import Client
+from .client import Client, OverdueError, Reply
 from .ledger import ID_HEADER, Ledger, check, id_of
 from .process import RelayProcess
-from .upstream import ScriptedUpstream
+from .upstream import Message, ScriptedUpstream
 
-__all__ = ["Figures", "Storm"]
+__all__ = ["Figures", "Storm", "is_uncertain"]
 
 _RETRY_S = 0.01
 
@@ -42,8 +42,12 @@ class Figures:
     rows: int
     yes_unheard: int
     """Tries with a row whose client was gone, or the relay, before it heard 2yz."""
-    unrecorded: int
-    """Tries that the upstream accepted and that have no row: killed in between; no client was told 2yz."""
+    in_doubt: int
+    """Tries of which the relay says that it does not know what became of them."""
+    accepted_in_doubt: int
+    """Of those, what the upstream did accept: no client was told 2yz."""
+    unanswered_in_doubt: int
+    """Of those, what the upstream has whole and never answered."""
     spooled: int
     """Rows that were found in the spool after kills; one that outlived several counts for each."""
 
@@ -58,18 +62,32 @@ class Storm:
     """
 
     def __init__(
-        self, relay: RelayProcess, upstream: ScriptedUpstream, *, clients: int = 20, seed: int = 0
+        self,
+        relay: RelayProcess,
+        *upstreams: ScriptedUpstream,
+        clients: int = 20,
+        seed: int = 0,
+        port: Callable[[], int] | None = None,
+        patience_s: float | None = None,
     ) -> None:
+        """`port` says where to connect, 0: nowhere now; by default to the relay itself.
+
+        With `patience_s` an application that waits longer than that for a reply leaves, and sends again.
+        """
         self.relay = relay
-        self.upstream = upstream
+        self.upstreams = upstreams
         self.told: dict[str, int | None] = {}
+        self.uncertain: set[str] = set()
         self.messages = 0
         self.kills = 0
         self.spooled = 0
         self._clients = clients
         self._random = random.Random(seed)
+        self._port = port or (lambda: relay.port)
+        self._patience_s = patience_s
         self._accepted: list[str] = []
         self._refused: list[str] = []
+        self._unanswered: list[str] = []
         self._over = False
         self._group = asyncio.TaskGroup()
 
@@ -106,31 +124,38 @@ class Storm:
 
     async def take_account(self) -> None:
         """Move what the upstream has into the account; only while no relay runs."""
-        ends = [connection.task for connection in self.upstream.connections if connection.task is not None]
-        if ends:  # each reads what was sent before the kill, to its end
-            _, late = await asyncio.wait(ends, timeout=20)
-            assert not late, self.upstream.transcript()
-        for message in self.upstream.messages:
-            (self._accepted if message.accepted else self._refused).append(id_of(message.content))
-        assert self.upstream.violations == []
-        for account in (self.upstream.messages, self.upstream.log, self.upstream.connections):
-            account.clear()
+        for upstream in self.upstreams:
+            ends = [connection.task for connection in upstream.connections if connection.task is not None]
+            if ends:  # each reads what was sent before the kill, to its end
+                _, late = await asyncio.wait(ends, timeout=20)
+                assert not late, upstream.transcript()
+            for message in upstream.messages:
+                self._book(message).append(id_of(message.content))
+            assert upstream.violations == []
+            for account in (upstream.messages, upstream.log, upstream.connections):
+                account.clear()
+
+    def _book(self, message: Message) -> list[str]:
+        if message.reply is None:
+            return self._unanswered
+        return self._accepted if message.accepted else self._refused
 
     async def settle(self, *, killed: bool = True) -> tuple[list[str], Figures]:
         """With the applications done and the relay ended in order: return all contradictions, and figures."""
         await self.take_account()
         rows = [row["client_task_id"] for row in self.relay.rows("SELECT client_task_id FROM task_done")]
-        ledger = Ledger(self.told, self._accepted, self._refused, rows)
-        findings = check(ledger, settled=not killed)
-        unrecorded = Counter(self._accepted).keys() - set(rows)
-        # Who was told something had a relay that knew; only a relay that was killed may not have recorded.
-        findings += [
-            f"{key}: accepted, told {self.told.get(key)}, and there is no row"
-            for key in sorted(unrecorded)
-            if self.told.get(key) is not None
-        ]
+        in_doubt = self._in_doubt(rows)
+        ledger = Ledger(
+            told=self.told,
+            uncertain=self.uncertain,
+            accepted=self._accepted,
+            refused=self._refused,
+            unanswered=self._unanswered,
+            rows=rows,
+            in_doubt=in_doubt,
+        )
         yes = {key for key, code in self.told.items() if code is not None and 200 <= code < 300}
-        return findings, Figures(
+        return check(ledger, settled=not killed), Figures(
             kills=self.kills,
             messages=self.messages,
             tries=len(self.told),
@@ -138,9 +163,20 @@ class Storm:
             accepted=len(self._accepted),
             rows=len(rows),
             yes_unheard=len(set(rows) - yes),
-            unrecorded=len(unrecorded),
+            in_doubt=len(in_doubt),
+            accepted_in_doubt=len(set(in_doubt) & set(self._accepted)),
+            unanswered_in_doubt=len(set(in_doubt) & set(self._unanswered)),
             spooled=self.spooled,
         )
+
+    def _in_doubt(self, rows: Sequence[str]) -> list[str]:
+        tables = self.relay.rows("SELECT name FROM sqlite_schema WHERE name = 'task_in_doubt'")
+        if tables:
+            found = self.relay.rows("SELECT client_task_id FROM task_in_doubt")
+            return [row["client_task_id"] for row in found]
+        # A schema without that table: what nobody was told a verdict of counts as if it stood there.
+        open_ends = {*self._accepted, *self._unanswered, *self.uncertain} - {*rows, *self._refused}
+        return [key for key in open_ends if self.told.get(key) is None or key in self.uncertain]
 
     # One application
 
@@ -168,11 +204,11 @@ class Storm:
     async def _connect(self) -> Client:
         """Return a session past its EHLO, as soon as there is a relay to have it with."""
         while True:
-            while not self.relay.port:
+            while not (port := self._port()):
                 await asyncio.sleep(_RETRY_S)
             try:
-                session = await Client.connect(self.relay.port)
-            except ConnectionError:
+                session = await Client.connect(port, deadline_s=self._patience_s)
+            except self._failures:
                 await asyncio.sleep(_RETRY_S)
                 continue
             if await self._welcome(session):
@@ -185,7 +221,7 @@ class Storm:
             if (await session.reply()).code != 220:
                 return False
             welcome = await session.command("EHLO a.test")
-        except ConnectionError:
+        except self._failures:
             return False
         session.extensions = dict.fromkeys(welcome.lines, "")
         return welcome.code == 250
@@ -213,12 +249,24 @@ class Storm:
                 replies = await session.message(
                     b"a@example.test", [b"b@example.test"], content, pipelined=dice.random() < 0.5
                 )
-        except ConnectionError:
+        except self._failures:
             return None
         code = next((reply.code for reply in replies if reply.code >= 400), replies[-1].code)
         assert code < 300 or 400 <= code < 500, replies
         self.told[key] = code
+        if is_uncertain(replies):
+            self.uncertain.add(key)
         return code
+
+    @property
+    def _failures(self) -> tuple[type[Exception], ...]:
+        """What makes an application send again, on a new connection."""
+        return (ConnectionError,) if self._patience_s is None else (ConnectionError, OverdueError)
+
+
+def is_uncertain(replies: Sequence[Reply]) -> bool:
+    """Whether the relay has said that it does not know what became of the message."""
+    return any(reply.code == 451 and "may have been sent" in reply.text for reply in replies)
 
 
 async def _leave(session: Client) -> None:

@@ -93,6 +93,11 @@ class Wire(asyncio.Protocol):
         return f"{host}:{port}"
 
     @property
+    def meets_itself(self) -> bool:
+        """Whether both ends are this one, by TCP's simultaneous open, as can be on a port without listener."""
+        return bool(self._up.get_extra_info("sockname") == self._up.get_extra_info("peername"))
+
+    @property
     def secured(self) -> bool:
         """Whether TLS is on."""
         return self._up.get_extra_info("ssl_object") is not None
