@@ -7,9 +7,10 @@ What follows the id in a contradiction is one of a few sentences, so that contra
 kind (`kinds`).
 
 Where the relay cannot know what became of a message it must say so: the fourth account, `in_doubt`. Such an
-entry may be of a message that the upstream never got whole. The relay notes that the end of data goes up just
-before it does, and the octets can be lost between it and the upstream, so nobody but the upstream knows; the
-entry says no more than that. It may also be of a message that the upstream has refused, if the reply was lost.
+entry may be of a message that the upstream never got whole. The relay notes that the end of data goes up
+just before it does, and the octets can be lost between it and the upstream, so nobody but the upstream
+knows; the entry says no more than that. It may also be of a message that the upstream has refused, if the
+reply was lost.
 """
 
 from __future__ import annotations

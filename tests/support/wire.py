@@ -94,7 +94,7 @@ class Wire(asyncio.Protocol):
 
     @property
     def meets_itself(self) -> bool:
-        """Whether both ends are this one, by TCP's simultaneous open, as can be on a port without listener."""
+        """Whether both ends are this one, by TCP's simultaneous open: on a port on which nobody listens."""
         return bool(self._up.get_extra_info("sockname") == self._up.get_extra_info("peername"))
 
     @property
