@@ -43,11 +43,15 @@ _BLOCK = 64 * 1024
 
 @dataclass(frozen=True)
 class Cut:
-    """End both connections once `after` octets have passed this way: by FIN, or by RST."""
+    """End both connections once `after` octets have passed this way: by FIN, or by RST.
+
+    With `late` not before another octet wants to pass: the answer is under way, and is lost.
+    """
 
     way: Way
     after: int
     by: Literal["fin", "rst"]
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ class HalfClose:
 class Stall:
     """Once `after` octets have passed this way let nothing through for so many seconds, None: for good.
 
-    The other way goes on, or stalls as well if `both`.
+    The other way goes on, or stalls as well if `both`. `late` is as in `Cut`.
     """
 
     way: Way
     after: int
     seconds: float | None = None
     both: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class FaultyProxy:
         self.port = 0
         self.accepted = 0
         """Connections so far."""
+        self.ports: dict[int, int] = {}
+        """From the port from which a connection goes on to its number."""
         self.faults: Counter[str] = Counter()
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -132,9 +139,8 @@ class FaultyProxy:
         while True:
             near, _ = await loop.sock_accept(listener)
             near.setblocking(False)
-            fault = self.plan(self.accepted)
+            task = asyncio.create_task(self._serve(near, self.accepted, self.plan(self.accepted)))
             self.accepted += 1
-            task = asyncio.create_task(self._serve(near, fault))
             self._pairs.add(task)
             task.add_done_callback(self._served)
 
@@ -143,13 +149,14 @@ class FaultyProxy:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failures.append(error)
 
-    async def _serve(self, near: socket.socket, fault: Fault | None) -> None:
+    async def _serve(self, near: socket.socket, number: int, fault: Fault | None) -> None:
         with near:
             far = await self._connected()
             if far is None:
                 _reset(near)
                 return
             with far:
+                self.ports[far.getsockname()[1]] = number
                 await _Pair(near, far, fault, self.faults).run()
 
     async def _connected(self) -> socket.socket | None:
@@ -212,7 +219,7 @@ class _Pair:
         source, sink = self._ends[way]
         fault = self._fault if self._fault is not None and self._fault.way == way else None
         passed = 0
-        if isinstance(fault, Cut | HalfClose | Stall) and fault.after == 0:
+        if isinstance(fault, Cut | HalfClose | Stall) and fault.after == 0 and not _late(fault):
             await self._strike(fault, sink)
             fault = None
         while octets := await loop.sock_recv(source, _BLOCK):
@@ -222,7 +229,7 @@ class _Pair:
                 passed += len(octets)
                 await self._dribble(sink, octets[:alone], fault)
                 octets = octets[alone:]
-            elif fault is not None and passed + len(octets) >= fault.after:
+            elif fault is not None and passed + len(octets) >= fault.after + _late(fault):
                 await loop.sock_sendall(sink, octets[: fault.after - passed])
                 octets, struck, fault = octets[fault.after - passed :], fault, None
                 await self._strike(struck, sink)
@@ -281,6 +288,10 @@ class _Pair:
     def _reset(self) -> None:
         for end in self._ends[UP]:
             _reset(end)
+
+
+def _late(fault: Cut | HalfClose | Stall) -> bool:
+    return not isinstance(fault, HalfClose) and fault.late
 
 
 class _StruckError(Exception):

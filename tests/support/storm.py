@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from .client import Client, OverdueError, Reply
-from .ledger import ID_HEADER, Ledger, check, id_of
+from .ledger import ID_HEADER, Ledger, check, id_of, ids
 from .process import RelayProcess
 from .upstream import Message, ScriptedUpstream
 
@@ -143,8 +143,7 @@ class Storm:
     async def settle(self, *, killed: bool = True) -> tuple[list[str], Figures]:
         """With the applications done and the relay ended in order: return all contradictions, and figures."""
         await self.take_account()
-        rows = [row["client_task_id"] for row in self.relay.rows("SELECT client_task_id FROM task_done")]
-        in_doubt = self._in_doubt(rows)
+        rows, in_doubt = ids(self.relay.rows, "task_done") or [], ids(self.relay.rows, "task_in_doubt")
         ledger = Ledger(
             told=self.told,
             uncertain=self.uncertain,
@@ -163,20 +162,11 @@ class Storm:
             accepted=len(self._accepted),
             rows=len(rows),
             yes_unheard=len(set(rows) - yes),
-            in_doubt=len(in_doubt),
-            accepted_in_doubt=len(set(in_doubt) & set(self._accepted)),
-            unanswered_in_doubt=len(set(in_doubt) & set(self._unanswered)),
+            in_doubt=len(in_doubt or ()),
+            accepted_in_doubt=len(set(in_doubt or ()) & set(self._accepted)),
+            unanswered_in_doubt=len(set(in_doubt or ()) & set(self._unanswered)),
             spooled=self.spooled,
         )
-
-    def _in_doubt(self, rows: Sequence[str]) -> list[str]:
-        tables = self.relay.rows("SELECT name FROM sqlite_schema WHERE name = 'task_in_doubt'")
-        if tables:
-            found = self.relay.rows("SELECT client_task_id FROM task_in_doubt")
-            return [row["client_task_id"] for row in found]
-        # A schema without that table: what nobody was told a verdict of counts as if it stood there.
-        open_ends = {*self._accepted, *self._unanswered, *self.uncertain} - {*rows, *self._refused}
-        return [key for key in open_ends if self.told.get(key) is None or key in self.uncertain]
 
     # One application
 

@@ -93,6 +93,11 @@ class Wire(asyncio.Protocol):
         return f"{host}:{port}"
 
     @property
+    def peer_port(self) -> int:
+        """The other end's port."""
+        return int(self._up.get_extra_info("peername")[1])
+
+    @property
     def meets_itself(self) -> bool:
         """Whether both ends are this one, by TCP's simultaneous open: on a port on which nobody listens."""
         return bool(self._up.get_extra_info("sockname") == self._up.get_extra_info("peername"))
