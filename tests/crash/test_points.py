@@ -1,0 +1,280 @@
+"""SIGKILL at every named point of a message's way: what everybody knows then, and after the next start.
+
+This is the table of docs/reliability.md, line by line. One message is under way when the process ends; after
+the next start the same message is sent again, as an application does that was told no 2yz.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.killpoints import POINTS, VARIABLE
+from tests.support.ledger import ID_HEADER, Ledger, check, id_of, ids
+from tests.support.process import RelayProcess
+from tests.support.script import Script
+from tests.support.storm import is_uncertain
+from tests.support.upstream import Message, ScriptedUpstream, Silence
+
+pytestmark = pytest.mark.timeout(120)
+
+TEXT = b"a line of text that is as long as such lines are\r\n"
+LONG = TEXT * 20_000
+"""More than comes in one read."""
+SILENT: Script = {"end_of_data": Silence()}
+REFUSES: Script = {"end_of_data": b"550 5.7.1 not this one\r\n"}
+TAKES: Script = {}
+
+
+@dataclass(frozen=True)
+class Crash:
+    """One line of the table."""
+
+    point: str
+    script: Script
+    heard: int | None
+    """By the client, at the end of data."""
+    upstream: str
+    """What it has: part, whole (and never answered), refused, accepted."""
+    kept: str
+    """Where the relay has it when it has ended: row, spool, or nowhere but perhaps in the journal."""
+    then: str
+    """What is there after the next start: row, doubt, nothing."""
+    locked: bool = False
+    """Whether somebody else has the database locked until the relay has ended."""
+
+    def __str__(self) -> str:
+        return self.point + (", refusal" if self.script is REFUSES else "")
+
+
+CRASHES = [
+    # point                        script   heard upstream    kept     then
+    Crash("in the content",        SILENT,  None, "part",     "",      ""),
+    Crash("before the journal",    SILENT,  None, "part",     "",      ""),
+    Crash("in the journal",        SILENT,  None, "part",     "",      ""),
+    Crash("before the end of data", SILENT, None, "part",     "",      "doubt"),
+    Crash("behind the end of data", SILENT, None, "whole",    "",      "doubt"),
+    Crash("verdict read",          TAKES,   None, "accepted", "",      "doubt"),
+    Crash("verdict read",          REFUSES, None, "refused",  "",      "doubt"),
+    Crash("before the commit",     TAKES,   None, "accepted", "",      "doubt"),
+    Crash("behind the commit",     TAKES,   None, "accepted", "row",   "row"),
+    Crash("before the reply",      TAKES,   None, "accepted", "row",   "row"),
+    Crash("behind the reply",      TAKES,   250,  "accepted", "row",   "row"),
+    Crash("before the journal is freed", TAKES, None, "accepted", "row", "row"),
+    Crash("behind the journal is freed", TAKES, None, "accepted", "row", "row"),
+    Crash("before the reply",      REFUSES, None, "refused",  "",      ""),
+    Crash("behind the reply",      REFUSES, 550,  "refused",  "",      ""),
+    Crash("before the spool",      TAKES,   None, "accepted", "",      "doubt", locked=True),
+    Crash("before the spool's fdatasync", TAKES, None, "accepted", "spool", "row", locked=True),
+    Crash("behind the spool's fdatasync", TAKES, None, "accepted", "spool", "row", locked=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("crash", CRASHES, ids=str)
+async def test_one_message(crash: Crash, tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    upstream.script = crash.script
+    relay = RelayProcess(
+        tmp_path, upstream.port, module="tests.support.killpoints", records={"commit_timeout": "50ms"}
+    )
+    async with relay:
+        relay.environment = {VARIABLE: f"{crash.point}:1"}
+        await relay.start()
+        with locked(relay) if crash.locked else contextlib.nullcontext():
+            told = {"first": await send(relay, "first")}
+            assert await relay.ended() == -signal.SIGKILL
+        await upstream.wait_for(lambda: not upstream.open_connections)
+        assert told["first"] == crash.heard
+        assert state_at(upstream) == crash.upstream
+        assert kept(relay) == ([] if crash.kept == "" else [(crash.kept, "first")])
+
+        relay.environment = {}
+        upstream.script = REFUSES if crash.script is REFUSES else TAKES
+        await relay.start()
+        await relay.until("records_spooled", 0)
+        if crash.heard is None:
+            told["again"] = await send(relay, "again")
+        assert await relay.terminate() == 0
+        assert relay.errors() == ""
+
+    rows, doubts = ids(relay.rows, "task_done"), ids(relay.rows, "task_in_doubt")
+    again = ["again"] if told.get("again") == 250 else []
+    assert sorted(rows or ()) == sorted((["first"] if crash.then == "row" else []) + again)
+    assert doubts in (["first"] if crash.then == "doubt" else [], None)
+    ledger = Ledger(told=told, rows=rows or (), in_doubt=doubts, **upstreams_books(upstream))
+    assert check(ledger, settled=False) == []
+
+
+async def test_the_replay_of_the_spool(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """A segment is replayed once more from its start; no row comes twice."""
+    for point in ("before the spool forgets", "behind the spool forgot"):
+        relay = RelayProcess(
+            directory(tmp_path, point),
+            upstream.port,
+            module="tests.support.killpoints",
+            records={"commit_timeout": "50ms"},
+        )
+        async with relay:
+            relay.environment = {VARIABLE: f"{point}:1"}
+            await relay.start()
+            with locked(relay):
+                for key in ("1", "2", "3"):
+                    assert await send(relay, key) == 250
+                assert [where for where, _ in kept(relay)] == ["spool"] * 3
+            assert await relay.ended() == -signal.SIGKILL
+            assert ids(relay.rows, "task_done") == ["1", "2", "3"]
+
+            relay.environment = {}
+            await relay.start()
+            await relay.until("records_spooled", 0)
+            assert await relay.terminate() == 0
+            assert ids(relay.rows, "task_done") == ["1", "2", "3"]
+            assert ids(relay.rows, "task_in_doubt") in ([], None)
+            assert kept(relay) == [("row", key) for key in ("1", "2", "3")]
+            assert relay.errors() == ""
+
+
+async def test_the_expiry(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """What a step has deleted is undone whole; the next start deletes it."""
+    relay = RelayProcess(tmp_path, upstream.port, module="tests.support.killpoints")
+    async with relay:
+        await relay.start()
+        for key in ("old", "new"):
+            assert await send(relay, key) == 250
+        assert await relay.terminate() == 0
+        with contextlib.closing(sqlite3.connect(relay.database)) as connection, connection:
+            connection.execute("UPDATE task_done SET expires_at = sent_at WHERE client_task_id = 'old'")
+
+        relay.environment = {VARIABLE: "in the expiry:1"}
+        await relay.spawn()
+        assert await relay.ended() == -signal.SIGKILL
+        assert ids(relay.rows, "task_done") == ["old", "new"]
+
+        # The lease of the run that died keeps others away for a minute: let that be over.
+        with contextlib.closing(sqlite3.connect(relay.database)) as connection, connection:
+            connection.execute("UPDATE task_done_state SET expires_at = '2020-01-01' WHERE name = 'expiry'")
+        relay.environment = {}
+        await relay.start()
+        await relay.until("expired_rows_total", 1)
+        assert await send(relay, "newer") == 250
+        assert await relay.terminate() == 0
+        assert ids(relay.rows, "task_done") == ["new", "newer"]
+        assert relay.rows("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+        assert relay.errors() == ""
+
+
+async def test_the_migration(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """Whichever statement it comes to, the file stays as it was or is wholly new, and keeps its rows."""
+    relay = RelayProcess(tmp_path, upstream.port, module="tests.support.killpoints")
+    async with relay:
+        await relay.start()
+        assert await send(relay, "old") == 250
+        assert await relay.terminate() == 0
+        back_to_0001(relay)
+        old = schema(relay)
+
+        statements = 1
+        while True:
+            relay.environment = {VARIABLE: f"in the migration:{statements}"}
+            await relay.spawn()
+            with contextlib.suppress(AssertionError):
+                await relay.event("started")
+            if relay.running:
+                break
+            assert await relay.ended() == -signal.SIGKILL
+            assert schema(relay) == old
+            assert ids(relay.rows, "task_done") == ["old"]
+            statements += 1
+
+        assert statements > 3
+        assert await relay.terminate() == 0
+        assert schema(relay) != old
+        relay.environment = {}
+        await relay.start()
+        assert await send(relay, "new") == 250
+        assert await relay.terminate() == 0
+        assert ids(relay.rows, "task_done") == ["old", "new"]
+        assert relay.errors() == ""
+
+
+def test_every_point_is_tried() -> None:
+    apart = {"before the spool forgets", "behind the spool forgot", "in the migration", "in the expiry"}
+    assert {crash.point for crash in CRASHES} | apart == POINTS.keys()
+
+
+async def send(relay: RelayProcess, key: str) -> int | None:
+    """Send one message; return the code that told what became of it, None if nobody said."""
+    head = b"From: <a@example.test>\r\n%b: %b\r\n\r\n" % (ID_HEADER.encode(), key.encode())
+    async with Client(relay.port) as client:
+        await client.ehlo()
+        try:
+            replies = await client.message(b"a@example.test", [b"b@example.test"], head + LONG)
+        except ConnectionError:
+            return None
+    assert not is_uncertain(replies)
+    return replies[-1].code
+
+
+def state_at(upstream: ScriptedUpstream) -> str:
+    """What the upstream has of its one message."""
+    if not upstream.messages:
+        (message,) = upstream.incomplete
+        return "part"
+    (message,) = upstream.messages
+    if message.reply is None:
+        return "whole"
+    return "accepted" if message.accepted else "refused"
+
+
+def upstreams_books(upstream: ScriptedUpstream) -> dict[str, Any]:
+    def having(state: bool | None) -> list[str]:
+        def of(message: Message) -> bool | None:
+            return None if message.reply is None else message.accepted
+
+        return [id_of(message.content) for message in upstream.messages if of(message) is state]
+
+    return {"accepted": having(True), "refused": having(False), "unanswered": having(None)}
+
+
+def kept(relay: RelayProcess) -> list[tuple[str, str]]:
+    """Return where the relay that has ended, or is held up, has what: rows, and lines of the spool."""
+    lines = b"".join(path.read_bytes() for path in sorted(relay.spool.glob("[0-9]*.jsonl")))
+    spooled = re.findall(rb'"client_task_id":"([^"]*)"', lines)
+    rows = ids(relay.rows, "task_done") or []
+    return [("row", key) for key in rows] + [("spool", key.decode()) for key in spooled]
+
+
+@contextlib.contextmanager
+def locked(relay: RelayProcess) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(relay.database)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.rollback()
+
+
+def directory(parent: Path, name: str) -> Path:
+    path = parent / name.replace(" ", "-")
+    path.mkdir()
+    return path
+
+
+def schema(relay: RelayProcess) -> list[dict[str, Any]]:
+    return relay.rows("SELECT name, sql FROM sqlite_schema ORDER BY name") + relay.rows(
+        "SELECT version_num FROM task_done_version"
+    )
+
+
+def back_to_0001(relay: RelayProcess) -> None:
+    """Undo what came after the first schema, as if an older relay had written the file."""
+    with contextlib.closing(sqlite3.connect(relay.database)) as connection, connection:
+        connection.execute("DROP INDEX ix_task_done_sent_at")
+        connection.execute("DROP TABLE IF EXISTS task_in_doubt")
+        connection.execute("UPDATE task_done_version SET version_num = '0001'")
