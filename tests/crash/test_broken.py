@@ -1,0 +1,126 @@
+"""The checker of the ledgers can fail: a relay that breaks one promise is found out, by what it breaks.
+
+Each runs on purpose in the very situation in which the promise is hard to keep, with the same applications
+and the same checker as the chaos and the kills; a relay that keeps its promises is run beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.broken import BREAKS, VARIABLE
+from tests.support.ledger import kinds
+from tests.support.process import RelayProcess
+from tests.support.script import Script
+from tests.support.storm import Storm
+from tests.support.upstream import Delay, Reset, ScriptedUpstream
+
+pytestmark = pytest.mark.timeout(120)
+
+SOUND = "relay"
+Trouble = Callable[[RelayProcess, Storm], Awaitable[None]]
+
+
+async def refusals(relay: RelayProcess, applications: Storm) -> None:
+    """The upstream refuses now and then."""
+    await enough(applications)
+
+
+async def locks(relay: RelayProcess, applications: Storm) -> None:
+    """The database is locked for a while."""
+    with contextlib.closing(sqlite3.connect(relay.database)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        await enough(applications)
+        connection.rollback()
+    await relay.until("records_spooled", 0)
+
+
+async def kills(relay: RelayProcess, applications: Storm) -> None:
+    """The relay is killed, with messages between their end of data and their verdict."""
+    for _ in range(2):
+        await enough(applications)
+        await relay.kill()
+        await applications.take_account()
+        await relay.start()
+
+
+async def enough(applications: Storm) -> None:
+    told = applications.told_yes + 20
+    async with asyncio.timeout(30):
+        while applications.told_yes < told:
+            await asyncio.sleep(0.01)
+
+
+REFUSES: Script = {"end_of_data": lambda _, __, connection: every_other(connection, b"451 4.3.0 not now\r\n")}
+RESETS: Script = {"end_of_data": lambda _, __, connection: every_other(connection, Reset())}
+SLOW: Script = {"end_of_data": lambda *_: Delay(0.02)}
+
+SITUATIONS: dict[str, tuple[Trouble, Script, str]] = {
+    "records before the verdict": (refusals, REFUSES, "a row, but the upstream has not accepted it"),
+    "drops rows of a failed commit": (locks, {}, "the client was told 250, and there is no row"),
+    "forgets what it spooled": (locks, {}, "the client was told 250, and there is no row"),
+    "sends again after a lost verdict": (refusals, RESETS, "the upstream got it 2 times"),
+    "forgets the journal": (
+        kills,
+        SLOW,
+        "accepted by the upstream, and there is neither row nor entry in doubt",
+    ),
+    "forgets doubts": (
+        refusals,
+        RESETS,
+        "the upstream has it whole and never answered, and there is no entry in doubt",
+    ),
+    "doubts what it knows": (kills, REFUSES, "in doubt, and the client was told 451"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+async def test_it_is_found_out(name: str, tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    trouble, script, finding = SITUATIONS[name]
+
+    found = await run(tmp_path, upstream, script, trouble, module="tests.support.broken", broken=name)
+
+    assert found[finding] > 0, found
+
+
+@pytest.mark.parametrize(
+    ("trouble", "script"), [(refusals, REFUSES), (locks, RESETS), (kills, RESETS), (kills, SLOW)]
+)
+async def test_a_sound_relay_is_not(
+    trouble: Trouble, script: Script, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    assert await run(tmp_path, upstream, script, trouble, module=SOUND) == Counter()
+
+
+async def run(
+    directory: Path,
+    upstream: ScriptedUpstream,
+    script: Script,
+    trouble: Trouble,
+    *,
+    module: str,
+    broken: str = "",
+) -> Counter[str]:
+    """Have applications send through a relay in trouble, and return what the checker finds, by kind."""
+    upstream.script = script
+    records: dict[str, Any] = {"commit_timeout": "50ms"}
+    async with RelayProcess(directory, upstream.port, module=module, records=records) as relay:
+        relay.environment = {VARIABLE: broken}
+        await relay.start()
+        async with Storm(relay, upstream, clients=5) as applications:
+            await trouble(relay, applications)
+        assert await relay.terminate() == 0
+    findings, _ = await applications.settle()
+    return kinds(findings)
+
+
+def every_other(connection: Any, action: Any) -> Any:
+    return action if len(connection._upstream.messages) % 2 else None
