@@ -65,10 +65,10 @@ class Callers:
                 told = await self._send(client, key)
                 if told and keep:  # stay, and hear the 421 or nothing
                     await asyncio.sleep(0.05)
-                return told
             except ConnectionError:
                 self.met["gone"] += 1
                 return False
+            return told
 
     async def _send(self, client: Client, key: str) -> bool:
         content = b"From: a@example.test\r\nX-Task-ID: %b\r\n\r\ntext\r\n" % key.encode()
@@ -209,7 +209,7 @@ async def test_a_supervisor_that_does_not_listen_costs_nothing(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     async with RelayProcess(tmp_path, upstream.port) as relay:
-        relay.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
+        relay.environment["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
         await relay.start()
         async with Client(relay.port) as client:
             await client.ehlo()

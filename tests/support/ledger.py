@@ -45,8 +45,8 @@ class Ledger:
     """Ids of the messages that reached the upstream whole and that it never answered; one for each time."""
     rows: Iterable[str] = ()
     """Ids in `task_done`; one entry for each row."""
-    in_doubt: Iterable[str] | None = ()
-    """Ids in `task_in_doubt`; one entry for each row. None: the schema has no such table."""
+    in_doubt: Iterable[str] = ()
+    """Ids in `task_in_doubt`; one entry for each row."""
 
 
 def check(ledger: Ledger, *, settled: bool = True) -> list[str]:
@@ -65,7 +65,7 @@ def check(ledger: Ledger, *, settled: bool = True) -> list[str]:
       or never got whole. The relay was not killed then, no connection was cut, and it had the time to learn.
     """
     accepted, refused, silent = Counter(ledger.accepted), Counter(ledger.refused), Counter(ledger.unanswered)
-    rows, doubts = Counter(ledger.rows), Counter(_in_doubt(ledger))
+    rows, doubts = Counter(ledger.rows), Counter(ledger.in_doubt)
     wrong = []
     for key in sorted({*ledger.told, *accepted, *refused, *silent, *rows, *doubts}):
         found = []
@@ -95,21 +95,8 @@ def check(ledger: Ledger, *, settled: bool = True) -> list[str]:
     return wrong
 
 
-def _in_doubt(ledger: Ledger) -> Iterable[str]:
-    if ledger.in_doubt is not None:
-        return ledger.in_doubt
-    # Without the table what nobody was told a verdict of counts as if it stood there.
-    open_ends = {*ledger.accepted, *ledger.unanswered, *ledger.uncertain} - {*ledger.rows, *ledger.refused}
-    return [key for key in open_ends if ledger.told.get(key) is None or key in ledger.uncertain]
-
-
-def ids(select: Callable[[str], Sequence[Mapping[str, Any]]], table: str) -> list[str] | None:
-    """Return the ids that a table of the store holds, None if there is no such table.
-
-    `select` runs a query and returns rows by column name.
-    """
-    if not select(f"SELECT name FROM sqlite_schema WHERE name = '{table}'"):
-        return None
+def ids(select: Callable[[str], Sequence[Mapping[str, Any]]], table: str) -> list[str]:
+    """Return the ids that a table of the store holds; `select` runs a query, gives rows by column name."""
     return [row["client_task_id"] for row in select(f"SELECT client_task_id FROM {table} ORDER BY id")]
 
 

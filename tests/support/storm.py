@@ -143,7 +143,7 @@ class Storm:
     async def settle(self, *, killed: bool = True) -> tuple[list[str], Figures]:
         """With the applications done and the relay ended in order: return all contradictions, and figures."""
         await self.take_account()
-        rows, in_doubt = ids(self.relay.rows, "task_done") or [], ids(self.relay.rows, "task_in_doubt")
+        rows, in_doubt = ids(self.relay.rows, "task_done"), ids(self.relay.rows, "task_in_doubt")
         ledger = Ledger(
             told=self.told,
             uncertain=self.uncertain,
@@ -162,9 +162,9 @@ class Storm:
             accepted=len(self._accepted),
             rows=len(rows),
             yes_unheard=len(set(rows) - yes),
-            in_doubt=len(in_doubt or ()),
-            accepted_in_doubt=len(set(in_doubt or ()) & set(self._accepted)),
-            unanswered_in_doubt=len(set(in_doubt or ()) & set(self._unanswered)),
+            in_doubt=len(in_doubt),
+            accepted_in_doubt=len(set(in_doubt) & set(self._accepted)),
+            unanswered_in_doubt=len(set(in_doubt) & set(self._unanswered)),
             spooled=self.spooled,
         )
 

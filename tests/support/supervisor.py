@@ -1,7 +1,7 @@
-"""A service manager as systemd is one to its services: listening sockets are passed, and it is told of states.
+"""A service manager as systemd is one to its services: it passes listening sockets, and is told of states.
 
-Rules: the sockets stay open for as long as `with` lasts, whichever relays come and go. `LISTEN_PID` must be the
-relay's own id, which only the process itself knows: a launcher in front of it sets the variables, puts the
+Rules: the sockets stay open for as long as `with` lasts, whichever relays come and go. `LISTEN_PID` must be
+the relay's own id, which only the process itself knows: a launcher in front of it sets the variables, puts the
 sockets where they belong and becomes the relay by exec, as systemd's own child does.
 """
 
@@ -58,9 +58,9 @@ class Supervisor:
         passed = ",".join(map(str, descriptors))
         relay.launcher = (sys.executable, "-ISc", LAUNCHER, passed, ":".join(self._sockets))
         relay.descriptors_passed = descriptors
-        relay.environ["NOTIFY_SOCKET"] = self._path.replace("\0", "@")
+        relay.environment["NOTIFY_SOCKET"] = self._path.replace("\0", "@")
         if watchdog_s:
-            relay.environ["WATCHDOG_USEC"] = str(int(watchdog_s * 1e6))
+            relay.environment["WATCHDOG_USEC"] = str(int(watchdog_s * 1e6))
 
     def listen(self) -> list[dict[str, str]]:
         """Take what was told, and return all of it."""
