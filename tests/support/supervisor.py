@@ -1,8 +1,8 @@
 """A service manager as systemd is one to its services: it passes listening sockets, and is told of states.
 
 Rules: the sockets stay open for as long as `with` lasts, whichever relays come and go. `LISTEN_PID` must be
-the relay's own id, which only the process itself knows: a launcher in front of it sets the variables, puts the
-sockets where they belong and becomes the relay by exec, as systemd's own child does.
+the relay's own id, which only the process itself knows: a launcher in front of it sets the variables, puts
+the sockets where they belong and becomes the relay by exec, as systemd's own child does.
 """
 
 from __future__ import annotations
