@@ -51,6 +51,8 @@ class Account:
     envelope: Envelope
     waited_s: float = 0.0
     """Until there was a connection to the upstream."""
+    replies_s: float = 0.0
+    """For the upstream before the end of data: its replies, and when it took content slower than it came."""
     upstream_s: float = 0.0
     """From the end of data to the upstream's verdict."""
     commit_s: float = 0.0
@@ -152,6 +154,12 @@ class Account:
             end = _recipient_outcome(each, outcome)
             recipients[end] = recipients.get(end, 0) + 1
         metrics.upstreams[upstream].transaction(outcome, self.total_s, recipients)
+        metrics.upstreams[upstream].waits(
+            total=self.total_s,
+            connection=self.waited_s,
+            upstream=self.replies_s + self.upstream_s,
+            record=self.commit_s,
+        )
         if self.received:
             metrics.message_in(self.received)
         if outcome is Outcome.ACCEPTED:

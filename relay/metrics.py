@@ -41,6 +41,7 @@ __all__ = [
     "OTHER_TASK_TYPE",
     "REJECT_REASONS",
     "REPLY_COMMANDS",
+    "WAITED_FOR",
     "Metrics",
     "UpstreamMetrics",
 ]
@@ -84,6 +85,10 @@ OTHER_TASK_TYPE: Final = "other"
 """The `task_type` label of every type that the configuration does not name."""
 
 _OPENMETRICS: Final = "application/openmetrics-text"
+
+WAITED_FOR: Final = ("client", "connection", "upstream", "record")
+"""What a transaction can wait for: its client, a connection to the upstream, the upstream's replies and its
+taking of content, the row."""
 
 _CONNECTION_STATES: Final = ("idle", "active", "connecting")
 
@@ -316,6 +321,7 @@ class UpstreamMetrics:
         "_transaction_seconds",
         "_up",
         "_wait_seconds",
+        "_waits",
     )
 
     def __init__(self, name: str, transactions: _Series, connections: _Series) -> None:
@@ -331,6 +337,11 @@ class UpstreamMetrics:
         }
         self._transaction_seconds = transactions.histogram(
             "transaction_seconds", "Time from MAIL to the outcome.", _SECONDS, upstream=name
+        )
+        text = "Time that finished transactions spent waiting, by what they waited for."
+        self._waits = tuple(
+            transactions.counter("transaction_wait_seconds_total", text, upstream=name, waited_for=whom)
+            for whom in WAITED_FOR
         )
         text = "Time from a command's way up to the upstream's reply."
         self._replies = {
@@ -367,6 +378,14 @@ class UpstreamMetrics:
         self._transaction_seconds.observe(seconds)
         for recipient_outcome, count in recipients.items():
             self._recipients[recipient_outcome].value += count
+
+    def waits(self, *, total: float, connection: float, upstream: float, record: float) -> None:
+        """Count what one finished transaction waited for, in seconds; the rest of `total` is the client's."""
+        counters = self._waits
+        counters[0].value += max(0.0, total - connection - upstream - record)
+        counters[1].value += connection
+        counters[2].value += upstream
+        counters[3].value += record
 
     def reply(self, command: str, seconds: float) -> None:
         """Observe how long the upstream took to answer; `command` is one of REPLY_COMMANDS."""

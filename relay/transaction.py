@@ -153,6 +153,7 @@ class Transaction:
         self._leasing: asyncio.Task[None] | None = None
         self._queued: deque[_Command] = deque()
         self._sent: deque[_Command] = deque()
+        self._upstream_since = 0.0  # the first of them went up, or content could not
         self._mail_reply: Reply | None = None
         self._data_reply: Reply | None = None
         self._broken: Reply | None = None
@@ -323,12 +324,27 @@ class Transaction:
         connection = self._connection
         while connection is not None and self._queued and (connection.pipelining or not self._sent):
             command = self._queued.popleft()
-            self._sent.append(command)
+            self._await_reply_to(command)
             line = command.line
             if command.without_auth is not None and "AUTH" not in connection.capabilities:
                 # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
                 line = command.without_auth
             connection.send(line, command.verb, self._answered)
+
+    def _await_reply_to(self, command: _Command) -> None:
+        if not self._sent:
+            self._upstream_since = self._loop.time()
+        self._sent.append(command)
+
+    def _next_answered(self) -> _Command:
+        command = self._sent.popleft()
+        if not self._sent:
+            self._waited_for_upstream()
+        return command
+
+    def _waited_for_upstream(self) -> None:
+        """The upstream has given what it was waited for, or will not."""
+        self._account.replies_s += self._loop.time() - self._upstream_since
 
     # Replies, as the upstream gives them
 
@@ -343,7 +359,7 @@ class Transaction:
             else:
                 self._go_on_without(reply.recoded(451))
             return
-        command = self._sent.popleft()
+        command = self._next_answered()
         if command.verb == "mail":
             self._mail_answered(reply)
         elif command.verb == _XFORWARD:
@@ -430,6 +446,8 @@ class Transaction:
 
     def _take_back(self) -> None:
         """Make ready to begin again on another connection."""
+        if self._sent:
+            self._waited_for_upstream()
         # That one gets an introduction of its own, by what it offers.
         self._queued.extendleft(each for each in reversed(self._sent) if each.verb != _XFORWARD)
         self._sent.clear()
@@ -437,6 +455,8 @@ class Transaction:
     def _break(self, reply: Reply, outcome: Outcome) -> None:
         """Answer everything that waits, and whatever still comes, with `reply`: there is no connection."""
         self._broken, self._broken_as = reply, outcome
+        if self._sent:
+            self._waited_for_upstream()
         waiting = [*self._sent, *self._queued]
         self._sent.clear()
         self._queued.clear()
@@ -510,10 +530,14 @@ class Transaction:
 
     def pause_content(self) -> None:
         """The upstream is slower than the client (called by the connection)."""
+        if not self._sent:
+            self._upstream_since = self._loop.time()
         self.on_flow(True)
 
     def resume_content(self) -> None:
         """The upstream can take more (called by the connection)."""
+        if not self._sent:
+            self._waited_for_upstream()
         self.on_flow(False)
 
     # Content in chunks
@@ -571,7 +595,7 @@ class Transaction:
             answer(self._broken or LOST)
             return
         # Only now: a reply that comes before the chunk is up answers nothing.
-        self._sent.append(_Command("bdat", b"", answer))
+        self._await_reply_to(_Command("bdat", b"", answer))
         connection.expect("bdat", self._answered)
         self._write_content()
 

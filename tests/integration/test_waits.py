@@ -1,0 +1,60 @@
+"""What each side was waited for: the time of a transaction is divided between them, in the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.upstream import Delay, ScriptedUpstream
+from tests.support.watch import counted
+
+WAIT_S = 0.2
+
+
+def waits(running: Any) -> dict[str, float]:
+    return {
+        whom: running.metric("transaction_wait_seconds_total", upstream="primary", waited_for=whom)
+        for whom in ("client", "connection", "upstream", "record")
+    }
+
+
+async def test_the_time_that_each_side_takes_is_its_own(start: Any, upstream: ScriptedUpstream) -> None:
+    upstream.script = {"RCPT": Delay(WAIT_S), "end_of_data": Delay(WAIT_S)}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.command("MAIL FROM:<a@example.test>", 250)
+        await asyncio.sleep(WAIT_S)
+        await client.command("RCPT TO:<b@example.test>", 250)
+        await client.command("DATA", 354)
+        await asyncio.sleep(2 * WAIT_S)
+        await client.send(b"text\r\n.\r\n")
+        await client.expect(250)
+        await counted(running, accepted=1)
+        found = waits(running)
+        total = running.metric("transaction_seconds_sum", upstream="primary")
+
+    assert found["client"] >= 3 * WAIT_S * 0.99
+    assert found["upstream"] >= 2 * WAIT_S * 0.99
+    assert found["record"] > 0
+    assert sum(found.values()) == pytest.approx(total)
+
+
+async def test_an_upstream_that_is_lost_was_waited_for_until_then(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"RCPT": Delay(60.0)}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.command("MAIL FROM:<a@example.test>", 250)
+        client.send_unread(b"RCPT TO:<b@example.test>\r\n")
+        await asyncio.sleep(WAIT_S)
+        upstream.connections[0].wire.abort()
+        await client.expect(451)
+        await client.command("QUIT", 221)
+        await counted(running, unavailable=1)
+        found = waits(running)
+
+    assert found["upstream"] >= WAIT_S * 0.9
