@@ -60,28 +60,39 @@ def from_spool(batch: Sequence[Entry]) -> list[Entry]:
     return [decode(encode(each)) for each in batch]
 
 
+def replayed(batches: list[list[Entry]], begins: list[int | None]) -> list[list[Entry]]:
+    """Have the batches from an earlier one on written again behind some, as a replay that was cut does."""
+    result: list[list[Entry]] = []
+    for end, batch in enumerate(batches, 1):
+        result.append(batch)
+        begin = begins[end % len(begins)]
+        if begin is not None:
+            result += map(from_spool, batches[min(begin, end) : end])
+    return result
+
+
 @settings(max_examples=60, deadline=None)
-@given(histories(), st.data())
+@given(histories(), st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=12))
 def test_what_is_in_doubt_in_the_end(
-    history: tuple[list[str], list[list[Entry]]], data: st.DataObject
+    history: tuple[list[str], list[list[Entry]]], begins: list[int | None]
 ) -> None:
     lives, batches = history
-    done, doubtful = asyncio.run(written(batches, data))
+    # Nothing is drawn from here on: it would end the example with the store open, and its thread waiting.
+    done, doubtful = asyncio.run(written(replayed(batches, begins)))
     assert done == [number for number, life in enumerate(lives) if life.startswith("accepted")]
     assert doubtful == [number for number, life in enumerate(lives) if life.startswith("in doubt")]
 
 
-async def written(batches: list[list[Entry]], data: st.DataObject) -> tuple[list[int], list[int]]:
-    """Write the batches, now and then those from an earlier one on again, as a replay that was cut does."""
+async def written(batches: list[list[Entry]]) -> tuple[list[int], list[int]]:
+    """Return the messages that are done, and those in doubt, when all is written."""
     with tempfile.TemporaryDirectory() as directory:
         database = Path(directory) / "rows.db"
         store = await Store.open(f"sqlite:///{database}", Retention(None))
-        for end, batch in enumerate(batches, 1):
-            await store.write(batch)
-            if data.draw(st.integers(0, 4)) == 0:
-                for again in batches[data.draw(st.integers(0, end)) : end]:
-                    await store.write(from_spool(again))
-        await store.close()
+        try:
+            for batch in batches:
+                await store.write(batch)
+        finally:
+            await store.close()
         with contextlib.closing(sqlite3.connect(database)) as raw:
             return ids(raw, "task_done"), ids(raw, "task_in_doubt")
 

@@ -658,6 +658,22 @@ async def test_the_spool_is_probed_with_the_row_that_was_lost(tmp_path: Path) ->
     assert spooled(tmp_path) == [row.task_id]
 
 
+async def test_a_doubt_that_only_memory_has_does_not_come_behind_its_end(tmp_path: Path) -> None:
+    """The spool takes the end before the held doubt is tried again: the message would stay in doubt."""
+    async with bench(tmp_path, probe_pause=LONG) as it:  # nothing is tried again while this goes on
+        it.store.failure = StoreError("gone")
+        refused, open_still = make_record(), make_record()
+        with broken_disk(tmp_path):
+            for row in (refused, open_still):
+                await it.recorder.record(make_doubt(row))
+            assert len(it.lost) == 2
+        await it.recorder.record(Settled(refused.task_id))
+        assert spooled(tmp_path) == [refused.task_id]
+        it.store.failure = None
+        await it.recorder._catch_up()
+        assert it.store.doubts.keys() == {open_still.task_id}
+
+
 async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.failure = StoreError("gone")
