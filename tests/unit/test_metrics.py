@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from relay import __version__
-from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, Metrics
+from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, WAITED_FOR, Metrics
 from relay.outcome import Outcome
 from relay.web import Web
 
@@ -65,6 +65,7 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "message_bytes_total": {"direction": ["in", "out"]},
     "message_size_bytes_count": {},
     "transaction_seconds_count": {"upstream": WITH_NONE},
+    "transaction_wait_seconds_total": {"upstream": WITH_NONE, "waited_for": list(WAITED_FOR)},
     "upstream_reply_seconds_count": {"upstream": UPSTREAMS, "command": list(REPLY_COMMANDS)},
     "client_sessions": {},
     "client_sessions_total": {"listener": ["127.0.0.1:2525"]},
@@ -87,6 +88,8 @@ EXPECTED: Mapping[str, Mapping[str, list[str]]] = {
     "expiry_lag_seconds": {},
     "expiry_last_run_timestamp_seconds": {},
     "expiry_duration_seconds": {},
+    "config_last_reload_success_timestamp_seconds": {},
+    "config_last_reload_successful": {},
 }
 
 
