@@ -79,8 +79,11 @@ def replay(
         return 0
     import asyncio
 
+    from relay import maillog
     from relay.records.errors import StoreError
     from relay.records.spool import SpoolError, SpoolInUseError
+
+    maillog.configure("console", "critical")  # what was set aside is in what it prints
 
     try:
         carried = asyncio.run(_replay(settings, rejected=rejected))
