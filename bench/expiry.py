@@ -68,6 +68,9 @@ class Counts:
     def records_pending(self, rows: int, /) -> None:
         pass
 
+    def records_reserve(self, octets: int, /) -> None:
+        pass
+
     def records_spooled(self, rows: int, /) -> None:
         self.spooled = max(self.spooled, rows)
 
