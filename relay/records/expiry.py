@@ -1,7 +1,8 @@
 """The loop that deletes expired rows, for as long as the relay runs.
 
 Rules. Nothing that fails in one run ends the loop: it is counted, reported, and tried again after the next
-interval. Of several processes on one store one deletes; the others find it busy and wait for their next turn.
+interval. Of several processes on one store one deletes; the others find it busy and try again when its lease
+would have ended: it may have died, and it may have been this one before a restart.
 Beside the runs somebody looks how far behind they are, and says of a long one how it comes along: after half
 a minute, then after twice that each time, so that a backlog of hours makes a few lines.
 """
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import Protocol
 
 from relay.records.errors import ExpiryBusyError, StoreError
-from relay.records.store import Store
+from relay.records.store import LEASE, Store
 
 __all__ = ["ExpiryLoop", "ExpiryMetrics"]
 
@@ -64,6 +65,7 @@ class ExpiryLoop:
         on_progress: Callable[[int, float, float], None],
         on_behind: Callable[[int, float, float], None],
         look_every: float = LOOK_EVERY_S,
+        busy_pause: float = LEASE.total_seconds(),
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -75,6 +77,7 @@ class ExpiryLoop:
         self._on_progress = on_progress
         self._on_behind = on_behind
         self._look_every = look_every
+        self._busy_pause = busy_pause
         self._run: _Run | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -96,26 +99,27 @@ class ExpiryLoop:
 
     async def _run_again_and_again(self) -> None:
         while True:
-            await self.run_once()
-            await asyncio.sleep(self._interval)
+            busy = not await self.run_once()
+            await asyncio.sleep(min(self._interval, self._busy_pause) if busy else self._interval)
 
-    async def run_once(self) -> None:
-        """Delete what has expired by now. Raises nothing but cancellation."""
+    async def run_once(self) -> bool:
+        """Delete what has expired by now; False if another is at it. Raises nothing but cancellation."""
         self._run = run = _Run(time.monotonic(), FIRST_REPORT_S)
         try:
             await self._store.expire(self._clock(), self._batch_size, on_batch=self._deleted)
         except ExpiryBusyError:
-            return
+            return False
         except Exception as error:  # whatever it is, rows must go on expiring
             self._metrics.record_error()
             self._on_error(error)
-            return
+            return True
         finally:
             self._run = None
         seconds = time.monotonic() - run.begun
         self._metrics.expiry_run(self._clock().timestamp(), seconds)
         await self.look()
         self._on_run(run.rows, seconds)
+        return True
 
     def _deleted(self, rows: int) -> None:
         self._metrics.expired(rows)

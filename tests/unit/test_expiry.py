@@ -409,9 +409,23 @@ async def test_a_run_of_another_process_is_no_error(store, path, make_loop):
         raw.execute("INSERT INTO task_done_state VALUES ('expiry', 'another', '2026-11-23 07:47:00.000000')")
         raw.commit()
     loop, metrics, _ = make_loop(3600)
-    await loop.run_once()
+    assert await loop.run_once() is False
     assert (metrics.errors, metrics.runs, metrics.rows) == (0, [], 0)
     assert left(path) == [1]
+
+
+async def test_the_lease_of_a_process_that_died_costs_no_whole_interval(store, path, clock, make_loop):
+    await store.write([record(1, NOW)])
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("INSERT INTO task_done_state VALUES ('expiry', 'dead', '2026-11-23 07:47:00.000000')")
+        raw.commit()
+    loop, metrics, reports = make_loop(3600)
+    loop._busy_pause = 0.001
+    loop.start()
+    await asyncio.sleep(0.01)
+    assert metrics.runs == []
+    clock.now = NOW + 60 * SECOND
+    assert await reports.runs.get() == 1
 
 
 async def test_rows_of_a_run_that_fails_later_are_counted(store, path, make_loop):
