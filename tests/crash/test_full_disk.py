@@ -23,12 +23,12 @@ from tests.support.process import RelayProcess
 from tests.support.storm import Storm
 from tests.support.upstream import ScriptedUpstream
 
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, size: str = "8m") -> Iterator[None]:
-    """Mount a file system of `size` at `path`."""
+def small_disk(path: Path, size: str = "48m") -> Iterator[None]:
+    """Mount a file system of `size` at `path`: room for all rows of a test, twice."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     path.mkdir(parents=True)
@@ -52,11 +52,15 @@ class Hog:
         self._thread.start()
 
     def _eat(self) -> None:
+        block = 1 << 20
         with self._file.open("wb", buffering=0) as file:
             while not self._over.is_set():
                 try:
-                    file.write(bytes(4096))
-                except OSError:  # no space left
+                    file.write(bytes(block))
+                except OSError:  # no space left for so much
+                    if block > 4096:
+                        block = 4096
+                        continue
                     self.full.set()
                     self._over.wait(0.002)
 
