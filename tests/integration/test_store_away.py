@@ -152,3 +152,49 @@ async def test_a_message_larger_than_the_reserve_has_it_grow(start: Any, upstrea
                 while running.metric("records_reserve_bytes") == before:
                     await asyncio.sleep(0.01)
         assert len(running.rows()) == 1
+
+
+@pytest.mark.parametrize("instead", ["nothing", "another file", "a directory"])
+async def test_the_store_is_swapped_away_under_the_relay(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path, instead: str
+) -> None:
+    """Rows do not go to a file that nobody can find; they come back with it."""
+    away = tmp_path / "away"
+    away.mkdir()
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        assert await send(client) == 250
+        taken = sorted(tmp_path.glob("rows.db*"))
+        for path in taken:
+            path.rename(away / path.name)
+        if instead == "another file":
+            running.database.write_bytes(b"")
+        elif instead == "a directory":
+            running.database.mkdir()
+        assert [await send(client) for _ in range(3)] == [250] * 3
+        assert running.metric("records_spooled") == 3
+        assert running.relay.readiness()[0] is True
+
+        if instead == "another file":
+            assert running.database.read_bytes() == b""
+            running.database.unlink()
+        elif instead == "a directory":
+            running.database.rmdir()
+        for path in taken:
+            (away / path.name).rename(path)
+        await until_rows(running, 4)
+
+
+async def test_the_store_can_only_be_read_for_a_while(start: Any, upstream: ScriptedUpstream) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        database = running.relay._store._database
+        await database.run(lambda raw: raw.execute("PRAGMA query_only = 1"))
+        assert [await send(client) for _ in range(3)] == [250] * 3
+        assert running.rows() == []
+        assert running.metric("records_spooled") == 3
+        await database.run(lambda raw: raw.execute("PRAGMA query_only = 0"))
+        await until_rows(running, 3)
+        assert not (running.relay.recorder._spool.rejected_file).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from relay.records import recorder as recorder_module
 from relay.records.identity import uuid7
 from relay.records.model import Doubt, Entry, Record, Settled
-from relay.records.recorder import MAX_BATCH, Recorder
+from relay.records.recorder import MAX_BATCH, USUAL_PLACE, Recorder
 from relay.records.spool import Spool, decode, encode
 from relay.records.store import RejectedRecordError, StoreError
 
@@ -882,6 +883,88 @@ async def test_close_before_start(tmp_path: Path) -> None:
     made.spool.close()
 
     assert made.recorder.refusal() is None
+
+
+# ---- the reserve
+
+
+async def test_a_place_is_promised_once_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "_LARGEST_RESERVE", 0)  # it does not grow
+    async with bench(tmp_path) as it:
+        free = it.counts.reserve
+        assert it.recorder.promise(free)
+        assert not it.recorder.promise(1)
+        it.recorder.release(free)
+        assert it.recorder.promise(1)
+
+
+async def test_the_reserve_grows_before_it_is_used_up(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        usual = it.counts.reserve
+        assert it.recorder.promise(usual // 2)
+        await asyncio.sleep(SHORT)
+        assert it.counts.reserve == usual
+        assert it.recorder.promise(1)
+        await until(lambda: it.counts.reserve > usual)
+        assert it.recorder.refusal() is None
+        assert it.recorder.promise(usual)
+
+
+async def test_rows_that_are_written_are_made_up_for(tmp_path: Path) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        usual = it.counts.reserve
+        it.store.failure = StoreError("gone")
+        await it.recorder.record(replace(make_record(), sender="x" * (usual // 2)))
+        await until(lambda: it.counts.reserve == usual)
+        assert it.spool.rows == 1
+
+
+async def test_no_disk_space_refuses_new_mail_while_the_store_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not before less than a usual place is left, and no longer than it lasts."""
+    monkeypatch.setattr(recorder_module, "_RESERVE_PAUSE_S", 0.001)
+
+    def full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with bench(tmp_path) as it:
+        usual = it.counts.reserve
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "posix_fallocate", full)
+            assert it.recorder.promise(usual - USUAL_PLACE)
+            await until(lambda: "no disk space to take ahead" in caplog.text)
+            assert it.recorder.refusal() is None
+            assert it.recorder.promise(1)
+            refusal = it.recorder.refusal()
+            assert refusal == f"no disk space to take ahead: spool {tmp_path}: No space left on device"
+            row = make_record()
+            await it.recorder.record(row)
+            assert row.task_id in it.store.rows
+            it.recorder.release(usual - USUAL_PLACE)
+            assert it.recorder.refusal() is None
+        await until(lambda: "the reserve is whole again" in caplog.text)
+    assert caplog.text.count("no disk space to take ahead") == 1
+
+
+async def test_a_start_without_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_RESERVE_PAUSE_S", 0.001)
+
+    def full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "posix_fallocate", full)
+        made = Bench(tmp_path, MemoryStore())
+        made.recorder.start()
+        assert made.recorder.refusal() is not None
+        assert not made.recorder.promise(1)
+    await until(lambda: made.recorder.refusal() is None)
+    assert made.recorder.promise(1)
+    await made.recorder.close(10)
+    made.spool.close()
 
 
 # ---- the process is killed

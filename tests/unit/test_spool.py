@@ -626,3 +626,95 @@ def test_sigkill_loses_nothing_that_was_said(tmp_path: Path, after: int) -> None
     assert {UUID(line.strip()) for line in said if line.endswith("\n")} <= set(found)
     assert len(found) == len(set(found))
     spool.close()
+
+
+def crashed(directory: Path, octets: bytes, behind: int = 5000) -> Spool:
+    """Open a spool that a crash has left with these octets in a segment, and zeros behind them."""
+    (directory / "000000000001.jsonl").write_bytes(octets + bytes(behind))
+    return Spool(directory, reserve=0)
+
+
+def test_a_crash_at_every_octet_of_the_last_row(tmp_path: Path) -> None:
+    """Its space was taken ahead: zeros stand where the rest of it would be."""
+    rows = [make_record(), make_record()]
+    first, second = (encode(row) for row in rows)
+    for cut in range(len(second) + 1):
+        directory = tmp_path / str(cut)
+        directory.mkdir()
+        spool = crashed(directory, first + second[:cut])
+        whole = cut >= len(second) - 1
+        assert spool.rows == (2 if cut else 1)
+        assert drain(spool, 10) == rows[: 1 + whole]
+        torn = spool.corrupt_file.read_bytes() if spool.corrupt_file.exists() else b""
+        assert torn == (b"" if whole or not cut else second[:cut] + b"\n")
+        spool.close()
+
+
+def test_a_block_of_zeros_among_the_rows(tmp_path: Path) -> None:
+    """A disk that has lost a block: the rows around it are there, what is left of theirs is set aside."""
+    rows = [make_record() for _ in range(5)]
+    octets = bytearray(b"".join(encode(row) for row in rows))
+    begin, length = len(encode(rows[0])) + 10, 3 * len(encode(rows[0]))
+    octets[begin : begin + length] = bytes(length)
+    spool = crashed(tmp_path, bytes(octets))
+
+    assert drain(spool, 10) == [rows[0]]
+    assert len(spool.corrupt_file.read_bytes().strip(b"\n").splitlines()) == 1
+    spool.close()
+
+
+def test_rows_behind_a_lost_block_come(tmp_path: Path) -> None:
+    rows = [make_record() for _ in range(3)]
+    first, second, third = (encode(row) for row in rows)
+    spool = crashed(tmp_path, first + bytes(len(second) - 1) + b"\n" + third)
+
+    assert drain(spool, 10) == [rows[0], rows[2]]
+    spool.close()
+
+
+def test_a_row_of_a_later_version_is_kept_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    octets = b'{"task_id":"1","limit":"mentions"}'
+    later = b'{"crc32":"%08x","limit":%b}\n' % (spool_module.zlib.crc32(octets), octets)
+    row = make_record()
+    spool = crashed(tmp_path, later + encode(row))
+
+    assert spool.read(10) == ([row], 1)
+    assert spool.rejected_file.read_bytes() == later
+    assert not spool.corrupt_file.exists()
+    assert "not a limit of this version" in caplog.text
+    spool.close()
+
+
+def test_no_space_at_start_and_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "posix_fallocate", failing)
+        spool = Spool(tmp_path)
+        assert spool.shortage == f"spool {tmp_path}: Input/output error"
+        assert (spool.reserve.free, spool.complete) == (0, False)
+    spool.provide()
+
+    assert spool.complete
+    assert not spool.reserve.promise(spool_module.RESERVE + 1)
+    assert spool.reserve.promise(spool_module.RESERVE)
+    spool.close()
+
+
+def test_more_than_usual_is_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is usual is there all the same."""
+    spool = Spool(tmp_path)
+    rows = [make_record()]
+    spool.append([encode(row) for row in rows])
+    fallocate = os.posix_fallocate
+
+    def small(file: int, offset: int, length: int) -> None:
+        if offset + length > 2 * spool_module.RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fallocate(file, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", small)
+    with pytest.raises(SpoolError, match="No space left"):
+        spool.provide(4 * spool_module.RESERVE)
+
+    assert spool.reserve.free == spool_module.RESERVE
+    assert spool.complete
+    spool.close()
