@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from relay.selftest import Finding
-    from relay.settings import Settings
+    from relay.settings import Settings, UpstreamSettings
 
 __all__ = ["app"]
 
@@ -82,7 +82,7 @@ def serve(
 @app.command()
 def check(
     config: ConfigOption = None,
-    connect: Annotated[bool, typer.Option("--connect", help="Try the upstream and the store too.")] = False,
+    connect: Annotated[bool, typer.Option("--connect", help="Try the upstreams and the store too.")] = False,
 ) -> int:
     """Validate the configuration and say what it means."""
     path = find(config, os.environ)
@@ -230,6 +230,18 @@ class _Progress:
             typer.echo(f"\r{self._rows:,} of {self._total:,} expired rows deleted", nl=False, err=True)
 
 
+def _routing(upstream: UpstreamSettings, *, alone: bool) -> str:
+    """Which mail an upstream gets, as far as that is a question."""
+    text = "" if alone else f", priority {upstream.priority}"
+    if not upstream.weight:
+        text += ", drained"
+    elif not alone:
+        text += f", weight {upstream.weight}"
+    for key, patterns in upstream.match.given.items() if upstream.match is not None else ():
+        text += f", {key} {' '.join(patterns)}"
+    return text
+
+
 def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
     """What the settings mean, for people, in a few lines."""
     from relay.settings.units import format_duration, format_size
@@ -241,10 +253,11 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
     size = format_size(server.max_message_size) if server.max_message_size else "whatever the upstream allows"
     yield "messages", f"up to {size}, {server.max_recipients} recipients"
     for upstream in settings.upstreams:
-        login = f", as {upstream.username}" if upstream.password else ", no AUTH"
+        login = f", as {upstream.username}" if upstream.username else ", no AUTH"
         verified = " unverified" if upstream.tls != "none" and not upstream.tls_verify else ""
         where = f"{upstream.name}: {upstream.address}, TLS {upstream.tls}{verified}{login}"
-        yield "upstream", f"{where}, up to {upstream.max_connections} connections"
+        shared = f"{where}, up to {upstream.max_connections} connections"
+        yield "upstream", shared + _routing(upstream, alone=len(settings.upstreams) == 1)
     yield "records", f"{records.url}, spool {records.spool}, when away: {records.when_unavailable}"
     lifetimes = {"": settings.retention.default, **settings.retention.by_type}
     kept = (

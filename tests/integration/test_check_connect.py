@@ -64,3 +64,27 @@ async def test_a_foreign_file_fails_the_check_and_is_left_alone(
     assert status == 1
     assert "rows.db" in said[-2]
     assert (tmp_path / "rows.db").read_bytes() == before
+
+
+async def test_every_upstream_is_tried(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    async with ScriptedUpstream({"greeting": b"554 no service\r\n"}) as closed, ScriptedUpstream() as drained:
+        config = tmp_path / "relay.toml"
+        config.write_text(
+            f'[[upstreams]]\naddress = "{upstream.address}"\nname = "primary"\ntls = "none"\n'
+            f'[[upstreams]]\naddress = "{closed.address}"\nname = "closed"\ntls = "none"\npriority = 20\n'
+            'match = { sender_domain = ["example.com", "!<>"] }\n'
+            f'[[upstreams]]\naddress = "{drained.address}"\nname = "drained"\ntls = "none"\nweight = 0\n'
+            f'[records]\nurl = "sqlite:///{tmp_path}/rows.db"\nspool = "{tmp_path}/spool"\n'
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "relay", "check", "--connect", "--config", str(config),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        said = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
+    assert process.returncode == 1
+    assert "connections, priority 10, weight 1\n" in said
+    assert "connections, priority 20, weight 1, sender_domain example.com !<>\n" in said
+    assert "connections, priority 10, drained\n" in said
+    assert f"ok  upstream primary {upstream.address}: connected" in said
+    assert f"failed  upstream closed {closed.address}: " in said
+    assert f"ok  upstream drained {drained.address} (drained): connected" in said

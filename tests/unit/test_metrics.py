@@ -342,3 +342,16 @@ def test_the_format_follows_the_accept_header(
 def test_every_instrument_says_what_it_is(metrics: Metrics) -> None:
     for family in metrics.registry.collect():
         assert family.documentation.endswith(".") or not family.name.startswith("smtp_relay_"), family.name
+
+
+async def test_an_upstream_can_come_later(metrics: Metrics, scrape: Scrape) -> None:
+    added = metrics.add_upstream("late")
+    assert metrics.add_upstream("late") is added
+    assert metrics.upstreams["late"] is added
+    assert metrics.add_upstream("primary") is metrics.upstreams["primary"]
+    added.failed_over()
+    added.drained(value=True)
+    series = await scrape(TEXT)
+    assert labelled(series, "upstream_failovers_total", upstream="late") == 1
+    assert labelled(series, "upstream_drained", upstream="late") == 1
+    assert labelled(series, "messages_total", upstream="late", outcome="accepted") == 0
