@@ -168,6 +168,8 @@ class Upstreams:
             return self._of_logins
         if self._fixed is not None:
             return self._fixed
+        if not any(way.match for way in self._ways):
+            return self._along(self._ways)
         by_type = any(way.match is not None and way.match.by_task_type for way in self._ways)
         facts = Facts.of(
             reverse_path,

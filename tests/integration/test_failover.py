@@ -327,6 +327,50 @@ async def test_connections_that_stand_are_used_while_new_ones_are_refused(start:
         assert [len(primary.accepted), len(spare.accepted)] == [1, THRESHOLD]
 
 
+async def test_a_login_of_the_relay_that_is_refused_opens_it(start: Any) -> None:
+    async with scripted(2) as (primary, spare):
+        primary.users = {"relay": "changed"}
+        keys = {"username": "relay", "password": "sesame"}
+        async with start(0, upstreams=pair(primary, spare, **keys)) as running:
+            for _ in range(THRESHOLD):
+                assert codes(await send(running)) == [250, 250, 354, 250]
+            assert running.pool.avoided
+            assert len(primary.connections) == THRESHOLD, "no more guesses than that"
+
+
+@pytest.mark.parametrize("action", [Close(), b"535 5.7.8 no\r\n", b"454 4.7.0 later\r\n"], ids=str)
+async def test_a_client_cannot_open_it_by_what_it_logs_in_with(
+    start: Any, upstream: ScriptedUpstream, action: Action
+) -> None:
+    upstream.users = {"ann": "sesame"}
+    clients = {"auth": "passthrough", "auth_without_tls": True}
+    async with start(upstream.port, clients=clients) as running:
+        upstream.script = {"AUTH": action}
+        for number in range(THRESHOLD + 2):
+            async with Client(running.port, source=f"127.0.0.{number + 2}") as client:
+                await client.ehlo()
+                reply = await client.command(b"AUTH PLAIN AGFubgB3cm9uZw==")
+                assert reply.code in (454, 535)
+        assert not running.pool.avoided
+        upstream.script = {}
+        async with Client(running.port) as client:
+            await client.ehlo()
+            await client.command(b"AUTH PLAIN AGFubgBzZXNhbWU=", 235)
+            replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
+            assert codes(replies) == [250, 250, 354, 250]
+
+
+async def test_a_login_fails_at_once_while_it_is_open(start: Any, upstream: ScriptedUpstream) -> None:
+    upstream.users = {"ann": "sesame"}
+    upstream.script = {"greeting": b"554 no service\r\n"}
+    clients = {"auth": "passthrough", "auth_without_tls": True}
+    async with start(upstream.port, clients=clients) as running, Client(running.port) as client:
+        await client.ehlo()
+        for _ in range(THRESHOLD + 2):
+            await client.command(b"AUTH PLAIN AGFubgBzZXNhbWU=", 454)
+        assert len(upstream.connections) == THRESHOLD
+
+
 async def test_all_are_down_and_come_back(start: Any) -> None:
     async with scripted(2) as (primary, spare):
         primary.unlisten()
