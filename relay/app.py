@@ -475,7 +475,7 @@ async def _unless(ended: asyncio.Event, work: Coroutine[None, None, None]) -> bo
         doing.result()
         return True
     doing.cancel()
-    await asyncio.wait((doing,))
+    await asyncio.gather(doing, return_exceptions=True)  # it may have failed just now; it is given up anyway
     return False
 
 

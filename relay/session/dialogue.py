@@ -235,6 +235,11 @@ class Dialogue:
         """Whether the last word has been said, or is about to be."""
         return self._state in (ENDING, CLOSED)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether neither a verdict is awaited nor the last word said."""
+        return self._state is not SETTLING and not self.over
+
     # Input
 
     def advance(self) -> None:

@@ -138,7 +138,10 @@ class Reception:
                 except OSError as error:
                     for each in opened:
                         each.close()
-                    raise OSError(f"cannot listen on {wanted.address}: {error.strerror or error}") from error
+                    reason = f"cannot listen on {wanted.address}: {error.strerror or error}"
+                    if any(wanted.collides(each.settings) for each in free):
+                        reason += " by a listener that goes: takes a restart"
+                    raise OSError(reason) from error
                 opened.append(listener)
             kept.append((listener, wanted))
         return Bound(kept, opened, free)
@@ -259,6 +262,8 @@ class Reception:
         hurried.cancel()
         for transaction in tuple(self.services.settling):
             transaction.give_up()
+        for session in tuple(self._sessions):
+            session.drop_unfinished()
         if self.services.running:
             await asyncio.wait(tuple(self.services.running), timeout=COMMIT_TIMEOUT)
         for session in tuple(self._sessions):

@@ -253,6 +253,11 @@ class Session(smtp.SMTP):
         else:
             self.cut()
 
+    def drop_unfinished(self) -> None:
+        """Cut the session unless its client is about to hear what became of a message, or the last word."""
+        if self._dialogue is None or self._dialogue.unfinished:
+            self.cut()
+
     def make_room(self) -> None:
         """End the session: it is idle, and others have no place."""
         if self._dialogue is not None:

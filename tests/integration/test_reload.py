@@ -110,7 +110,7 @@ async def ends_idle_sessions(world: World) -> None:
 
 async def gives_up_idle_leases(world: World) -> None:
     await world.session.command(MAIL, 250)
-    await eventually(lambda: "0 active" in repr(world.running.relay.pool))
+    await eventually(lambda: "0 active" in repr(world.running.relay.upstreams))
     await world.session.command(RCPT, 451)
 
 
@@ -199,6 +199,18 @@ async def goes_to_the_other_upstream(world: World) -> None:
     assert world.upstream.accepted == []
 
 
+async def goes_to_the_first_upstream(world: World) -> None:
+    await world.send()
+    assert (len(world.upstream.accepted), world.other.accepted) == (1, [])
+
+
+async def asks_the_other_upstream_about_logins(world: World) -> None:
+    upstreams = world.running.relay.upstreams
+    authenticator = world.running.relay.doorkeeper.authenticator
+    assert isinstance(authenticator, Passthrough)
+    assert authenticator._pool is upstreams.passthrough is upstreams.pools["spare"]
+
+
 async def records_the_other_name(world: World) -> None:
     assert (await world.send())["upstream"] == "spare"
     assert world.running.metric("messages_total", upstream="spare", outcome="accepted") == 1
@@ -270,12 +282,34 @@ TLS = {"cert": "cert.pem", "key": "key.pem"}
 OTHER_TLS = {"cert": "other/cert.pem", "key": "other/key.pem"}
 STARTTLS = [{"address": "127.0.0.1:0", "tls": "starttls"}]
 PROXIED = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
+PASSTHROUGH = {"auth": "passthrough", "auth_without_tls": True, "allow": ["127.0.0.1"]}
 LOGIN = {"username": "relay", "password": "sesame"}  # over loopback, in clear
 TOKEN = {"username": "relay", "token": {"url": "http://127.0.0.1:9/", "client_id": "1", "client_secret": "2"}}
 
 
 def upstream_case(**after: Any) -> Case:
     return Case({"upstream": after}, goes_over_other_connections)
+
+
+def two(primary: dict[str, Any] | None = None, spare: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Two upstreams, with these values."""
+    return {
+        "upstreams": [
+            {"name": "primary", "address": "FIRST", "tls": "none", **(primary or {})},
+            {"name": "spare", "address": "OTHER", "tls": "none", **(spare or {})},
+        ]
+    }
+
+
+def match_case(**patterns: tuple[str, str]) -> Case:
+    """An upstream of its own for messages that are not meant before, and are after."""
+    ((key, (before, after)),) = patterns.items()
+    rules = [{"sender": "a@*", "type": "mention"}, {"sender": "z@*", "type": "digest"}]
+    return Case(
+        {**two(spare={"priority": 1, "match": {key: [after]}}), "task_type": {"rules": rules}},
+        goes_to_the_other_upstream,
+        {**two(spare={"priority": 1, "match": {key: [before]}}), "task_type": {"rules": rules}},
+    )
 
 
 CASES: dict[str, Case] = {
@@ -338,8 +372,29 @@ CASES: dict[str, Case] = {
     "upstreams.end_of_data_timeout": upstream_case(end_of_data_timeout="3m"),
     "upstreams.lease_wait_timeout": upstream_case(lease_wait_timeout="3s"),
     "upstreams.xforward": upstream_case(xforward=True),
-    "upstreams.priority": upstream_case(priority=3),
-    "upstreams.weight": upstream_case(weight=3),
+    "upstreams.priority": Case(
+        two(primary={"priority": 2}, spare={"priority": 1}),
+        goes_to_the_other_upstream,
+        two(primary={"priority": 1}, spare={"priority": 2}),
+    ),
+    "upstreams.weight": Case(
+        two(primary={"weight": 0}), goes_to_the_other_upstream, two(spare={"weight": 0})
+    ),
+    "upstreams.match": Case(
+        two(spare={"priority": 1, "match": {"sender_domain": ["other.test"]}}),
+        goes_to_the_first_upstream,
+        two(spare={"priority": 1}),
+    ),
+    "upstreams.match.sender_domain": match_case(sender_domain=("other.test", "example.test")),
+    "upstreams.match.recipient_domain": match_case(recipient_domain=("other.test", "example.test")),
+    "upstreams.match.client": match_case(client=("192.0.2.1", "127.0.0.1")),
+    "upstreams.match.listener": match_case(listener=("!127.0.0.1:0", "127.0.0.1:0")),
+    "upstreams.match.task_type": match_case(task_type=("digest", "mention")),
+    "clients.passthrough_to": Case(
+        {"clients": PASSTHROUGH | {"passthrough_to": "spare"}},
+        asks_the_other_upstream_about_logins,
+        {"clients": PASSTHROUGH | {"passthrough_to": "primary"}, **two()},
+    ),
     "records.commit_timeout": Case({"records": {"commit_timeout": "3s"}}, gives_the_store_3_s),
     "records.when_unavailable": Case(
         {"records": {"when_unavailable": "refuse"}}, refuses_while_the_store_is_away
@@ -392,7 +447,6 @@ OF_A_LOGIN = {
 ONE_VALUE = {
     "server.received_header",
     "records.recipients",
-    "upstreams.match",
     "limits",
     "http.token_file",
 }
@@ -449,6 +503,7 @@ def written(settings_for: Any, upstream: ScriptedUpstream, directory: Path) -> A
             for section, value in layer.items():
                 over[section] = over.get(section, {}) | value if isinstance(value, dict) else value
         text = json.dumps(over).replace("DIRECTORY", str(directory)).replace("OTHER", other.address)
+        text = text.replace("FIRST", upstream.address)
         for name in ("cert.pem", "key.pem", "ca.pem", "users.toml", "others.toml"):
             for prefix in ("", "other/"):
                 text = text.replace(f'"{prefix}{name}"', f'"{directory / prefix / name}"')
@@ -530,13 +585,13 @@ async def test_what_the_relay_logs_in_with_is_taken_for_new_connections(
     before = {"upstream": LOGIN if "token" not in key or key == "upstreams.token" else TOKEN}
     after = written(other, {"upstream": OF_A_LOGIN[key]})
     async with relay(**before) as running:
-        pool = running.relay.pool
+        pool = running.relay.upstreams.pools["primary"]
         assert key in {
             ".".join(_without_numbers(name).split(".")[: key.count(".") + 1])
             for name in compare(running.relay.settings, after).names
         }
         await running.relay.reload(lambda: after)
-        assert running.relay.pool is not pool
+        assert running.relay.upstreams.pools["primary"] is not pool
 
 
 @pytest.mark.parametrize("key", RESTART)
@@ -573,14 +628,19 @@ async def test_a_key_that_takes_a_restart_keeps_its_value_and_the_others_change(
 async def refused(running: Running, load: Callable[[], Settings], logged: Callable[[], str]) -> list[str]:
     """Reload, see that nothing changes, and return the reasons that were given."""
     relay = running.relay
-    before = (relay.settings, relay.pool, relay.web, relay.users, relay.certificate, relay.reception.greeting)
+
+    def parts() -> tuple[object, ...]:
+        pools = tuple(relay.upstreams.pools.values())
+        greeting = relay.reception.greeting
+        return (relay.settings, *pools, relay.web, relay.users, relay.certificate, greeting)
+
+    before = parts()
     read_at = running.metric("config_last_reload_success_timestamp_seconds")
     logged()
     await relay.reload(load)
     lines = [json.loads(line) for line in logged().splitlines()]
     assert {line["event"] for line in lines} == {"reload refused"}
-    now = (relay.settings, relay.pool, relay.web, relay.users, relay.certificate, relay.reception.greeting)
-    assert all(one is other for one, other in zip(now, before, strict=True))
+    assert all(one is other for one, other in zip(parts(), before, strict=True))
     assert running.metric("config_last_reload_successful") == 0
     assert running.metric("config_last_reload_success_timestamp_seconds") == read_at
     async with Client(running.port) as client:
@@ -747,10 +807,9 @@ async def test_an_open_session_of_a_proxy_that_is_not_trusted_any_more_may_not_r
 async def test_logins_through_the_upstream_follow_it(
     relay: Any, written: Any, upstream: ScriptedUpstream, other: ScriptedUpstream
 ) -> None:
-    clients = {"auth": "passthrough", "auth_without_tls": True, "allow": ["127.0.0.1"]}
     async with relay() as running, Client(running.port) as session:
         await session.ehlo()
-        await running.relay.reload(lambda: written(other, {"clients": clients}))
+        await running.relay.reload(lambda: written(other, {"clients": PASSTHROUGH}))
         assert isinstance(running.relay.doorkeeper.authenticator, Passthrough)
         await session.command(MAIL, 250)
 
