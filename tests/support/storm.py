@@ -116,6 +116,10 @@ class Storm:
             await self.relay.start()
         await asyncio.sleep(after_s)
         await self.relay.kill()
+        await self.killed()
+
+    async def killed(self) -> None:
+        """Note that the relay has been killed, and take the account of what it did."""
         self.kills += 1
         self.spooled += sum(
             segment.read_bytes().count(b"\n") for segment in self.relay.spool.glob("[0-9]*.jsonl")
