@@ -151,6 +151,20 @@ def _migration(passed: Passed) -> None:
     migrations.upgrade = wrapped
 
 
+def _expiry(passed: Passed) -> None:
+    """A step has deleted its rows and is not committed."""
+    delete = store._delete
+
+    def wrapped(connection: sqlite3.Connection, *arguments: Any, **named: Any) -> int:
+        connection.execute("BEGIN IMMEDIATE")  # else the statement would be a transaction of its own
+        found = delete(connection, *arguments, **named)
+        passed()
+        connection.execute("COMMIT")
+        return found
+
+    store._delete = wrapped
+
+
 def _at(owner: Any, name: str, *, behind: bool = False) -> Callable[[Passed], None]:
     return lambda passed: _around(owner, name, **{"behind" if behind else "before": passed})
 
@@ -174,7 +188,7 @@ POINTS: dict[str, Callable[[Passed], None]] = {
     "before the spool forgets": _at(spool.Spool, "forget"),
     "behind the spool forgot": _at(spool.Spool, "forget", behind=True),
     "in the migration": _migration,
-    "in the expiry": _at(store, "_delete_expired", behind=True),
+    "in the expiry": _expiry,
 }
 """By name: what makes the process pass the point."""
 
