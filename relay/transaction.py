@@ -658,7 +658,7 @@ class Transaction:
             self._tell(in_doubt(self.task_id))
             self._doubt(verdict.reason)
             if self._doubted is not None:
-                await self._doubted
+                await asyncio.wait((self._doubted,))
             self._conclude(Outcome.IN_DOUBT, verdict.reason)
             return
         self._connection = None
@@ -670,7 +670,7 @@ class Transaction:
                 self._leave_journal()
             self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
             if self._doubted is not None:
-                await self._services.recorder.record(Settled(self.task_id))
+                await self._end_doubt()
             # A chunk that was refused before the last one decided it; this only follows from that.
             decisive = (self._data_reply if self.chunking else None) or verdict
             self._conclude(negative_outcome(decisive), decisive)
@@ -687,9 +687,11 @@ class Transaction:
             record = account.record(self._found, verdict, doubted=self._doubted is not None)
             await self._services.recorder.record(record)
         except Exception as error:
+            # It stays in the journal: the next start shows that this message needs a look.
             self._services.metrics.record_error()
             maillog.unforeseen("record", self.task_id, error)
-        self._leave_journal()
+        else:
+            self._leave_journal()
         account.commit_s = self._loop.time() - began
 
     def _doubt(self, reason: str) -> None:
@@ -706,7 +708,25 @@ class Transaction:
             self._services.metrics.record_error()
             maillog.unforeseen("doubt", self.task_id, error)
         else:
-            self._doubted.add_done_callback(lambda kept: None if kept.cancelled() else self._leave_journal())
+            self._doubted.add_done_callback(self._doubt_kept)
+
+    def _doubt_kept(self, kept: asyncio.Future[None]) -> None:
+        if kept.cancelled():
+            return
+        error = kept.exception()
+        if error is None:
+            self._leave_journal()
+        else:
+            self._services.metrics.record_error()
+            maillog.unforeseen("doubt", self.task_id, error)
+
+    async def _end_doubt(self) -> None:
+        """Take the entry back: the upstream has refused the message after all."""
+        try:
+            await self._services.recorder.record(Settled(self.task_id))
+        except Exception as error:
+            self._services.metrics.record_error()
+            maillog.unforeseen("doubt", self.task_id, error)
 
     @property
     def _found(self) -> Classification:

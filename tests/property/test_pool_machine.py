@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -20,6 +21,7 @@ from relay.credentials import Credentials, Password
 from relay.metrics import Metrics
 from relay.reply import Reply
 from relay.settings import UpstreamSettings
+from relay.upstream import breaker
 from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.dial import UNREACHABLE, Dialed, DialError
@@ -126,6 +128,9 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
+        # It has tests of its own: here a dial that fails is followed by the next.
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(breaker, "THRESHOLD", 1 << 30)
         self.dialer = MachineDialer()
         upstream = UpstreamSettings.model_validate(
             {
@@ -304,6 +309,12 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever has happened: all who wait are served, all connections can be had again, and all go."""
+        try:
+            self._end()
+        finally:
+            self.patch.undo()
+
+    def _end(self) -> None:
         for _ in range(10 * MAX_ASKED):
             if self.dialer.pending:
                 self.dial_ends("succeeds")

@@ -33,6 +33,8 @@ from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import UNREACHABLE, Dialed, DialError
 from relay.upstream.pool import Pool
+from relay.upstream.routing import Way
+from relay.upstream.upstreams import Route
 from tests.support.clockwork import Clockwork
 from tests.support.snapshot import snapshot
 
@@ -90,6 +92,7 @@ def services_for(stage: Stage) -> Services:
     """Build what transactions are given to work with."""
     return Services(
         recorder=stage.keeper,  # type: ignore[arg-type]
+        journal=stage.notes,  # type: ignore[arg-type]
         classifier=CLASSIFIER,
         metrics=METRICS,
         normalize=False,
@@ -101,7 +104,8 @@ def services_for(stage: Stage) -> Services:
 
 def transaction_for(stage: Stage) -> Transaction:
     """Begin a transaction, with nothing sent."""
-    return Transaction(stage.services, stage.pool, SENDER, REVERSE_PATH)
+    route = Route([(Way("primary", 0, 1, None), stage.pool)])
+    return Transaction(stage.services, route, SENDER, REVERSE_PATH)
 
 
 # ------------------------------------------------------------------------------------------- upstream
@@ -355,6 +359,28 @@ class Keeper:
         kept.set_exception(RuntimeError("the recorder breaks"))
 
 
+class Notes:
+    """The journal's face."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.in_use: set[int] = set()
+        self.entered = 0
+
+    def enter(self, line: bytes) -> int | None:
+        self.stage.hold(bool(line), "nothing is known of the message")
+        self.entered += 1
+        self.in_use.add(self.entered)
+        return self.entered
+
+    def free(self, slot: int) -> None:
+        self.stage.hold(slot in self.in_use, "a slot that is free is freed")
+        self.in_use.discard(slot)
+
+    def refusal(self) -> str | None:
+        return None
+
+
 # ---------------------------------------------------------------------------------------------- stage
 
 
@@ -375,6 +401,7 @@ class Stage:
         self.lines: list[Line] = []
         self.dialer = StageDialer(self)
         self.keeper = Keeper(self)
+        self.notes = Notes(self)
         self._counted = _counts()
         self._errors = METRICS._record_errors.value
         self.pool: Pool = self.loop.at_once(
@@ -815,6 +842,8 @@ class Stage:
         assert not self.services.settling, "still settling"
         assert not self.services.running, "a task is left over"
         assert not self.keeper.promised, "room is kept for a row that does not come"
+        assert self.notes.entered <= 1, "in the journal twice"
+        assert self.keeper.failed or not self.notes.in_use, "the journal still has it"
         maillog._flush()
         logged = [json.loads(line) for line in self.log.getvalue().splitlines()]
         lines = [line for line in logged if line["event"] == "message"]
