@@ -471,12 +471,13 @@ async def _unless(ended: asyncio.Event, work: Coroutine[None, None, None]) -> bo
     doing, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
     await asyncio.wait((doing, ending), return_when=asyncio.FIRST_COMPLETED)
     ending.cancel()
-    if doing.done():
-        doing.result()
-        return True
-    doing.cancel()
-    await asyncio.gather(doing, return_exceptions=True)  # it may have failed just now; it is given up anyway
-    return False
+    if not doing.done():
+        doing.cancel()
+        await asyncio.wait((doing,))
+        if doing.cancelled():
+            return False
+    doing.result()  # also where it was done before it could be cancelled
+    return True
 
 
 @contextlib.asynccontextmanager

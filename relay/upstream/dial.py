@@ -22,7 +22,7 @@ from relay.upstream.capabilities import Capabilities
 from relay.upstream.tokens import TokenError, token_source
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Coroutine
 
     from relay.credentials import Credentials
     from relay.settings import UpstreamSettings
@@ -88,7 +88,7 @@ class Dialer:
         elif self._upstream.username is not None and self._upstream.password is not None:
             login = sasl.with_password(self._upstream.username, self._upstream.password.get_secret_value())
         try:
-            return await self._open(login)
+            return await _obedient(self._open(login))
         except sasl.RefusedError as error:
             if self._tokens is not None and token and not error.reply.transient:
                 self._tokens.refused(token)
@@ -136,6 +136,25 @@ class Dialer:
         except BaseException:
             _discard(client)
             raise
+
+
+async def _obedient(opening: Coroutine[None, None, Dialed]) -> Dialed:
+    """Open a connection, and end that at once when cancelled.
+
+    The library waits by `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes with
+    what it waits for (bpo-37658); the next step would then take all of its time.
+    """
+    task = asyncio.get_running_loop().create_task(opening)
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        if not task.cancelled() and task.exception() is None:
+            task.result()[0].abort()
+        raise
+    return task.result()
 
 
 class _Watch(asyncio.Protocol):

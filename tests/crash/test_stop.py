@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -108,3 +110,129 @@ async def test_the_next_start_finds_its_files_in_order(tmp_path: Path, upstream:
 def told(applications: Storm, enough: int) -> bool:
     """Whether so many tries have been told 2yz."""
     return applications.told_yes > enough
+
+
+# Signals
+
+
+async def test_a_second_signal_hurries_and_a_third_changes_nothing(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"end_of_data": [Silence()]}
+    async with RelayProcess(tmp_path, upstream.port, server={"drain_timeout": "1h"}) as relay:
+        await relay.start()
+        async with Client(relay.port) as client, Client(relay.port) as slow:
+            await client.ehlo()
+            await slow.ehlo()
+            await slow.command(b"MAIL FROM:<a@example.test>", 250)
+            sent = asyncio.create_task(client.message("a@example.test", ["b@example.test"], CONTENT))
+            await upstream.message()
+            os.kill(relay.pid, signal.SIGTERM)
+            await relay.event("draining")
+            for _ in range(2):
+                os.kill(relay.pid, signal.SIGINT)
+                await relay.event("hurrying")
+            assert str((await sent)[-1]).startswith("451 4.4.2 ")
+            await slow.expect_closed()
+            assert await relay.ended(SLACK_S) == 0
+        events = [line["event"] for line in relay.log()]
+        assert events.count("hurrying") == 1
+        assert events[-1] == "stopped"
+        assert relay.rows() == []
+        (doubt,) = relay.rows("SELECT * FROM task_in_doubt")
+        assert doubt["client_task_id"] == "1"
+    assert relay.errors() == ""
+
+
+async def test_rows_are_made_durable_in_a_hurry_too(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    async with RelayProcess(tmp_path, upstream.port, server={"drain_timeout": "1h"}) as relay:
+        async with Storm(relay, upstream) as applications:
+            for _ in range(3):
+                await relay.start()
+                enough = applications.told_yes + 20
+                await upstream.wait_for(partial(told, applications, enough), 30.0)
+                relay.port = 0
+                os.kill(relay.pid, signal.SIGTERM)
+                os.kill(relay.pid, signal.SIGINT)
+                assert await relay.ended(2 * SLACK_S) == 0
+            await relay.start()
+        assert await relay.terminate() == 0
+
+    findings, figures = await applications.settle()
+    told_yes = {key for key, code in applications.told.items() if code is not None and code < 300}
+    rows = {row["client_task_id"] for row in relay.rows()}
+
+    assert findings == []
+    assert told_yes <= rows
+    assert figures.rows == len(rows)
+    assert relay.errors() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_during_the_start_ends_it_in_order(
+    number: int, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"greeting": Silence()}  # the start waits for it, for `connect_timeout`
+    async with RelayProcess(tmp_path, upstream.port, upstream={"connect_timeout": "1h"}) as relay:
+        await relay.spawn()
+        await upstream.wait_for(lambda: upstream.connections, 30.0)
+        os.kill(relay.pid, number)
+        assert await relay.ended(SLACK_S) == 0
+        events = [line["event"] for line in relay.log()]
+        assert events[-1] == "stopped"
+        assert "started" not in events
+        assert not relay.database.with_name("rows.db-wal").exists()
+        assert relay.rows("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    assert relay.errors() == ""
+
+
+async def test_a_hangup_during_the_start_reloads_behind_it(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    greets = asyncio.Event()
+    upstream.script = {"greeting": Delay(greets)}
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.spawn()
+        await upstream.wait_for(lambda: upstream.connections, 30.0)
+        os.kill(relay.pid, signal.SIGHUP)
+        greets.set()
+        await relay.event("started")
+        await relay.event("reloaded")
+        assert await relay.terminate() == 0
+
+
+async def test_a_hangup_while_draining_is_ignored(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    verdict = asyncio.Event()
+    upstream.script = {"end_of_data": Delay(verdict)}
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        async with Client(relay.port) as client:
+            await client.ehlo()
+            sent = asyncio.create_task(client.message("a@example.test", ["b@example.test"], CONTENT))
+            await upstream.message()
+            os.kill(relay.pid, signal.SIGTERM)
+            await relay.event("draining")
+            os.kill(relay.pid, signal.SIGHUP)
+            assert (await relay.event("reload ignored"))["reason"] == "the relay is stopping"
+            verdict.set()
+            assert (await sent)[-1].code == 250
+            assert await relay.ended() == 0
+        assert "reloaded" not in [line["event"] for line in relay.log()]
+
+
+async def test_whoever_is_in_the_queue_when_a_drain_begins_is_answered(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        os.kill(relay.pid, signal.SIGSTOP)
+        waiting = [await Client.connect(relay.port) for _ in range(20)]
+        os.kill(relay.pid, signal.SIGTERM)
+        os.kill(relay.pid, signal.SIGCONT)
+        for client in waiting:
+            replies = [await client.reply()]
+            if replies[0].code == 220:
+                replies.append(await client.reply())
+            assert replies[-1].text.startswith("4.3.2 ")
+            await client.expect_eof()
+        assert await relay.ended() == 0

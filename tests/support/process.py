@@ -64,9 +64,9 @@ class RelayProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._log_begin = 0  # where in the log file the present process began
 
-    def configure(self, **over: dict[str, Any]) -> None:
-        """Write another configuration, whole, as `__init__` does."""
-        self.write(toml(self._configuration(self._upstream_port, over)))
+    def text(self, **over: dict[str, Any]) -> str:
+        """Return a configuration, whole, as `__init__` makes it, for `write`."""
+        return toml(self._configuration(self._upstream_port, over))
 
     def write(self, text: str) -> None:
         """Put a configuration in place in one step."""
@@ -80,14 +80,15 @@ class RelayProcess:
         self._process.send_signal(number)
 
     async def reload(self) -> list[dict[str, Any]]:
-        """SIGHUP; return the lines that it brings, up to the one that says what came of it."""
+        """SIGHUP; return the lines that it brings, up to the first that says what came of it."""
         before = len(self.log())
         self.signal(signal.SIGHUP)
         end = time.monotonic() + _START_S
         while time.monotonic() < end:
             lines = self.log()[before:]
-            if lines and lines[-1]["event"] in ("reloaded", "reload refused", "reload ignored"):
-                return lines
+            for count, line in enumerate(lines, 1):
+                if line["event"] in ("reloaded", "reload refused", "reload ignored"):
+                    return lines[:count]
             await asyncio.sleep(_POLL_S)
         raise AssertionError(f"no reload in the log: {self.log()[before:]} {self.errors()}")
 
