@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from tests.support.process import RelayProcess
 from tests.support.supervisor import Supervisor
 from tests.support.upstream import ScriptedUpstream
 
-RESTARTS = 20
+RESTARTS = int(os.environ.get("RESTARTS", "6"))
 CLIENTS = 20
 
 

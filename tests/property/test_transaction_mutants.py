@@ -40,12 +40,12 @@ def answers_before_it_records(self: Transaction, verdict: Reply, *, original: Or
 def records_what_was_refused(self: Transaction, reply: Reply, *, original: Original) -> None:
     original(self, reply)
     if self.settling and not reply.positive and self._account.found is not None:
-        self._services.recorder.record(self._account.record(self._account.found, reply))
+        self._services.recorder.record(self._account.record(self._account.found, reply, doubted=False))
 
 
 def records_twice(self: Transaction, verdict: Reply, *, original: Original) -> Any:
     found: Any = self._account.found
-    record: Record = self._account.record(found, verdict)
+    record: Record = self._account.record(found, verdict, doubted=False)
     self._services.recorder.record(record)
     return original(self, verdict)
 
@@ -59,7 +59,9 @@ def tells_again(self: Transaction, reply: Reply, *, original: Original) -> None:
 def counts_an_overdue_verdict(self: Transaction, now: float, *, original: Original) -> None:
     original(self, now)
     if self.settling and now > self._verdict_due:
+        promised, self._promised = self._promised, 0
         self._conclude(Outcome.IN_DOUBT, "overdue")
+        self._promised = promised
         self.concluded, self.settling = False, True
 
 
@@ -91,12 +93,15 @@ def closes_what_is_unfinished(self: Connection, reason: str, *, original: Origin
 
 def goes_on_with_refused_content(self: Transaction, reply: Reply, *, original: Original) -> None:
     """Take no notice of the fault."""
+    if self._account.found is None:
+        self._classify(b"")
 
 
 def begins_anew_after_mail(self: Transaction, reply: Reply, *, original: Original) -> None:
     if self._connection is not None and self._sent:
         self._connection = None
-        self._replace()
+        self._take_back()
+        self._lease(fresh=True)
     else:
         original(self, reply)
 
