@@ -80,7 +80,7 @@ class Listener:
 
         Returns the connections that the kernel had for us: closing the socket would reset them.
         """
-        waiting = [] if self._passed else self._waiting()
+        kept = None if self._passed else self._socket.dup()
         if self._server is not None:
             self._server.close()
         else:
@@ -89,16 +89,18 @@ class Listener:
             with contextlib.suppress(OSError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
-        return waiting
+        return [] if kept is None else _emptied(kept)
 
-    def _waiting(self) -> list[socket.socket]:
-        waiting: list[socket.socket] = []
-        with contextlib.suppress(OSError):  # BlockingIOError: that was the last one
-            while len(waiting) < BACKLOG:
-                connection, _ = self._socket.accept()
-                connection.setblocking(False)
-                waiting.append(connection)
-        return waiting
+
+def _emptied(listening: socket.socket) -> list[socket.socket]:
+    """Take what is in the queue, and close the socket at once: what comes in between would be reset."""
+    waiting: list[socket.socket] = []
+    with listening, contextlib.suppress(OSError):  # BlockingIOError: that was the last one
+        while len(waiting) < BACKLOG:
+            waiting.append(listening.accept()[0])
+    for connection in waiting:
+        connection.setblocking(False)
+    return waiting
 
 
 def address_of(bound: socket.socket) -> str:

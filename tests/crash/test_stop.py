@@ -235,4 +235,6 @@ async def test_whoever_is_in_the_queue_when_a_drain_begins_is_answered(
                 replies.append(await client.reply())
             assert replies[-1].text.startswith("4.3.2 ")
             await client.expect_eof()
+            client.wire.abort()
+            await client.wire.ended()
         assert await relay.ended() == 0

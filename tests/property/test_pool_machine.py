@@ -229,6 +229,12 @@ class PoolMachine(RuleBasedStateMachine):
             self.holders.append(Holder(connection, client))
         self.run()
 
+    @precondition(lambda self: self.pool._breaker.open)
+    @rule()
+    def the_upstream_is_back(self) -> None:
+        """Three failed dials in a row open the breaker, and nobody is given a connection while it is open."""
+        self.pool._breaker.connected()
+
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def stop_waiting(self, data: st.DataObject) -> None:
@@ -321,6 +327,7 @@ class PoolMachine(RuleBasedStateMachine):
             elif self.holders:
                 self.give_back_last()
         assert not self.asked, "somebody waits for ever"
+        self.the_upstream_is_back()
         for client in CLIENTS[:MAX_CONNECTIONS]:
             self.begin(client, None, fresh=False)
             if self.dialer.pending:
