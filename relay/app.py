@@ -99,7 +99,7 @@ class Relay:
             await self._stop_parts()
             raise
         self.metrics.config_read(time.time())
-        self._spawn(self._sweep())
+        self._spawn(self._sweep()).set_name("sweep")
         maillog.started(
             __version__,
             self.reception.addresses,
