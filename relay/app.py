@@ -455,7 +455,20 @@ async def _serve(settings: Settings, load: Callable[[], Settings]) -> int:
             await relay.stop()
         else:
             maillog.stopped()
+    _ignore_signals(loop)
     return 0
+
+
+def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
+    """All is done: one more signal must not turn the exit status 0 into a death by signal.
+
+    Ended handlers give way to the default, which kills; they are blocked until they can be ignored for good.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in signals:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _reloads(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:
