@@ -19,6 +19,7 @@ NAMES = {
     "message_bytes_total": "counter",
     "message_size_bytes": "histogram",
     "transaction_seconds": "histogram",
+    "transaction_wait_seconds_total": "counter",
     "upstream_reply_seconds": "histogram",
     "client_sessions": "gauge",
     "client_sessions_total": "untyped",  # as a counter its family would be the gauge's
@@ -27,6 +28,8 @@ NAMES = {
     "upstream_connections": "gauge",
     "upstream_connects_total": "counter",
     "upstream_up": "gauge",
+    "upstream_drained": "gauge",
+    "upstream_failovers_total": "counter",
     "upstream_wait_seconds": "histogram",
     "records_total": "counter",
     "record_commit_seconds": "histogram",
@@ -39,6 +42,8 @@ NAMES = {
     "expiry_lag_seconds": "gauge",
     "expiry_last_run_timestamp_seconds": "gauge",
     "expiry_duration_seconds": "gauge",
+    "config_last_reload_successful": "gauge",
+    "config_last_reload_success_timestamp_seconds": "gauge",
     "build_info": "gauge",
 }
 """Public interface: the instruments of this version, without the prefix."""
