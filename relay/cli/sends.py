@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
@@ -68,7 +68,7 @@ def sends(
 ) -> int:
     """Search the records of what was sent, newest first."""
     now = datetime.now(UTC)
-    given = {
+    given: dict[str, Any] = {
         "sender": _address("--sender", sender, null_path=True),
         "recipient": _address("--recipient", recipient),
         "task_type": _given("--type", task_type, "a task type"),

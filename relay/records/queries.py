@@ -18,15 +18,23 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
-from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from relay.records.errors import StoreError
+from relay.records.filters import (
+    RECIPIENT_INDEXES,
+    Key,
+    SendFilter,
+    conditions_of,
+    leading_index,
+    received_by,
+    window_of,
+)
 from relay.records.model import Json
-from relay.records.schema import SCHEMA_VERSION, UtcDateTime, task_done, task_done_recipient, task_in_doubt
+from relay.records.patterns import Wanted
+from relay.records.schema import SCHEMA_VERSION, task_done, task_done_recipient, task_in_doubt
 from relay.records.sqlite import (
     SMALLEST,
     check_columns,
@@ -50,9 +58,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Key = tuple[datetime, int]
-"""Where a page ended: time and id of its last row."""
-
 PAGE_ROWS = 200
 """Rows in memory at once; each may have a thousand recipients."""
 BUSY_TIMEOUT_S = 5.0
@@ -61,25 +66,6 @@ ATTEMPTS = 5
 
 COLUMNS = tuple(column.name for column in task_done.columns)
 """The columns of `task_done`, in their order."""
-
-
-@dataclass(frozen=True, slots=True)
-class SendFilter:
-    """Which rows: those to which all that is given applies.
-
-    `sender` and `recipient` are an address, matched without regard to case, or `@` and a domain; an empty
-    `sender` is the null reverse-path. The others match exactly, `message_id` also without its angle
-    brackets. `since` is the first moment, `until` the first one that no longer counts; aware.
-    """
-
-    sender: str | None = None
-    recipient: str | None = None
-    task_type: str | None = None
-    client: str | None = None
-    message_id: str | None = None
-    task_id: UUID | None = None
-    since: datetime | None = None
-    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +282,11 @@ def recipients_of(keys: Iterable[int]) -> sa.Select[Any]:
 def page_of_sends(wanted: SendFilter, rows: int, after: Key | None = None) -> sa.Select[Any]:
     """Return the statement for the next `rows` rows that `wanted` describes, those before `after`."""
     table = task_done.c
-    leading = _leading_index(wanted)
-    conditions = [*_conditions(wanted, table), *_window(wanted, after, table.sent_at, table.id)]
+    leading = leading_index(wanted)
+    conditions = [*conditions_of(wanted, table), *window_of(wanted, after, table.sent_at, table.id)]
     if wanted.recipient is not None:
-        received = _is(
-            wanted.recipient, task_done_recipient.c.recipient, task_done_recipient.c.recipient_domain
-        )
-        if leading in _RECIPIENT_INDEXES:
+        received = received_by(wanted.recipient, wanted.aliases)
+        if leading in RECIPIENT_INDEXES:
             return _page_by_recipient(received, leading, wanted, rows, after)
         conditions.append(sa.exists().where(task_done_recipient.c.task_done_id == table.id, received))
     return (
@@ -320,12 +304,12 @@ def page_of_doubts(wanted: SendFilter, rows: int, after: Key | None = None) -> s
     By time, whatever the filter: they are few, unless something is very wrong.
     """
     table = task_in_doubt.c
-    conditions = [*_conditions(wanted, table), *_window(wanted, after, table.since, table.id)]
+    conditions = [*conditions_of(wanted, table), *window_of(wanted, after, table.since, table.id)]
     if wanted.recipient is not None:
         # SQLite's function; PostgreSQL has jsonb_array_elements_text for it.
         each = sa.func.json_each(table.recipients).table_valued("value")
         found = sa.cast(each.c.value, sa.Text())
-        conditions.append(sa.exists().where(_has(wanted.recipient, found)))
+        conditions.append(sa.exists().where(Wanted.of(wanted.recipient).matches(found, None, wanted.aliases)))
     return (
         sa.select(task_in_doubt)
         .with_hint(task_in_doubt, "INDEXED BY ix_task_in_doubt_since", "sqlite")
@@ -333,12 +317,6 @@ def page_of_doubts(wanted: SendFilter, rows: int, after: Key | None = None) -> s
         .order_by(table.since.desc(), table.id.desc())
         .limit(rows)
     )
-
-
-def _has(value: str, address: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Whether an address that has no column for its domain is the one, or in the domain (`@` and all)."""
-    found = sa.func.substr(address, -len(value)) if value.startswith("@") else address
-    return sa.func.lower(found) == sa.func.lower(value)
 
 
 def _page_by_recipient(
@@ -352,12 +330,12 @@ def _page_by_recipient(
     found = (
         sa.select(moment, key)
         .with_hint(task_done_recipient, f"INDEXED BY {leading}", "sqlite")
-        .where(received, *_window(wanted, after, moment, key))
+        .where(received, *window_of(wanted, after, moment, key))
         .distinct()
         .order_by(moment.desc(), key.desc())
         .limit(rows)
     )
-    others = _conditions(wanted, task_done.c)
+    others = conditions_of(wanted, task_done.c)
     if others:
         found = found.join_from(task_done_recipient, task_done, task_done.c.id == key).where(*others)
     page = found.subquery("page")
@@ -366,76 +344,3 @@ def _page_by_recipient(
         .join_from(page, task_done, task_done.c.id == page.c.task_done_id)
         .order_by(page.c.sent_at.desc(), page.c.task_done_id.desc())
     )
-
-
-_RECIPIENT_INDEXES = ("ix_task_done_recipient_recipient", "ix_task_done_recipient_recipient_domain")
-
-
-def _leading_index(wanted: SendFilter) -> str:
-    """Return the index of what is likely to leave the fewest rows."""
-    if wanted.task_id is not None:
-        return "sqlite_autoindex_task_done_1"  # SQLite's own name for that of the UNIQUE constraint
-    if wanted.message_id is not None:
-        return "ix_task_done_message_id"
-    address, domain = _RECIPIENT_INDEXES
-    for value, index in (
-        (_address(wanted.recipient), address),
-        (_address(wanted.sender), "ix_task_done_sender"),
-        (wanted.recipient, domain),
-        (wanted.sender, "ix_task_done_sender_domain"),
-        (wanted.client, "ix_task_done_client"),
-        (wanted.task_type, "ix_task_done_task_type"),
-    ):
-        if value is not None:
-            return index
-    return "ix_task_done_sent_at"
-
-
-def _address(value: str | None) -> str | None:
-    """Return an address, None for none or a domain."""
-    return None if value is None or value.startswith("@") else value
-
-
-def _conditions(
-    wanted: SendFilter, table: ReadOnlyColumnCollection[str, sa.Column[Any]]
-) -> list[sa.ColumnElement[bool]]:
-    """What the row itself has to say, in `task_done` or `task_in_doubt`, but for the time."""
-    conditions: list[sa.ColumnElement[bool]] = []
-    if wanted.task_id is not None:
-        conditions.append(table.task_id == str(wanted.task_id))
-    if wanted.message_id is not None:
-        given = wanted.message_id
-        conditions.append(table.message_id.in_([given, f"<{given}>"]))
-    if wanted.sender is not None:
-        conditions.append(_is(wanted.sender, table.sender, table.sender_domain))
-    if wanted.client is not None:
-        conditions.append(table.client == wanted.client)
-    if wanted.task_type is not None:
-        conditions.append(table.task_type == wanted.task_type)
-    return conditions
-
-
-def _is(value: str, address: sa.ColumnElement[str], domain: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    if value.startswith("@"):
-        return domain == value[1:].lower()
-    # Both through the database's own lower(), which need not be Python's; the index is on it.
-    return sa.func.lower(address) == sa.func.lower(value)
-
-
-def _window(
-    wanted: SendFilter,
-    after: Key | None,
-    moment: sa.ColumnElement[datetime],
-    key: sa.ColumnElement[int],
-) -> list[sa.ColumnElement[bool]]:
-    conditions: list[sa.ColumnElement[bool]] = []
-    if wanted.since is not None:
-        conditions.append(moment >= wanted.since)
-    if wanted.until is not None:
-        conditions.append(moment < wanted.until)
-    if after is not None:
-        conditions.append(
-            sa.tuple_(moment, key)
-            < sa.tuple_(sa.literal(after[0], UtcDateTime()), sa.literal(after[1], sa.BigInteger()))
-        )
-    return conditions
