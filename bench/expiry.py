@@ -29,7 +29,7 @@ from relay.records.model import Record
 from relay.records.recorder import Recorder
 from relay.records.retention import Retention
 from relay.records.spool import Spool
-from relay.records.store import Store, utc_now
+from relay.records.store import Store, open_store, utc_now
 
 RETENTION = Retention(timedelta(days=30))
 SENDERS = 5_000
@@ -164,7 +164,7 @@ async def _measure(directory: Path, recipients: int, arguments: argparse.Namespa
         flush=True,
     )
     counts = Counts()
-    store = await Store.open(f"sqlite:///{path}", RETENTION)
+    store = await open_store(f"sqlite:///{path}", RETENTION)
     spool = Spool(directory / "spool")
     recorder = Recorder(
         store,
@@ -263,7 +263,7 @@ class _LogFile:
 
 async def _make_backlog(path: Path, rows: int, recipients: int) -> None:
     """Make the file as the relay does, and fill it with rows that expired within the last days."""
-    await (await Store.open(f"sqlite:///{path}", RETENTION)).close()
+    await (await open_store(f"sqlite:///{path}", RETENTION)).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("PRAGMA synchronous = OFF")
         raw.execute("PRAGMA cache_size = -200000")

@@ -29,7 +29,7 @@ from relay.records.expiry import ExpiryLoop
 from relay.records.journal import Journal
 from relay.records.recorder import USUAL_PLACE, Recorder
 from relay.records.spool import RESERVE, Spool, SpoolError
-from relay.records.store import Store, StoreError, utc_now
+from relay.records.store import Store, StoreError, open_store, utc_now
 from relay.reload import REFUSALS, Files, Fresh, read_files, reasons
 from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
@@ -145,7 +145,7 @@ class Relay:
 
     async def _start_records(self) -> None:
         records = self.settings.records
-        self._store = await Store.open(records.url, parts.retention(self.settings))
+        self._store = await open_store(records.url, parts.retention(self.settings))
         connections = sum(upstream.max_connections for upstream in self.settings.upstreams)
         self._spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
         self._journal = Journal(self._spool.directory, connections)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from relay import maillog
 from relay.metrics import Metrics
 from relay.records.retention import Retention
-from relay.records.sqlite import path_of
-from relay.records.store import Store, StoreError
+from relay.records.store import MissingStoreError, StoreError, open_store
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
 
@@ -41,11 +40,11 @@ async def _store(settings: Settings) -> Finding:
     """Open the store as it is; one that does not exist is left to the first start to make."""
     url, kept = settings.records.url, settings.retention
     what = f"store {url}"
-    if not path_of(url).exists():
-        return what, True, "does not exist yet, the first start makes it"
     try:
-        store = await Store.open(url, Retention.of_seconds(kept.default, kept.by_type), create=False)
+        store = await open_store(url, Retention.of_seconds(kept.default, kept.by_type), create=False)
         await store.close()
+    except MissingStoreError:
+        return what, True, "does not exist yet, the first start makes it"
     except StoreError as error:
         return what, False, str(error)
     return what, True, "opens, its schema is current"

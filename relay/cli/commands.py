@@ -193,10 +193,10 @@ def _connect(settings: Settings) -> int:
 
 async def _expire(settings: Settings, *, dry_run: bool) -> int:
     from relay.records.retention import Retention
-    from relay.records.store import Store
+    from relay.records.store import open_store
 
     retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
-    store = await Store.open(settings.records.url, retention, create=False)
+    store = await open_store(settings.records.url, retention, create=False)
     now = datetime.now(UTC)
     try:
         if dry_run or not sys.stderr.isatty():

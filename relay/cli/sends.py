@@ -114,18 +114,21 @@ async def _print(
     in_doubt: bool,
 ) -> tuple[int, int]:
     """Print what is wanted; return how many rows, and how many messages in doubt there are to be told of."""
-    from relay.records.queries import Queries
+    from relay.records.queries import open_queries
 
-    queries = await Queries.open(settings.records.url)
-    rows = 0
-    write(())
-    pages: AsyncIterator[Sequence[Row]]
-    pages = queries.doubts(wanted, limit=limit) if in_doubt else queries.sends(wanted, limit=limit)
-    async for page in pages:
-        write(page)
-        rows += len(page)
-    tells = not in_doubt and sys.stderr.isatty()
-    return rows, await queries.count_in_doubt() if tells else 0
+    queries = await open_queries(settings.records.url)
+    try:
+        rows = 0
+        write(())
+        pages: AsyncIterator[Sequence[Row]]
+        pages = queries.doubts(wanted, limit=limit) if in_doubt else queries.sends(wanted, limit=limit)
+        async for page in pages:
+            write(page)
+            rows += len(page)
+        tells = not in_doubt and sys.stderr.isatty()
+        return rows, await queries.count_in_doubt() if tells else 0
+    finally:
+        await queries.close()
 
 
 def moment(value: str, now: datetime) -> datetime:

@@ -99,12 +99,12 @@ async def _replay(settings: Settings, *, rejected: bool) -> Carried:
     from relay.records.replay import replay, replay_rejected
     from relay.records.retention import Retention
     from relay.records.spool import Spool
-    from relay.records.store import Store
+    from relay.records.store import open_store
 
     directory, kept = settings.records.spool, settings.retention
     own = None if rejected else Spool(directory, reserve=0)
     try:
-        store = await Store.open(settings.records.url, Retention.of_seconds(kept.default, kept.by_type))
+        store = await open_store(settings.records.url, Retention.of_seconds(kept.default, kept.by_type))
         try:
             if own is None:
                 return await replay_rejected(directory, store, _progress)

@@ -1,12 +1,16 @@
-"""What can go wrong with the store, in the two kinds that its callers tell apart."""
+"""What can go wrong with the store, in the kinds that its callers tell apart."""
 
 from __future__ import annotations
 
-__all__ = ["ExpiryBusyError", "RejectedRecordError", "StoreError"]
+__all__ = ["ExpiryBusyError", "MissingStoreError", "RejectedRecordError", "StoreError"]
 
 
 class StoreError(Exception):
     """The store cannot be used now; the text is one line that tells the operator what to change."""
+
+
+class MissingStoreError(StoreError):
+    """There is no store yet, and none was to be made."""
 
 
 class RejectedRecordError(StoreError):

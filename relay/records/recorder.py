@@ -28,9 +28,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Entry, Record, Settled
 from relay.records.spool import Spool, SpoolError, encode
-from relay.records.store import RejectedRecordError, StoreError
 
 __all__ = ["MAX_BATCH", "USUAL_PLACE", "RecordWriter", "Recorder", "RecorderMetrics"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.store import Store
+from relay.records.store import open_store
 from tests.support.process import RelayProcess
 from tests.support.upstream import ScriptedUpstream
 
@@ -21,7 +21,7 @@ ROWS = 8_000
 
 
 async def make_backlog(path: Path) -> None:
-    store = await Store.open(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
     for start in range(0, ROWS, 500):
         await store.write(
             [

@@ -24,7 +24,7 @@ import pytest
 from relay.records.model import Record
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
-from relay.records.store import Store
+from relay.records.store import open_store
 from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.upstream import ScriptedUpstream
@@ -37,7 +37,7 @@ Build = Callable[[Path], Any]
 
 async def make_store(path: Path, rows: int = 0) -> None:
     """A store as a relay leaves it, closed in order."""
-    store = await Store.open(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
     now = datetime.now(UTC)
     for start in range(0, rows, 500):
         await store.write(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from relay.records.model import Doubt, Entry, Record, Settled
 from relay.records.retention import Retention
 from relay.records.spool import decode, encode
-from relay.records.store import Store
+from relay.records.store import open_store
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -87,7 +87,7 @@ async def written(batches: list[list[Entry]]) -> tuple[list[int], list[int]]:
     """Return the messages that are done, and those in doubt, when all is written."""
     with tempfile.TemporaryDirectory() as directory:
         database = Path(directory) / "rows.db"
-        store = await Store.open(f"sqlite:///{database}", Retention(None))
+        store = await open_store(f"sqlite:///{database}", Retention(None))
         try:
             for batch in batches:
                 await store.write(batch)

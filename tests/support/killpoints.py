@@ -21,7 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from relay.cli import main
-from relay.records import spool, store
+from relay.records import spool
+from relay.records.sqlite import store
 from relay.reply import Reply
 from relay.transaction import Transaction
 from relay.upstream.connection import Connection
@@ -153,7 +154,7 @@ def _migration(passed: Passed) -> None:
 
 def _expiry(passed: Passed) -> None:
     """A step has deleted its rows and is not committed."""
-    delete = store._delete
+    delete = store.delete
 
     def wrapped(connection: sqlite3.Connection, *arguments: Any, **named: Any) -> int:
         connection.execute("BEGIN IMMEDIATE")  # else the statement would be a transaction of its own
@@ -162,7 +163,7 @@ def _expiry(passed: Passed) -> None:
         connection.execute("COMMIT")
         return found
 
-    store._delete = wrapped
+    store.delete = wrapped
 
 
 def _at(owner: Any, name: str, *, behind: bool = False) -> Callable[[Passed], None]:
@@ -176,8 +177,8 @@ POINTS: dict[str, Callable[[Passed], None]] = {
     "before the end of data": lambda passed: _end_of_data(passed, behind=False),
     "behind the end of data": lambda passed: _end_of_data(passed, behind=True),
     "verdict read": _verdict,
-    "before the commit": _at(store, "_insert"),
-    "behind the commit": _at(store, "_insert", behind=True),
+    "before the commit": _at(store, "insert_entries"),
+    "behind the commit": _at(store, "insert_entries", behind=True),
     "before the reply": lambda passed: _reply(passed, behind=False),
     "behind the reply": lambda passed: _reply(passed, behind=True),
     "before the journal is freed": _journal("free"),

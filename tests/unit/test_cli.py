@@ -18,7 +18,7 @@ from relay.cli import main
 from relay.cli.configuration import DEFAULT, find
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.store import Store
+from relay.records.store import open_store
 from relay.settings import DEV_UPSTREAM, Settings
 
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
@@ -247,7 +247,7 @@ def _write_record(days: int) -> None:
     )
 
     async def write() -> None:
-        store = await Store.open("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
+        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
         await store.write([record])
         await store.close()
 

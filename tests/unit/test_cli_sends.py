@@ -21,7 +21,7 @@ from relay.cli.sends import Format, moment
 from relay.records.model import Doubt, Record
 from relay.records.queries import COLUMNS, Send
 from relay.records.retention import Retention
-from relay.records.store import Store
+from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 ROW = Record(
@@ -70,7 +70,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 def record(*rows):
     async def write():
-        store = await Store.open("sqlite:///data/task_done.db", Retention(timedelta(days=30)))
+        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30)))
         await store.write(rows)
         await store.close()
 

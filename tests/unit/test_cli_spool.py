@@ -18,7 +18,7 @@ from relay.records.identity import uuid7
 from relay.records.model import Record
 from relay.records.retention import Retention
 from relay.records.spool import Spool, encode
-from relay.records.store import Store
+from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 SPOOL = Path("data/spool")
@@ -262,7 +262,7 @@ def test_rows_that_are_there_already_are_not_written_twice(capsys: pytest.Captur
     row = record()
 
     async def write() -> None:
-        store = await Store.open("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
+        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
         await store.write([row])
         await store.close()
 

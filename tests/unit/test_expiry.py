@@ -13,11 +13,11 @@ import pytest
 
 from relay.records import expiry as expiry_module
 from relay.records import pacing
-from relay.records import store as store_module
 from relay.records.expiry import ExpiryLoop
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.store import ExpiryBusyError, Store, StoreError
+from relay.records.sqlite import expire as expire_module
+from relay.records.store import ExpiryBusyError, StoreError, open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -61,7 +61,7 @@ def path(tmp_path):
 
 @pytest.fixture
 async def store(path, clock):
-    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    store = await open_store(f"sqlite:///{path}", DAILY, clock=clock)
     yield store
     await store.close()
 
@@ -95,7 +95,7 @@ async def test_what_has_expired_goes_and_what_has_not_stays(store, path):
 
 
 async def test_rows_that_never_expire_stay(path, clock):
-    store = await Store.open(f"sqlite:///{path}", Retention(None), clock=clock)
+    store = await open_store(f"sqlite:///{path}", Retention(None), clock=clock)
     await store.write([record(1, NOW)])
     assert await store.expire(NOW + 36500 * DAY, 5000) == 0
     assert left(path) == [1]
@@ -171,7 +171,7 @@ async def test_how_far_behind(store, clock):
 async def test_a_look_for_the_oldest_needs_no_walk_through_the_table(store):
     plan = await store._database.run(
         lambda raw: raw.execute(
-            f"EXPLAIN QUERY PLAN {store_module._OLDEST_EXPIRED}", {"now": "2026"}
+            f"EXPLAIN QUERY PLAN {expire_module._OLDEST_EXPIRED}", {"now": "2026"}
         ).fetchall()
     )
     assert all("ix_task_done_expires_at (expires_at<?)" in row[3] for row in plan)
@@ -222,13 +222,13 @@ async def test_space_is_given_back(store, path):
 
 async def test_space_that_cannot_be_given_back_ends_no_run(path, clock):
     """A file restored by other means may have lost its setting; free pages are then used again."""
-    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    store = await open_store(f"sqlite:///{path}", DAILY, clock=clock)
     await store.close()
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("PRAGMA journal_mode = DELETE")
         raw.execute("PRAGMA auto_vacuum = NONE")
         raw.execute("VACUUM")
-    store = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    store = await open_store(f"sqlite:///{path}", DAILY, clock=clock)
     await store.write([record(number, NOW, data={"x": "x" * 1000}) for number in range(500)])
     assert await store.expire(NOW, 5000) == 500
     assert rows(path, "PRAGMA freelist_count") != [(0,)]
@@ -236,7 +236,7 @@ async def test_space_that_cannot_be_given_back_ends_no_run(path, clock):
 
 
 async def test_it_never_runs_twice_at_once(store, path, clock):
-    other = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    other = await open_store(f"sqlite:///{path}", DAILY, clock=clock)
     await store.write([record(number, NOW) for number in range(100)])
     running = asyncio.create_task(store.expire(NOW, 1))
     while not lease(path):
@@ -250,7 +250,7 @@ async def test_it_never_runs_twice_at_once(store, path, clock):
 
 
 async def test_the_lease_of_a_run_that_died_ends_and_one_that_was_asleep_stops(store, path, clock):
-    other = await Store.open(f"sqlite:///{path}", DAILY, clock=clock)
+    other = await open_store(f"sqlite:///{path}", DAILY, clock=clock)
     await store.write([record(number, NOW) for number in range(100)])
     batches = []
 

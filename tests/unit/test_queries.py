@@ -20,15 +20,14 @@ from relay.records.model import Doubt, Record
 from relay.records.queries import (
     COLUMNS,
     PAGE_ROWS,
-    Queries,
     SendFilter,
-    page_of_doubts,
-    page_of_sends,
-    recipients_of,
+    open_queries,
 )
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSIONS, VERSION_TABLE
-from relay.records.store import Store
+from relay.records.search import page_of_doubts, page_of_sends, recipients_of
+from relay.records.sqlite import reader as reader_module
+from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 ROW = Record(
@@ -58,14 +57,14 @@ def path(tmp_path):
 
 
 async def write(path, *rows):
-    store = await Store.open(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
     await store.write(rows)
     await store.close()
 
 
 async def found(path, limit=None, **wanted):
     """The rows, by their number."""
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     pages = [page async for page in opened.sends(SendFilter(**wanted), limit=limit)]
     return [UUID(send.task_id).int for page in pages for send in page]
 
@@ -77,7 +76,7 @@ def names_in(path):
 async def test_a_row_comes_back_whole(path):
     await write(path, replace(ROW, client_task_id="c", recipients=("b@x", "a@x", "b@x")))
 
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     [[send]] = [page async for page in opened.sends(SendFilter())]
 
     assert send.recipients == ("b@x", "a@x", "b@x")
@@ -176,15 +175,15 @@ async def test_pages_go_on_where_the_last_one_ended(path, wanted, limit):
 async def test_a_page_is_bounded(path):
     await write(path, *map(row, range(PAGE_ROWS + 1)))
 
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
 
     assert [len(page) async for page in opened.sends(SendFilter())] == [PAGE_ROWS, 1]
 
 
 async def test_rows_that_come_between_two_pages_move_nothing(path):
     await write(path, *map(row, range(PAGE_ROWS + 1)))
-    store = await Store.open(f"sqlite:///{path}", Retention(timedelta(days=30)))
-    opened = await Queries.open(f"sqlite:///{path}")
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    opened = await open_queries(f"sqlite:///{path}")
     seen = []
 
     async for page in opened.sends(SendFilter()):
@@ -271,7 +270,7 @@ def test_the_statements_are_postgresql_too():
 
 async def refusal(path):
     with pytest.raises(StoreError) as caught:
-        await Queries.open(f"sqlite:///{path}")
+        await open_queries(f"sqlite:///{path}")
     text = str(caught.value)
     assert "\n" not in text
     return text.removeprefix(f"{path}: ")
@@ -348,7 +347,7 @@ async def test_a_writer_neither_waits_nor_is_waited_for(path):
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE task_done SET task_type = 'later'")
-        opened = await Queries.open(f"sqlite:///{path}")
+        opened = await open_queries(f"sqlite:///{path}")
         pages = opened.sends(SendFilter())
 
         [send] = await anext(pages)
@@ -363,12 +362,12 @@ async def test_a_writer_neither_waits_nor_is_waited_for(path):
 async def test_a_relay_that_starts_in_the_middle_is_noticed(path, monkeypatch):
     """The file was taken for one that does not change, and then it did."""
     await write(path, row(1))
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     stores = []
     fetch = queries._fetch
 
-    def interrupted(raw, page):
-        result = fetch(raw, page)
+    def interrupted(connection, page):
+        result = fetch(connection, page)
         if not stores:
             stores.append(sqlite3.connect(path, isolation_level=None, check_same_thread=False))
             stores[0].execute("PRAGMA wal_autocheckpoint = 1")
@@ -384,19 +383,19 @@ async def test_a_relay_that_starts_in_the_middle_is_noticed(path, monkeypatch):
 
 async def test_a_file_that_changes_all_the_time_is_given_up(path, monkeypatch):
     await write(path, row(1))
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     seconds = itertools.count(1)
     fetch = queries._fetch
 
-    def touched(raw, page):
-        result = fetch(raw, page)
+    def touched(connection, page):
+        result = fetch(connection, page)
         os.utime(path, (0, next(seconds)))
         return result
 
     monkeypatch.setattr(queries, "_fetch", touched)
     with pytest.raises(StoreError, match="changes hands"):
         await anext(opened.sends(SendFilter()))
-    assert next(seconds) == queries.ATTEMPTS + 1
+    assert next(seconds) == reader_module.ATTEMPTS + 1
 
 
 async def test_a_damaged_page(path):
@@ -465,14 +464,14 @@ def doubt(number, **changes):
 
 async def found_in_doubt(path, limit=None, **wanted):
     """The messages in doubt, by their number, and the sizes of the pages."""
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     pages = [page async for page in opened.doubts(SendFilter(**wanted), limit=limit)]
     return [UUID(each.task_id).int for page in pages for each in page], [len(page) for page in pages]
 
 
 async def test_what_is_in_doubt_comes_back_whole(path):
     await write(path, doubt(1, recipients=("b@x", "A@x", "b@x")))
-    opened = await Queries.open(f"sqlite:///{path}")
+    opened = await open_queries(f"sqlite:///{path}")
     [[entry]] = [page async for page in opened.doubts(SendFilter())]
     assert entry.recipients == ("b@x", "A@x", "b@x")
     assert (entry.since, entry.since.tzinfo, entry.reason, entry.data) == (NOW, UTC, "lost", {"tags": ["a"]})

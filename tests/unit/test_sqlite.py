@@ -21,8 +21,8 @@ import pytest
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
-from relay.records.sqlite import Database, path_of
-from relay.records.store import Store
+from relay.records.sqlite.database import Database, path_of
+from relay.records.store import open_store
 
 ROOT = Path(__file__).parents[2]
 RETENTION = Retention(timedelta(days=30))
@@ -31,7 +31,7 @@ RETENTION = Retention(timedelta(days=30))
 async def open_error(path, **options):
     """Open what cannot be opened; return what the operator is told."""
     try:
-        store = await Store.open(f"sqlite:///{path}", RETENTION, **options)
+        store = await open_store(f"sqlite:///{path}", RETENTION, **options)
     except StoreError as error:
         text = str(error)
     else:
@@ -275,11 +275,11 @@ OPENER = textwrap.dedent("""
     from datetime import timedelta
     import relay.records.migrations
     from relay.records.retention import Retention
-    from relay.records.store import Store
+    from relay.records.store import open_store
 
     async def main():
         sys.stdin.readline()
-        store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+        store = await open_store("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
         print(await store.count())
         await store.close()
 
@@ -314,7 +314,7 @@ def test_processes_that_open_a_new_file_at_the_same_time(tmp_path, attempt):
 
 async def test_stores_that_open_a_new_file_at_the_same_time_in_one_process(tmp_path):
     url = f"sqlite:///{tmp_path}/t.db"
-    for store in await asyncio.gather(*(Store.open(url, RETENTION) for _ in range(4))):
+    for store in await asyncio.gather(*(open_store(url, RETENTION) for _ in range(4))):
         assert await store.count() == 0
         await store.close()
 
@@ -324,10 +324,10 @@ def test_a_start_with_nothing_to_migrate_does_not_load_alembic(tmp_path):
         import asyncio, sys
         from datetime import timedelta
         from relay.records.retention import Retention
-        from relay.records.store import Store
+        from relay.records.store import open_store
 
         async def main():
-            store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+            store = await open_store("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
             await store.close()
 
         asyncio.run(main())

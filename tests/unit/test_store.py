@@ -16,9 +16,10 @@ import orjson
 import pytest
 
 from relay.envelope import domain_of
+from relay.records import store as store_module
 from relay.records.model import Doubt, Record, Settled
 from relay.records.retention import Retention
-from relay.records.store import ExpiryBusyError, RejectedRecordError, Store, StoreError, utc_now
+from relay.records.store import ExpiryBusyError, RejectedRecordError, StoreError, utc_now
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
@@ -69,7 +70,9 @@ async def open_store(path):
     opened = []
 
     async def opening(retention=MONTH, **options):
-        store = await Store.open(f"sqlite:///{path}", retention, **{"clock": lambda: NOW} | options)
+        store = await store_module.open_store(
+            f"sqlite:///{path}", retention, **{"clock": lambda: NOW} | options
+        )
         opened.append(store)
         return store
 
@@ -351,7 +354,7 @@ def fill(path):
 
 
 async def test_a_disk_that_is_really_full(small_disk):
-    store = await Store.open(f"sqlite:///{small_disk}/t.db", MONTH)
+    store = await store_module.open_store(f"sqlite:///{small_disk}/t.db", MONTH)
     await store.write([record()])
     with pytest.raises(OSError, match="No space left"):
         fill(small_disk / "filler")
@@ -371,7 +374,7 @@ WRITER = textwrap.dedent("""
     from uuid import uuid4
     from relay.records.model import Record
     from relay.records.retention import Retention
-    from relay.records.store import Store
+    from relay.records.store import open_store
 
     def record(batch):
         return Record(
@@ -380,7 +383,7 @@ WRITER = textwrap.dedent("""
         )
 
     async def main():
-        store = await Store.open("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
+        store = await open_store("sqlite:///" + sys.argv[1], Retention(timedelta(days=1)))
         while True:
             batch = str(uuid4())
             await store.write([record(batch) for _ in range(200)])

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import aiosqlite
 
-from relay.records.errors import RejectedRecordError, StoreError
+from relay.records.errors import MissingStoreError, RejectedRecordError, StoreError
 from relay.records.schema import (
     SCHEMA_VERSION,
     SCHEMA_VERSIONS,
@@ -252,7 +252,7 @@ def _find(path: Path, *, create: bool) -> None:
     try:
         if not path.exists():
             if not create:
-                raise StoreError(
+                raise MissingStoreError(
                     f"{path}: no such file; nothing was recorded yet, or records.url names another"
                 )
             _make(path)

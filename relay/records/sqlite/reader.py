@@ -1,0 +1,140 @@
+"""Reads a SQLite file, changes nothing, makes no file beside it, and holds no lock that a writer waits for.
+
+It holds nothing open between two reads.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.pool import StaticPool
+
+from relay.records.errors import MissingStoreError, StoreError
+from relay.records.schema import SCHEMA_VERSION
+from relay.records.sqlite.database import (
+    SMALLEST,
+    check_columns,
+    connect,
+    explained,
+    on_thread,
+    path_of,
+    version_in,
+)
+
+__all__ = ["ATTEMPTS", "SqliteReader"]
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_S = 5.0
+ATTEMPTS = 5
+"""How often a read is begun again because a relay has started or stopped in the middle of it."""
+
+
+class SqliteReader:
+    """A SQLite file that is read; see `relay.records.queries.Reader`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    async def open(cls, url: str) -> SqliteReader:
+        """Return a reader of the file that `url` names; see `relay.records.queries.open_queries`."""
+        reader = cls(path_of(url))
+        await reader._again_and_again(reader._check)
+        return reader
+
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work` in one transaction, thus on one moment."""
+        return await self._again_and_again(lambda raw: _in_transaction(raw, work))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def _check(self, raw: sqlite3.Connection) -> None:
+        path = self._path
+        version = version_in(path, raw)
+        if version is None:
+            raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path}: has schema version {version}, this version of the relay reads {SCHEMA_VERSION}; "
+                "start the relay on it once, which brings it up"
+            )
+        check_columns(path, raw)
+
+    async def _again_and_again(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` on a connection that cannot write and makes no files.
+
+        While a relay has the store open, its write-ahead log is there, and SQLite's read-only mode shares the
+        files that exist. Without that log nobody has it open, and the same mode would make log and index and
+        leave them there (owned by whoever reads, in the way of the relay's user), or fail in a directory that
+        it may not write. So such a file is read as one that does not change (`immutable`), and looked at
+        again afterwards: a relay that starts has its log there before it changes anything.
+        """
+        for _ in range(ATTEMPTS):
+            before = _look(self._path)
+            try:
+                result = await self._read_once("ro" if before == _IN_USE else "ro&immutable=1", work)
+            except StoreError:
+                if _look(self._path) == before:
+                    raise
+                continue
+            if before in (_IN_USE, _look(self._path)):
+                return result
+        raise StoreError(f"{self._path}: changes hands all the time; try again")
+
+    async def _read_once(self, mode: str, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection = await connect(self._path, mode, BUSY_TIMEOUT_S)
+            try:
+                return await on_thread(connection, work)
+            finally:
+                await connection.close()
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
+                raise StoreError(
+                    f"{self._path}: its -wal and -shm files cannot be used by this user; run the command as "
+                    f"the relay's user, or let its group read them ({error.sqlite_errorname})"
+                ) from error
+            raise explained(error, self._path, BUSY_TIMEOUT_S) from error
+
+
+_IN_USE = ("in use",)
+
+
+def _look(path: Path) -> tuple[object, ...]:
+    """Return _IN_USE, or what changes when the file does; refuse what cannot be read."""
+    try:
+        found = path.stat()
+        if not path.is_file():
+            raise StoreError(f"{path}: is not a file; name a file in records.url")
+        if found.st_size < SMALLEST:
+            raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise StoreError(f"{path}: cannot be read; run the command as the relay's user, or as its group")
+        in_use = path.with_name(path.name + "-wal").exists()
+    except FileNotFoundError:
+        raise MissingStoreError(
+            f"{path}: no such file; nothing was recorded yet, or records.url names another"
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{path}: {error.strerror}; change records.url, or the rights of its path"
+        ) from error
+    return _IN_USE if in_use else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _in_transaction(raw: sqlite3.Connection, work: Callable[[sa.Connection], T]) -> T:
+    engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("BEGIN")
+            return work(connection)
+    except sa.exc.DBAPIError as error:
+        raise (error.orig or error) from error

@@ -1,0 +1,204 @@
+"""The store on a SQLite file: one writer connection, on which all that changes the file takes its turn.
+
+Statements are plain SQL: a layer that builds them would cost a message more than the insert does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
+
+from relay.records.model import Entry
+from relay.records.pacing import Pace
+from relay.records.retention import Retention
+from relay.records.schema import utc_text
+from relay.records.sqlite.database import Database, path_of
+from relay.records.sqlite.expire import (
+    Lease,
+    count_expired,
+    delete,
+    delete_doubts,
+    next_due,
+    oldest_expired,
+    vacuum,
+)
+from relay.records.sqlite.follow import Step, begin_following, count_due, follow
+from relay.records.sqlite.insert import insert_entries, prepare
+
+__all__ = ["SqliteStore"]
+
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """An open SQLite file; see `relay.records.store.Store` for what its methods promise."""
+
+    def __init__(self, database: Database, retention: Retention, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._retention = retention
+        self._clock = clock
+        self._commits = 0  # since long work last looked
+        self._commit_s = 0.0  # what one takes, smoothed
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        retention: Retention,
+        *,
+        create: bool,
+        busy_timeout: float,
+        clock: Callable[[], datetime],
+    ) -> SqliteStore:
+        """Open the file that `url` names; see `relay.records.store.open_store`."""
+        database = await Database.open(path_of(url), create=create, busy_timeout=busy_timeout)
+        try:
+            await database.run(prepare)
+        except BaseException:
+            await database.close()
+            raise
+        return cls(database, retention, clock)
+
+    async def write(self, entries: Sequence[Entry]) -> None:
+        """Commit the entries with one statement."""
+        if entries:
+            _, seconds = await self._timed(lambda raw: insert_entries(raw, entries, self._retention))
+            self._commits += 1
+            self._commit_s += (seconds - self._commit_s) / 16
+
+    def use_retention(self, retention: Retention) -> None:
+        """Give new rows the ends of this retention."""
+        self._retention = retention
+
+    async def count(self) -> int:
+        """Return how many rows there are."""
+        return await self._database.run(
+            lambda raw: int(raw.execute("SELECT count(*) FROM task_done").fetchone()[0])
+        )
+
+    async def close(self) -> None:
+        """Finish what was asked for, then close."""
+        await self._database.close()
+
+    # Retention
+
+    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+        """Make existing rows follow, step by step."""
+        retention = self._retention  # another one may come in the midst; its own run then takes over
+        target = retention.canonical()
+        if not await self._database.transaction(lambda raw: begin_following(raw, target)):
+            return 0
+        due = await self._database.read(lambda raw: count_due(raw, retention, self._clock()))
+        if due and on_due is not None:
+            on_due(due)
+        changed = 0
+        finished = False
+        while not finished:
+            step = await self._paced(lambda raw: follow(raw, retention, target))
+            changed += step.rows
+            finished = step.finished
+        return changed
+
+    # Expiry
+
+    async def expire(
+        self,
+        now: datetime,
+        batch_size: int,
+        *,
+        dry_run: bool = False,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete what has expired, step by step, then give pages back to the file system."""
+        moment = utc_text(now)
+        if dry_run:
+            return await self._database.read(lambda raw: count_expired(raw, moment))
+        lease = Lease(self._database, self._clock)
+        await lease.take()
+        try:
+            deleted = await self._delete_expired(moment, batch_size, lease, on_batch)
+            await self._give_space_back(lease)
+        finally:
+            await lease.drop()
+        return deleted
+
+    async def expiry_lag(self, now: datetime) -> float:
+        """Return for how long, in seconds, the oldest row that has expired is due; 0.0 when there is none."""
+        moment = utc_text(now)
+        oldest = await self._database.run(lambda raw: oldest_expired(raw, moment))
+        if oldest is None:
+            return 0.0
+        return (now - datetime.fromisoformat(oldest).replace(tzinfo=UTC)).total_seconds()
+
+    async def _delete_expired(
+        self, moment: str, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        pace = Pace()
+        deleted = 0
+        due: list[tuple[int, int]] = []
+        while True:
+            if not due:
+                due = await self._database.run(lambda raw: next_due(raw, moment))
+                if not due:
+                    return deleted + await self._delete_doubts(moment, batch_size, lease, on_batch)
+            count = min(batch_size, pace.first([work for _, work in due]))
+            keys = [key for key, _ in due[:count]]
+            due = due[count:]
+            rows, seconds = await self._timed(partial(delete, keys=keys, moment=moment, owner=lease.owner))
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if not await lease.kept(in_doubt=rows < len(keys)):
+                return deleted  # the rest is the work of the one who has it
+            await self._rest(pace, seconds)
+
+    async def _delete_doubts(
+        self, moment: str, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        """Delete what has expired of the messages in doubt; they are few."""
+        pace = Pace()
+        deleted = 0
+        while True:
+            wanted = min(batch_size, pace.work)
+            work = partial(delete_doubts, moment=moment, rows=wanted, owner=lease.owner)
+            rows, seconds = await self._timed(work)
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if rows < wanted or not await lease.kept():
+                return deleted
+            await self._rest(pace, seconds)
+
+    async def _give_space_back(self, lease: Lease) -> None:
+        pace = Pace()
+        more = True
+        while more and await lease.kept():
+            more, seconds = await self._timed(lambda raw: vacuum(raw, pace.work))
+            await self._rest(pace, seconds)
+        # PASSIVE waits for nobody; the file shrinks when the log has been carried into it.
+        await self._database.run(lambda raw: raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+
+    async def _timed(self, work: Callable[[sqlite3.Connection], T]) -> tuple[T, float]:
+        """Run `work`, which writes with one statement; return the seconds it took, too."""
+
+        def timed(raw: sqlite3.Connection) -> tuple[T, float]:
+            begun = time.monotonic()
+            return work(raw), time.monotonic() - begun
+
+        return await self._database.statement(timed)
+
+    async def _rest(self, pace: Pace, seconds: float) -> None:
+        commits, self._commits = self._commits, 0
+        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=commits > 0))
+
+    async def _paced(self, work: Callable[[sqlite3.Connection], Step]) -> Step:
+        """Run one short transaction, then leave the store to others for as long as it took."""
+        step = await self._database.transaction(work)
+        if not step.finished:
+            await asyncio.sleep(step.seconds)
+        return step
