@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from math import inf
@@ -37,11 +38,14 @@ from relay.outcome import Outcome
 __all__ = [
     "AUTH_OUTCOMES",
     "CONNECT_OUTCOMES",
+    "DURATIONS",
     "NO_UPSTREAM",
     "OTHER_TASK_TYPE",
     "REJECT_REASONS",
     "REPLY_COMMANDS",
     "WAITED_FOR",
+    "Counts",
+    "Gauges",
     "Metrics",
     "UpstreamMetrics",
 ]
@@ -94,8 +98,37 @@ _CONNECTION_STATES: Final = ("idle", "active", "connecting")
 
 # From a reply on loopback to the wait for an end of data that an upstream scans for minutes.
 _SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+DURATIONS: Final = _SECONDS
+"""The bounds between which `Counts.answers` counts, in seconds; its last number is for what took longer."""
 _OCTETS: Final = tuple(1024 * 4**power for power in range(9))  # 1 KiB to 64 MiB
 _ROWS: Final = tuple(2**power for power in range(11))  # 1 to 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where some counters of one upstream stand."""
+
+    outcomes: tuple[int, ...]
+    """Transactions, in the order of `Outcome`."""
+    answers: tuple[int, ...]
+    """Replies to an end of data, by the time they took: between the bounds of DURATIONS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What stands now, whatever was before. Times in seconds, those `_at` since 1970."""
+
+    sessions: int
+    connections: Mapping[str, tuple[int, int, int]]
+    """By upstream: idle, active, connecting."""
+    pending: int
+    spooled: int
+    reserve: int
+    record_errors: int
+    expiry_at: float
+    """0: not yet."""
+    expiry_lag: float
+    expired_rows: int
 
 
 class Metrics:
@@ -295,6 +328,28 @@ class Metrics:
         """Set for how long the oldest expired row that is still there is due; 0 when there is none."""
         self._expiry_lag.value = seconds
 
+    # For the relay's own page, which has no Prometheus to ask
+
+    def counts(self) -> dict[str, Counts]:
+        """Return where the counters of each upstream stand."""
+        return {name: upstream.counts() for name, upstream in self.upstreams.items()}
+
+    def gauges(self) -> Gauges:
+        """Return what stands now."""
+        return Gauges(
+            sessions=int(self._sessions.value),
+            connections={
+                name: upstream.open for name, upstream in self.upstreams.items() if name != NO_UPSTREAM
+            },
+            pending=int(self._records_pending.value),
+            spooled=int(self._records_spooled.value),
+            reserve=int(self._records_reserve.value),
+            record_errors=int(self._record_errors.value),
+            expiry_at=self._expiry_last_run.value,
+            expiry_lag=self._expiry_lag.value,
+            expired_rows=int(self._expired_rows.value),
+        )
+
     def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """Return what a scrape gets, and its content type.
 
@@ -406,6 +461,17 @@ class UpstreamMetrics:
         gauges[1].value = active
         gauges[2].value = connecting
 
+    @property
+    def open(self) -> tuple[int, int, int]:
+        """Connections: idle, active, connecting."""
+        idle, active, connecting = (int(gauge.value) for gauge in self._connections)
+        return idle, active, connecting
+
+    def counts(self) -> Counts:
+        """Return where the counters stand."""
+        outcomes = tuple(int(self._messages[outcome].value) for outcome in Outcome)
+        return Counts(outcomes, self._replies["end_of_data"].counts)
+
     def up(self, value: bool) -> None:
         """Set whether the upstream can be used."""
         self._up.value = value
@@ -444,6 +510,11 @@ class _Histogram:
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1  # left: a bound is in the bucket that it ends
         self._sum += value
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many values each bucket got, the last without a bound."""
+        return tuple(self._counts)
 
     def sample(self) -> tuple[list[tuple[str, int]], float]:
         limits = map(floatToGoString, (*self._bounds, inf))

@@ -18,7 +18,7 @@ LAYERS = [
     {"parts"},
     {"session", "web", "dev", "systemd"},
     {"transaction", "auth"},
-    {"upstream", "records", "account"},
+    {"upstream", "records", "account", "history"},
     {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
     {"records.bound", "records.identity", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials"},
