@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
+from relay import maillog
 from relay.app import Relay
 from relay.settings import Settings
+from tests.support.client import left_open
 from tests.support.upstream import ScriptedUpstream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from relay.upstream.pool import Pool
+
+# How long an example takes is the machine's affair. CI looks at the same examples each time; whoever runs the
+# tests elsewhere looks at others.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_before() -> Iterator[None]:
+    """Lines of the log go to this test's output, and its clients are gone when it ends."""
+    maillog.configure("json", "info")
+    yield
+    assert left_open() == [], "a client was not closed"
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

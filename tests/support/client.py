@@ -14,7 +14,7 @@ from typing import Self
 from .content import stuff
 from .wire import GoneError, Wire
 
-__all__ = ["Client", "OverdueError", "Reply", "bdat"]
+__all__ = ["Client", "OverdueError", "Reply", "bdat", "left_open"]
 
 DEADLINE_S = 10.0
 
@@ -38,6 +38,9 @@ class Reply:
 
     def __str__(self) -> str:
         return self.raw.decode("ascii", "backslashreplace").rstrip()
+
+
+_opened: list[Wire] = []  # by any client, since `left_open` was asked last
 
 
 class Client:
@@ -183,9 +186,10 @@ class Client:
         return await self.replies(len(commands))
 
     async def quit(self) -> None:
-        """Say QUIT, expect 221 and the end of the connection."""
+        """Say QUIT, expect 221 and the end of the connection, then end it on this side, too."""
         await self.command(b"QUIT", 221)
         await self.expect_eof()
+        await self.__aexit__()
 
     async def expect_eof(self) -> None:
         """Fail unless the server closes now (FIN or RST), with nothing more said."""
@@ -225,6 +229,7 @@ class Client:
                 server_hostname="localhost" if tls else None,
                 local_addr=self._source,
             )
+        _opened.append(self.wire)
         if self.wire.meets_itself:
             self.wire.abort()
             raise ConnectionRefusedError("nobody listens there: the connection is one with itself")
@@ -248,6 +253,16 @@ class _Deadline:
             await self._timeout.__aexit__(*error)  # type: ignore[arg-type]
         except TimeoutError:
             raise OverdueError(self._complaint) from None
+
+
+def left_open() -> list[Wire]:
+    """Return the connections that are not over, of all that were opened since the last call.
+
+    One that a test leaves to the garbage collector would be the failure of another test, some time later.
+    """
+    left = [wire for wire in _opened if not wire.lost]
+    _opened.clear()
+    return left
 
 
 def bdat(chunk: bytes, *, last: bool = False) -> bytes:

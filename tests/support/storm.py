@@ -205,9 +205,14 @@ class Storm:
             except self._failures:
                 await asyncio.sleep(_RETRY_S)
                 continue
-            if await self._welcome(session):
+            welcome = False
+            try:
+                welcome = await self._welcome(session)
+            finally:
+                if not welcome:
+                    await _leave(session)
+            if welcome:
                 return session
-            await _leave(session)
 
     async def _welcome(self, session: Client) -> bool:
         """Whether greeting and EHLO went well: a relay that drains says 421 to either, or is gone."""
