@@ -1,28 +1,38 @@
-# syntax=docker/dockerfile:1
-FROM python:3.12-slim AS build
-WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
-COPY relay relay
-RUN python -m venv /opt/relay \
-    && /opt/relay/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
+# The base is named once; any that has Python 3.11 or newer as python3 will do.
+FROM python:3.12-slim AS base
 
-FROM python:3.12-slim
-RUN useradd --system --uid 10001 --home-dir /data --shell /usr/sbin/nologin relay \
-    && install -d -o relay -g relay -m 0750 /data
+# Everything that is installed was locked with its hash (make lock) and comes as a wheel: nothing is compiled.
+FROM base AS build
+WORKDIR /src
+RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/relay
+COPY requirements.lock requirements-build.lock ./
+RUN /opt/build/bin/pip --disable-pip-version-check install --no-cache-dir --require-hashes --only-binary :all: \
+        -r requirements-build.lock \
+    && /opt/build/bin/pip --disable-pip-version-check --python /opt/relay/bin/python3 \
+        install --no-cache-dir --require-hashes --only-binary :all: -r requirements.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY relay relay
+RUN /opt/build/bin/pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist . \
+    && /opt/build/bin/pip --disable-pip-version-check --python /opt/relay/bin/python3 \
+        install --no-cache-dir --no-index --no-deps dist/*.whl
+
+FROM base
+LABEL org.opencontainers.image.title="smtp-relay-record" \
+      org.opencontainers.image.description="SMTP relay proxy that records sends" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN groupadd --system --gid 10001 relay \
+    && useradd --system --uid 10001 --gid 10001 --home-dir /data --no-create-home --shell /usr/sbin/nologin relay \
+    && install -d -o 10001 -g 10001 -m 0750 /data
 COPY --from=build /opt/relay /opt/relay
-COPY config/relay.toml /etc/relay/relay.toml
-# Set the upstream with RELAY__UPSTREAMS__0__ADDRESS, who may relay with RELAY__CLIENTS__ALLOW; or mount a file.
-ENV PATH=/opt/relay/bin:$PATH \
-    RELAY_CONFIG=/etc/relay/relay.toml \
-    RELAY__LISTENERS__0__ADDRESS=0.0.0.0:2525 \
-    RELAY__HTTP__ADDRESS=0.0.0.0:9025 \
-    RELAY__RECORDS__URL=sqlite:////data/task_done.db \
-    RELAY__RECORDS__SPOOL=/data/spool
-WORKDIR /data
-USER relay
+COPY config/container.toml /etc/relay/relay.toml
+ENV PATH=/opt/relay/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    RELAY_CONFIG=/etc/relay/relay.toml
+WORKDIR /
+# By number, so that Kubernetes can see that it is not root.
+USER 10001:10001
 VOLUME /data
 EXPOSE 2525 9025
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=3s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9025/healthz', timeout=2)"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["relay", "health"]
 ENTRYPOINT ["relay"]
 CMD ["serve"]

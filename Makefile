@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format sure bench bench-quick clean
+.PHONY: run test lint format sure bench bench-quick docs lock lowest clean
 
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
@@ -27,7 +27,21 @@ bench: $(VENV)/dev ## the relay beside a direct send and beside a naive relay, s
 bench-quick: $(VENV)/dev
 	@$(BIN)/python -m bench.run --quick
 
-sure: lint test ## all that CI runs
+docs: $(VENV)/dev ## the documentation as a site, in site/
+	@$(BIN)/mkdocs build --strict --quiet
+
+# The one source of versions is constraints.txt: the locks are its pins of what an image needs, with hashes.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--constraint constraints.txt
+
+lock: $(VENV)/dev ## requirements.lock and requirements-build.lock, after any change of dependencies
+	$(LOCK) pyproject.toml --output-file requirements.lock
+	printf '%s\n' hatchling | $(LOCK) - --output-file requirements-build.lock
+
+lowest: $(VENV)/dev ## the tests that matter for it, with the lowest versions that pyproject.toml allows
+	@$(BIN)/pytest -q tests/interop/test_install.py -k lowest
+
+sure: lint docs test ## all that CI runs
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python"; exit 1; }
@@ -41,8 +55,8 @@ $(VENV)/run: $(VENV)/python pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	@echo "setting up $(VENV) for development ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@ $(VENV)/run
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build site

@@ -15,6 +15,7 @@ import typer
 from relay import __version__
 from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
+from relay.cli.health import health
 from relay.cli.sends import EPILOG, sends
 from relay.cli.spool import spool
 from relay.cli.user import user
@@ -157,6 +158,7 @@ def schema() -> int:
     return 0
 
 
+app.command()(health)
 app.command(epilog=EPILOG)(sends)
 app.add_typer(user, name="user")
 app.add_typer(spool, name="spool")
