@@ -24,9 +24,13 @@ from relay.auth.guard import Guard
 from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
 from relay.auth.users import Users
+from relay.limits.limits import Limits
 from relay.metrics import Metrics
+from relay.records.counts import StoredCounts, open_counts
 from relay.records.expiry import ExpiryLoop
+from relay.records.inspection import entries_waiting
 from relay.records.journal import Journal
+from relay.records.model import Doubt, Record
 from relay.records.recorder import USUAL_PLACE, Recorder
 from relay.records.spool import RESERVE, Spool, SpoolError
 from relay.records.store import Store, StoreError, open_store, utc_now
@@ -77,6 +81,10 @@ class Relay:
         self._spool: Spool
         self._journal: Journal
         self._expiry: ExpiryLoop
+        self._limits: Limits | None = None
+        self._counts: StoredCounts
+        self._left_over: list[Record | Doubt] = []  # by the process before, and not in the store yet
+        self._taken_over: set[asyncio.Future[None]] = set()
         self.certificate: Certificate | None = None
         self.users: Users | None = None
         self.doorkeeper: Doorkeeper
@@ -129,6 +137,11 @@ class Relay:
         self.certificate = parts.certificate(settings)
         if self.certificate is not None:
             self.metrics.certificate(self.certificate.not_after)
+        await self._make_limits(settings)
+        services = replace(services, limits=self._limits_of(settings))
+        if services.limits is not None:
+            services.limits.adopt(self._left_over)
+        self._left_over.clear()
         self.reception = Reception(
             settings,
             services,
@@ -142,6 +155,26 @@ class Relay:
         # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
         await self.upstreams.probe()
         await self.reception.open([each.socket for each in passed])
+
+    async def _make_limits(self, settings: Settings) -> None:
+        """Have limits ready if there are to be any; once made they go on with what they have counted."""
+        if self._limits is None and settings.limits:
+            self._counts = await open_counts(settings.records.url)
+            self._limits = Limits(
+                self._counts, self.metrics, clock=time.time, spooling=self._rows_are_on_their_way
+            )
+
+    def _limits_of(self, settings: Settings) -> Limits | None:
+        """Put the limits of the settings into force, and return them if there are any."""
+        rules = parts.rules(settings)
+        self.metrics.add_limits((rule.name, rule.action) for rule in rules)
+        if self._limits is not None:
+            self._limits.use(rules)
+        return self._limits if rules else None
+
+    def _rows_are_on_their_way(self) -> bool:
+        """Whether there may be rows of this relay that are durable and not in the store."""
+        return bool(self._taken_over) or self.recorder.away() is not None
 
     async def _start_records(self) -> None:
         records = self.settings.records
@@ -157,6 +190,8 @@ class Relay:
             log_lost=lambda entry: maillog.row_lost(entry, "neither store nor spool took it"),
             refuse_while_away=records.when_unavailable == "refuse",
         )
+        if self.settings.limits:
+            self._left_over += await asyncio.to_thread(entries_waiting, self._spool.directory)
         self.recorder.start()
         self._take_over_doubts()
         self._begin_housekeeping()
@@ -188,7 +223,11 @@ class Relay:
         """
         for slot, doubt in self._journal.found:
             maillog.found_in_journal(doubt)
-            self.recorder.record(doubt).add_done_callback(partial(self._free_slot, slot))
+            kept = self.recorder.record(doubt)
+            kept.add_done_callback(partial(self._free_slot, slot))
+            self._left_over.append(doubt)
+            self._taken_over.add(kept)
+            kept.add_done_callback(self._taken_over.discard)
 
     def _free_slot(self, slot: int, kept: asyncio.Future[None]) -> None:
         if not kept.cancelled():
@@ -264,6 +303,7 @@ class Relay:
             if changes.touch("http"):
                 fresh.web = Web(self.metrics, self.readiness)
                 await fresh.web.start(settings.http.host, settings.http.port)
+            await self._make_limits(settings)
             fresh.bound = self.reception.bind(settings)
             self.upstreams.apply(settings)  # the last that can fail, and then nothing has changed
         except BaseException:
@@ -292,6 +332,7 @@ class Relay:
             classifier=parts.classifier(settings),
             normalize=settings.server.bare_newlines == "normalize",
             max_message_size=settings.server.max_message_size,
+            limits=self._limits_of(settings),
         )
         self.reception.apply(settings, services, self.certificate)
         if fresh.bound is not None:
@@ -357,6 +398,9 @@ class Relay:
     async def _stop_records(self) -> None:
         if hasattr(self, "_expiry"):
             await self._expiry.stop()
+        if self._limits is not None:
+            await self._limits.close()
+            await self._counts.close()
         if hasattr(self, "recorder"):
             await self.recorder.close(CLOSE_TIMEOUT)
         if hasattr(self, "_journal"):

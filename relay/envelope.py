@@ -17,6 +17,8 @@ class Recipient:
 
     path: bytes
     reply: Reply | None = None
+    refused_here: bool = False
+    """Whether the reply is a refusal of the relay's own policy."""
 
     @property
     def accepted(self) -> bool:

@@ -45,6 +45,9 @@ __all__ = [
     "found_in_journal",
     "hurrying",
     "in_doubt",
+    "limit_hit",
+    "limits_counted_again",
+    "limits_not_counted",
     "listening",
     "login",
     "login_refused",
@@ -361,6 +364,41 @@ def upstream_retired(name: str, address: str, reason: Wire) -> None:
 
 
 # -------------------------------------------------------------------------------------------- records
+
+
+def limit_hit(
+    task_id: UUID,
+    *,
+    limit: str,
+    action: str,
+    key: str,
+    used: int,
+    maximum: int,
+    unit: str,
+    window_s: float,
+) -> None:
+    """A rate limit was reached for `key`; `action` is what that meant for the message, or for a recipient."""
+    _current.log.info(
+        "limit hit",
+        task_id=str(task_id),
+        limit=limit,
+        action=action,
+        key=key,
+        used=used,
+        maximum=maximum,
+        unit=unit,
+        window_s=window_s,
+    )
+
+
+def limits_not_counted(reason: str) -> None:
+    """The store cannot be asked for what was sent: limits go by what the relay knows, or defer."""
+    _current.log.warning("limits not counted", reason=reason)
+
+
+def limits_counted_again() -> None:
+    """The store answers again."""
+    _current.log.warning("limits counted again")
 
 
 def row_lost(entry: Entry, reason: str) -> None:

@@ -76,6 +76,7 @@ REJECT_REASONS: Final = (
     "tls",
     "too_many_logins",
     "crowded",
+    "limit",
 )
 """Why the relay itself turned a client away."""
 
@@ -166,6 +167,7 @@ class Metrics:
             self.add_upstream(name)
         self.upstreams[NO_UPSTREAM] = UpstreamMetrics(NO_UPSTREAM, series, _Series())
         self._certificate: _Number | None = None
+        self._limits: dict[tuple[str, str], _Number] = {}
         self._bind_clients(series, listeners)
         self._bind_octets(series)
         self._bind_records(series, task_types)
@@ -247,6 +249,18 @@ class Metrics:
         text = "Rows made for accepted messages."
         for name in task_types:
             self._records[name] = self._series.counter("records_total", text, task_type=name)
+
+    def add_limits(self, limits: Iterable[tuple[str, str]]) -> None:
+        """Make the series of these limits, by name and action, where there are none."""
+        text = "Messages and recipients for which a rate limit had no room."
+        for limit, action in limits:
+            if (limit, action) not in self._limits:
+                series = self._series.counter("limit_hits_total", text, limit=limit, action=action)
+                self._limits[limit, action] = series
+
+    def limit_hit(self, limit: str, action: str) -> None:
+        """Count a message or a recipient for which a limit had no room."""
+        self._limits[limit, action].value += 1
 
     def config_read(self, at: float | None) -> None:
         """Set when (Unix time, seconds) the configuration in force was read; None: what was read is not."""

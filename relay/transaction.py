@@ -41,13 +41,14 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from relay.classify import Classification, Classifier
+    from relay.limits.limits import Limits
     from relay.metrics import Metrics
     from relay.records.journal import Journal
     from relay.records.recorder import Recorder
     from relay.upstream.pool import Pool
     from relay.upstream.upstreams import Route
 
-__all__ = ["MAX_RECEIVED", "Services", "Transaction", "refused_at_mail"]
+__all__ = ["MAX_RECEIVED", "Command", "Services", "Transaction", "refused_at_mail"]
 
 MAX_RECEIVED = 50
 """Received fields that a message may carry before it is taken to be in a loop (RFC 5321 6.3)."""
@@ -101,6 +102,8 @@ class Services:
     """Transactions between their end of data and their outcome; a shutdown waits for them."""
     running: set[asyncio.Task[None]]
     """Keeps the tasks of transactions alive."""
+    limits: Limits | None = None
+    """Rate limits, if there are any."""
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, since what becomes of it could not be kept; else None."""
@@ -108,7 +111,9 @@ class Services:
 
 
 @dataclass(slots=True)
-class _Command:
+class Command:
+    """One that goes up."""
+
     verb: str
     line: bytes
     answer: Callable[[Reply], None]
@@ -151,8 +156,8 @@ class Transaction:
         self._began = self._asked = self._loop.time()
         self._connection: Connection | None = None
         self._leasing: asyncio.Task[None] | None = None
-        self._queued: deque[_Command] = deque()
-        self._sent: deque[_Command] = deque()
+        self._queued: deque[Command] = deque()
+        self._sent: deque[Command] = deque()
         self._upstream_since = 0.0  # the first of them went up, or content could not
         self._mail_reply: Reply | None = None
         self._data_reply: Reply | None = None
@@ -178,7 +183,7 @@ class Transaction:
         `without_auth` is the line for an upstream that does not offer AUTH, if `line` has an AUTH parameter.
         """
         held = self._route.by_recipient
-        self._queued.append(_Command("mail", line, _ignore if held else answer, without_auth=without_auth))
+        self._queued.append(Command("mail", line, _ignore if held else answer, without_auth=without_auth))
         if held:
             answer(HELD)
         else:
@@ -188,7 +193,10 @@ class Transaction:
         """Send RCPT; `answer` gets the upstream's reply to this recipient."""
         recipient = Recipient(path)
         self.envelope.recipients.append(recipient)
-        command = _Command("rcpt", line, answer, recipient)
+        self._give_recipient(Command("rcpt", line, answer, recipient))
+
+    def _give_recipient(self, command: Command) -> None:
+        path = cast("Recipient", command.recipient).path
         if not self._route.by_recipient or self._broken is not None:
             self._give(command)
         elif self._chosen:
@@ -204,9 +212,9 @@ class Transaction:
 
     def data(self, answer: Callable[[Reply], None]) -> None:
         """Send DATA; after a 354 `body` is set and content may be fed."""
-        self._give(_Command("data", b"DATA\r\n", answer))
+        self._give(Command("data", b"DATA\r\n", answer))
 
-    def _give(self, command: _Command) -> None:
+    def _give(self, command: Command) -> None:
         if self._broken is not None:
             if command.recipient is not None:
                 command.recipient.reply = self._broken
@@ -317,7 +325,7 @@ class Transaction:
         """Tell the upstream who the client is, before MAIL and anew each time: connections are shared."""
         line = xforward.command(connection.xforward, client, self.task_id)
         if line is not None:
-            self._queued.appendleft(_Command(_XFORWARD, line, _ignore))
+            self._queued.appendleft(Command(_XFORWARD, line, _ignore))
 
     def _pump(self) -> None:
         """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
@@ -331,12 +339,12 @@ class Transaction:
                 line = command.without_auth
             connection.send(line, command.verb, self._answered)
 
-    def _await_reply_to(self, command: _Command) -> None:
+    def _await_reply_to(self, command: Command) -> None:
         if not self._sent:
             self._upstream_since = self._loop.time()
         self._sent.append(command)
 
-    def _next_answered(self) -> _Command:
+    def _next_answered(self) -> Command:
         command = self._sent.popleft()
         if not self._sent:
             self._waited_for_upstream()
@@ -595,7 +603,7 @@ class Transaction:
             answer(self._broken or LOST)
             return
         # Only now: a reply that comes before the chunk is up answers nothing.
-        self._await_reply_to(_Command("bdat", b"", answer))
+        self._await_reply_to(Command("bdat", b"", answer))
         connection.expect("bdat", self._answered)
         self._write_content()
 
@@ -849,7 +857,7 @@ def refused_at_mail(metrics: Metrics, sender: Sender, reverse_path: bytes, reply
     account.close(metrics, Outcome.REFUSED, None)
 
 
-def _refuse_recipient(command: _Command, reply: Reply) -> None:
+def _refuse_recipient(command: Command, reply: Reply) -> None:
     """Answer a RCPT that goes up to no upstream."""
     cast("Recipient", command.recipient).reply = reply
     command.answer(reply)

@@ -17,9 +17,12 @@ LAYERS = [
     {"reload"},
     {"parts"},
     {"session", "web", "dev", "systemd"},
+    {"limited"},
     {"transaction", "auth"},
+    {"limits"},
     {"upstream", "records", "account", "history"},
     {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
+    {"limits.rule"},
     {"records.bound", "records.identity", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials"},
 ]

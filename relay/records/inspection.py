@@ -6,12 +6,13 @@ finished is one that is being written, and a file that is gone is one that is do
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from relay.records.model import Json
+from relay.records.model import Doubt, Json, Record, Settled
 from relay.records.segment import end_of_rows
 from relay.records.spool import (
     CORRUPT,
@@ -21,9 +22,10 @@ from relay.records.spool import (
     CorruptLineError,
     SpoolError,
     contents,
+    decode,
 )
 
-__all__ = ["Found", "Survey", "Waiting", "survey", "waiting"]
+__all__ = ["Found", "Survey", "Waiting", "entries_waiting", "survey", "waiting"]
 
 
 @dataclass(slots=True)
@@ -94,6 +96,21 @@ def waiting(directory: Path) -> Iterator[Waiting]:
                     continue
     except OSError as error:
         raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
+
+
+def entries_waiting(directory: Path) -> list[Record | Doubt]:
+    """Return the messages that wait for the store, and those in doubt, oldest first; raise SpoolError."""
+    found: list[Record | Doubt] = []
+    try:
+        for path in _files(directory)[0]:
+            for line in _lines(path):
+                with contextlib.suppress(CorruptLineError):
+                    entry = decode(line)
+                    if not isinstance(entry, Settled):
+                        found.append(entry)
+    except OSError as error:
+        raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
+    return found
 
 
 def _files(directory: Path) -> tuple[list[Path], list[Path]]:

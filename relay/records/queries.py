@@ -100,11 +100,12 @@ class Queries:
     """A store that is read."""
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        self.reader = reader
+        """The database behind it."""
 
     async def close(self) -> None:
         """End what is open."""
-        await self._reader.close()
+        await self.reader.close()
 
     async def sends(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[Send]]:
         """Yield the rows that `wanted` describes, newest first, in pages; at most `limit`, None: all.
@@ -140,13 +141,13 @@ class Queries:
     async def count_in_doubt(self) -> int:
         """Return how many messages are in doubt. Raises StoreError when the store cannot be read."""
         count = sa.select(sa.func.count()).select_from(task_in_doubt)
-        return await self._reader.read(lambda connection: int(connection.execute(count).scalar_one()))
+        return await self.reader.read(lambda connection: int(connection.execute(count).scalar_one()))
 
     async def _page(self, page: sa.Select[Any]) -> list[Send]:
-        return await self._reader.read(lambda connection: _fetch(connection, page))
+        return await self.reader.read(lambda connection: _fetch(connection, page))
 
     async def _page_of_doubts(self, page: sa.Select[Any]) -> list[InDoubt]:
-        return await self._reader.read(lambda connection: _fetch_doubts(connection, page))
+        return await self.reader.read(lambda connection: _fetch_doubts(connection, page))
 
 
 async def open_queries(url: str) -> Queries:

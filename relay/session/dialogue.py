@@ -31,7 +31,7 @@ from relay.session.content import Content
 from relay.session.lines import EndlessLineError, Lines, NotCrlfError
 from relay.session.login import Login
 from relay.session.replies import Replies
-from relay.transaction import Transaction, refused_at_mail
+from relay.transaction import refused_at_mail
 from relay.upstream.xforward import Client
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from relay.credentials import Credentials
     from relay.session.reception import Reception
     from relay.settings import ListenerSettings
+    from relay.transaction import Transaction
     from relay.upstream.capabilities import Capabilities
 
 __all__ = ["Dialogue", "Wire"]
@@ -344,7 +345,7 @@ class Dialogue:
     @property
     def _carried(self) -> Capabilities:
         """What every upstream can do that this client's messages may go to."""
-        return self._reception.upstreams.capabilities(
+        return self._reception.carried(
             self._sender, may_relay=self.may_relay, may_log_in=self._login.possible
         )
 
@@ -384,11 +385,10 @@ class Dialogue:
             return
         self._idle_commands = 0
         self._smtputf8 = mail.smtputf8
-        transaction = Transaction(
-            self._reception.services,
-            self._reception.route(self._sender, mail.reverse_path),
+        transaction = self._reception.transaction(
             self._sender,
             mail.reverse_path,
+            mail.size,
             self._client() if self._reception.upstreams.xforward else None,
         )
         self._transaction = transaction

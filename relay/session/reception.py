@@ -15,11 +15,13 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from relay import maillog
+from relay.limited import LimitedTransaction
 from relay.reply import Reply
 from relay.session import answers
 from relay.session.listeners import Listener, address_of
 from relay.session.offers import Offers
 from relay.session.session import Session
+from relay.transaction import Transaction
 
 if TYPE_CHECKING:
     import socket
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from relay.settings import ListenerSettings, Settings
     from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
-    from relay.upstream.upstreams import Route, Upstreams
+    from relay.upstream.upstreams import Upstreams
+    from relay.upstream.xforward import Client
 
 __all__ = ["Bound", "Reception"]
 
@@ -218,9 +221,25 @@ class Reception:
         """Return the EHLO reply: what the upstreams carry, and the session's own STARTTLS and AUTH."""
         return self._offers.reply(carried, starttls=starttls, mechanisms=mechanisms)
 
-    def route(self, sender: Sender, reverse_path: bytes) -> Route:
-        """Return which upstreams a message may go to."""
-        return self.upstreams.route(sender, reverse_path, self.services.classifier.at_mail)
+    def carried(self, sender: Sender, *, may_relay: bool, may_log_in: bool) -> Capabilities:
+        """Return what the relay and every upstream can do that this sender's messages may go to."""
+        found = self.upstreams.capabilities(sender, may_relay=may_relay, may_log_in=may_log_in)
+        limits = self.services.limits
+        if limits is not None and limits.withhold_chunking:  # the header section decides before DATA is up
+            return found.without("CHUNKING", "BINARYMIME")
+        return found
+
+    def transaction(
+        self, sender: Sender, reverse_path: bytes, size: int | None, client: Client | None
+    ) -> Transaction:
+        """Begin a transaction; `client` is who an upstream is told about, `size` what MAIL said."""
+        services = self.services
+        route = self.upstreams.route(sender, reverse_path, services.classifier.at_mail)
+        if services.limits is None:
+            return Transaction(services, route, sender, reverse_path, client)
+        return LimitedTransaction(
+            services, route, sender, reverse_path, client, limits=services.limits, size=size
+        )
 
     # Time and the end
 

@@ -1,6 +1,7 @@
 """The configuration: one TOML file, the environment over it, checked as a whole before anything starts."""
 
 from relay.settings.changes import RESTART, Changes, compare
+from relay.settings.limits import ExceptionSettings, LimitSettings
 from relay.settings.load import DEV_UPSTREAM, SettingsError, load, schema
 from relay.settings.model import (
     ClientSettings,
@@ -26,8 +27,10 @@ __all__ = [
     "RESTART",
     "Changes",
     "ClientSettings",
+    "ExceptionSettings",
     "ExpirySettings",
     "HttpSettings",
+    "LimitSettings",
     "ListenerSettings",
     "LogSettings",
     "MatchSettings",

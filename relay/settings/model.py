@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SecretStr,
@@ -46,12 +44,15 @@ from relay.settings.kinds import (
     machine_name,
     written,
 )
+from relay.settings.limits import LimitSettings, kept_too_short, named_twice
 from relay.settings.networks import Network, parse_network, too_wide
+from relay.settings.section import Section as _Section
 
 __all__ = [
     "ClientSettings",
     "ExpirySettings",
     "HttpSettings",
+    "LimitSettings",
     "ListenerSettings",
     "LogSettings",
     "MatchSettings",
@@ -69,16 +70,6 @@ __all__ = [
 
 _NOT_YET = "not available in this version"
 LOOPBACK = ("127.0.0.0/8", "::1/128")
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        validate_default=True,
-        use_attribute_docstrings=True,
-        hide_input_in_errors=True,  # the input may be a secret
-    )
 
 
 class ServerSettings(_Section):
@@ -698,8 +689,8 @@ class Settings(_Section):
     """How long rows are kept."""
     expiry: ExpirySettings = Field(default_factory=ExpirySettings)
     """How expired rows are deleted."""
-    limits: tuple[dict[str, Any], ...] = ()
-    """Rate limits. In this version: none."""
+    limits: tuple[LimitSettings, ...] = ()
+    """Rate limits, counted from the records."""
     http: HttpSettings = Field(default_factory=HttpSettings)
     """Metrics and health."""
     log: LogSettings = Field(default_factory=LogSettings)
@@ -804,9 +795,13 @@ class Settings(_Section):
 
     @field_validator("limits")
     @classmethod
-    def _no_limits(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        if value:
-            raise ValueError(f"{_NOT_YET}: rate limits")
+    def _limits_fit(cls, value: tuple[LimitSettings, ...], info: ValidationInfo) -> tuple[LimitSettings, ...]:
+        reasons = named_twice(value)
+        retention: RetentionSettings | None = info.data.get("retention")
+        if retention is not None:
+            reasons += kept_too_short(value, retention.default, retention.by_type)
+        if reasons:
+            raise ValueError("; ".join(reasons))
         return value
 
     @field_validator("http")

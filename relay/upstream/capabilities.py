@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class Capabilities:
             frozenset.intersection(*(each.mechanisms for each in several)),
             {"LIMITS": tuple(f"{name}={value}" for name, value in limits.items())} if limits else {},
         )
+
+    def without(self, *keywords: str) -> Capabilities:
+        """Return the same without some extensions."""
+        return replace(self, keywords=self.keywords.difference(keywords))
 
     def __contains__(self, keyword: str) -> bool:
         return keyword in self.keywords

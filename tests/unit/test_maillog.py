@@ -171,6 +171,11 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "expiry_progress": lambda _: maillog.expiry_progress(5, 0.25, 60.0),
     "expiry_done": lambda _: maillog.expiry_done(5, 0.25),
     "expiry_failed": maillog.expiry_failed,
+    "limit_hit": lambda text: maillog.limit_hit(
+        TASK_ID, limit=text, action=text, key=text, used=3, maximum=2, unit=text, window_s=60.0
+    ),
+    "limits_not_counted": maillog.limits_not_counted,
+    "limits_counted_again": lambda _: maillog.limits_counted_again(),
     "retention_changed": lambda _: maillog.retention_changed(6),
     "retention_shortened": lambda _: maillog.retention_shortened(7),
 }

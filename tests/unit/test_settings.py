@@ -15,7 +15,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from relay.settings import DEV_UPSTREAM, Settings, SettingsError, UpstreamSettings, load, schema
+from relay.settings import (
+    DEV_UPSTREAM,
+    LimitSettings,
+    Settings,
+    SettingsError,
+    UpstreamSettings,
+    load,
+    schema,
+)
 
 SHIPPED = Path(__file__).parents[2] / "config" / "relay.toml"
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
@@ -284,14 +292,17 @@ def test_the_shipped_file_has_every_key_and_no_other() -> None:
     assert shipped == set(_keys(Settings))
 
 
+LIMIT = LimitSettings.model_validate({"scope": "sender", "max": 100, "per": "1d"})
+
+
 def test_the_shipped_file_shows_the_defaults(file: Path) -> None:
     defaults = loaded(file)
-    examples = {"upstreams.name", "server.hostname"}
+    examples = {"upstreams.name", "server.hostname", "limits.name"}
     for section, keys in _uncommented().items():
         if not section:
             continue
         values = getattr(defaults, section)
-        values = values[0] if isinstance(values, tuple) else values
+        values = (values or (LIMIT,))[0] if isinstance(values, tuple) else values
         for key, text in keys.items():
             default = getattr(values, key)
             if default is not None and f"{section}.{key}" not in examples:
@@ -362,7 +373,6 @@ def _uncommented() -> dict[str, dict[str, Any]]:
     for parent, _, name in [section.rpartition(".") for section in sections if "." in section]:
         sections[parent][name] = {}
         del sections[f"{parent}.{name}"]
-    sections[""] = {name: {} for name in sections if name == "limits"}
     return {name: keys for name, keys in sections.items() if keys}
 
 

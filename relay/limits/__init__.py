@@ -1,0 +1,6 @@
+"""Rate limits, counted from the records and from what is under way.
+
+`rule.py` says what a limit counts, as pure functions of a message; `tally.py` holds one count and what is
+known of it; `limits.py` decides, with one look-up of the store where a count is not known; `claim.py` is what
+one transaction holds of the counts between MAIL and its outcome.
+"""

@@ -1,0 +1,322 @@
+"""Rate limits in the whole relay: what passes, what the client hears and when, what goes upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream
+
+MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
+OTHER = b"From: a@example.com\r\n\r\ntext\r\n"
+MENTIONS = {"name": "mentions", "scope": "sender", "task_type": "mention", "max": 100, "per": "1d"}
+
+
+def limit(**keys: Any) -> dict[str, Any]:
+    given = {"scope": "sender", "max": 2, "per": "1d", **keys}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def verbs(upstream: ScriptedUpstream) -> list[str]:
+    """Return the commands that came, in their order."""
+    return [each.line.split()[0].decode().upper() for each in upstream.log if isinstance(each, Command)]
+
+
+async def send(port: int, sender: str, recipients: list[str], content: bytes = OTHER) -> list[int]:
+    """Send one message in a session of its own; return the codes up to the first command that ends it."""
+    async with Client(port) as client:
+        await client.greeting()
+        await client.ehlo()
+        return await send_on(client, sender, recipients, content)
+
+
+async def send_on(client: Client, sender: str, recipients: list[str], content: bytes = OTHER) -> list[int]:
+    codes = [(await client.command(f"MAIL FROM:<{sender}>")).code]
+    if codes == [250]:
+        codes += [(await client.command(f"RCPT TO:<{recipient}>")).code for recipient in recipients]
+        codes.append((await client.command("DATA")).code)
+        if codes[-1] == 354:
+            await client.send(content + b".\r\n")
+            codes.append((await client.reply()).code)
+        else:
+            await client.command("RSET", 250)
+    return codes
+
+
+async def test_the_sender_is_refused_at_mail_and_nothing_goes_upstream(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, limits=[limit()]) as running:
+        assert (await send(running.port, "A@Example.COM", ["b@example.org"]))[-1] == 250
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+        seen = len(verbs(upstream))
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            reply = await client.command("MAIL FROM:<a@EXAMPLE.com>")
+            assert str(reply).startswith(
+                "451 4.7.1 Rate limit sender-1d (2 messages in 1d) is reached, try again in "
+            )
+            assert re.search(r"try again in (1d|23h[0-9]+m|24h)$", str(reply).strip())
+            assert (await send_on(client, "other@example.com", ["b@example.org"]))[-1] == 250
+            assert (await send_on(client, "", ["b@example.org"]))[-1] == 250
+        assert len(upstream.messages) == 4
+        assert verbs(upstream)[seen:].count("MAIL") == 2
+        assert running.metric("limit_hits_total", limit="sender-1d", action="defer") == 1
+        assert running.metric("messages_total", upstream="none", outcome="refused") == 1
+        assert running.metric("client_rejects_total", reason="limit") == 1
+
+
+async def test_commands_behind_a_refused_mail_get_their_replies(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, limits=[limit(max=1, action="reject")]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            # Nothing is known yet: the store is asked while the commands behind have come already.
+            group = (
+                b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nRCPT TO:<c@example.org>\r\nDATA\r\n"
+            )
+            await client.send(group)
+            assert [each.code for each in await client.replies(4)] == [250, 250, 250, 354]
+            await client.send(OTHER + b".\r\n")
+            await client.expect(250)
+            await client.send(group)
+            replies = await client.replies(4)
+            assert str(replies[0]).startswith("550 5.7.1 Rate limit sender-1d (1 messages in 1d) is reached")
+            assert [each.code for each in replies] == [550, 503, 503, 503]
+            await client.command("NOOP", 250)
+        assert len(upstream.messages) == 1
+
+
+async def test_each_recipient_gets_its_own_reply(start: Any, upstream: ScriptedUpstream) -> None:
+    limits = [
+        limit(scope="recipient", max=1),
+        limit(scope="recipient_domain", max_recipients=3, max=None, name="domains"),
+    ]
+    async with start(upstream.port, limits=limits) as running:
+        codes = await send(running.port, "a@example.com", ["b@example.org", "c@example.org", "d@example.net"])
+        assert codes == [250, 250, 250, 250, 354, 250]
+        codes = await send(
+            running.port,
+            "a@example.com",
+            ["B@example.org", "e@EXAMPLE.org", "f@example.org", "d@example.net", "g@example.net"],
+        )
+        assert codes == [250, 451, 250, 451, 451, 250, 354, 250]
+        assert [len(message.rcpts) for message in upstream.messages] == [3, 2]
+        row = running.rows()[-1]
+        assert "Rate limit domains" in row["data"]
+        assert "Rate limit recipient-1d" in row["data"]
+
+
+async def test_a_recipient_that_the_upstream_refuses_does_not_count(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"RCPT": {"bad@": b"550 5.1.1 no\r\n"}}
+    async with start(upstream.port, limits=[limit(max=None, max_recipients=2)]) as running:
+        codes = await send(
+            running.port,
+            "a@example.com",
+            ["bad@example.org", "b@example.org", "c@example.org", "d@example.org"],
+        )
+        assert codes == [250, 550, 250, 250, 451, 354, 250]
+        assert (await send(running.port, "a@example.com", ["b@example.org"])) == [451]
+
+
+async def test_only_what_was_accepted_counts(start: Any, upstream: ScriptedUpstream) -> None:
+    upstream.script = {
+        "MAIL": [b"451 4.3.0 later\r\n", None],
+        "end_of_data": [b"550 5.7.1 spam\r\n", b"451 4.3.0 later\r\n", None],
+    }
+    async with start(upstream.port, limits=[limit(max=1)]) as running:
+        last = [(await send(running.port, "a@example.com", ["b@example.org"]))[-1] for _ in range(5)]
+        assert last == [451, 550, 451, 250, 451]
+        assert running.metric("limit_hits_total", limit="sender-1d", action="defer") == 1
+        assert len(running.rows()) == 1
+
+
+async def test_a_message_in_doubt_counts(start: Any, upstream: ScriptedUpstream) -> None:
+    upstream.script = {"end_of_data": [Close(), None]}
+    async with start(upstream.port, limits=[limit(max=1)]) as running:
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+        assert await send(running.port, "a@example.com", ["b@example.org"]) == [451]
+    async with start(upstream.port, limits=[limit(max=1)]) as running:
+        assert await send(running.port, "a@example.com", ["b@example.org"]) == [451]
+
+
+async def test_no_more_than_100_mentions_by_one_sender_in_a_day(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """The rule that the table was made for, as the documentation has it."""
+    async with start(upstream.port, limits=[MENTIONS]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            for _ in range(100):
+                assert (await send_on(client, "a@example.com", ["b@example.org"], MENTION))[-1] == 250
+            assert await send_on(client, "A@example.com", ["b@example.org"], MENTION) == [250, 250, 354, 451]
+            # Neither other mail of the sender nor mentions by others are held.
+            assert (await send_on(client, "a@example.com", ["b@example.org"], OTHER))[-1] == 250
+            assert (await send_on(client, "c@example.com", ["b@example.org"], MENTION))[-1] == 250
+        assert len(upstream.messages) == 102
+        assert running.metric("messages_total", upstream="none", outcome="refused") == 1
+    # The count is in the table: a restart changes nothing.
+    async with start(upstream.port, limits=[MENTIONS]) as running:
+        assert (await send(running.port, "a@example.com", ["b@example.org"], MENTION))[-1] == 451
+        assert (await send(running.port, "a@example.com", ["b@example.org"], OTHER))[-1] == 250
+
+
+async def test_a_refused_message_is_read_to_its_end(start: Any, upstream: ScriptedUpstream) -> None:
+    async with start(upstream.port, limits=[MENTIONS | {"max": 1, "action": "reject"}]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            assert (await send_on(client, "a@example.com", ["b@example.org"], MENTION))[-1] == 250
+            large = MENTION + b"MAIL FROM:<x@example.com>\r\n..\r\n" * 20_000
+            assert (await send_on(client, "a@example.com", ["b@example.org"], large))[-1] == 550
+            await client.command("NOOP", 250)
+        (message,) = upstream.messages
+        assert message.content == MENTION
+        assert [verb for verb in verbs(upstream) if verb in ("DATA", "RSET")] == ["DATA", "RSET"]
+
+
+async def test_content_that_was_held_arrives_octet_for_octet(start: Any, upstream: ScriptedUpstream) -> None:
+    content = MENTION + b"..dot\r\n" + bytes(range(32, 127)) * 5 + b"\r\n" + b"line\r\n" * 50_000
+    async with start(upstream.port, limits=[MENTIONS]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            await client.command("MAIL FROM:<a@example.com>", 250)
+            await client.command("RCPT TO:<b@example.org>", 250)
+            await client.command("DATA", 354)
+            for start_at in (0, 1, 7, 30, 60, 61):
+                await client.send(
+                    content[start_at : {0: 1, 1: 7, 7: 30, 30: 60, 60: 61, 61: 10**9}[start_at]]
+                )
+                await asyncio.sleep(0.01)
+            await client.send(b".\r\n")
+            await client.expect(250)
+        assert upstream.accepted[0].wire == content
+
+
+async def test_what_the_upstream_says_to_data_is_heard_at_the_end(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"DATA": [b"451 4.3.2 not now\r\n", b"554 5.0.0 never\r\n", None]}
+    async with start(upstream.port, limits=[MENTIONS]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            assert await send_on(client, "a@example.com", ["b@example.org"], MENTION) == [250, 250, 354, 451]
+            assert await send_on(client, "a@example.com", ["b@example.org"], MENTION) == [250, 250, 354, 554]
+            assert await send_on(client, "a@example.com", ["b@example.org"], MENTION) == [250, 250, 354, 250]
+        assert len(upstream.connections) == 1
+        assert running.metric("messages_total", upstream="primary", outcome="deferred") == 1
+        assert running.metric("messages_total", upstream="primary", outcome="rejected") == 1
+
+
+async def test_data_without_a_recipient_is_answered_before_any_content(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"RCPT": {"bad@": b"550 5.1.1 no\r\n"}, "MAIL": {"bad@": b"550 5.1.0 no\r\n"}}
+    async with start(upstream.port, limits=[MENTIONS]) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        assert await send_on(client, "a@example.com", ["bad@example.org"], MENTION) == [250, 550, 554]
+        await client.send(b"MAIL FROM:<bad@example.com>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
+        assert [each.code for each in await client.replies(3)] == [550, 503, 503]
+        assert (await send_on(client, "a@example.com", ["b@example.org"], MENTION))[-1] == 250
+
+
+async def test_chunking_is_not_offered_where_the_header_section_decides(start: Any) -> None:
+    async with ScriptedUpstream(extensions=(*EXTENSIONS, *CHUNKING)) as upstream:
+        for limits, offered in (
+            ([MENTIONS], False),
+            ([MENTIONS | {"action": "observe"}], True),
+            ([limit()], True),
+        ):
+            async with start(upstream.port, limits=limits) as running, Client(running.port) as client:
+                await client.greeting()
+                assert ("CHUNKING" in str(await client.ehlo())) is offered
+
+
+async def test_limits_count_chunks_too(start: Any) -> None:
+    async with ScriptedUpstream(extensions=(*EXTENSIONS, *CHUNKING)) as upstream:
+        limits = [MENTIONS | {"action": "observe", "max": 1}, limit(max=2)]
+        async with start(upstream.port, limits=limits) as running:
+            async with Client(running.port) as client:
+                await client.greeting()
+                await client.ehlo()
+                for _ in range(2):
+                    await client.command("MAIL FROM:<a@example.com>", 250)
+                    await client.command("RCPT TO:<b@example.org>", 250)
+                    await client.send(b"BDAT %d LAST\r\n" % len(MENTION) + MENTION)
+                    await client.expect(250)
+                await client.command("MAIL FROM:<a@example.com>", 451)
+            assert running.metric("limit_hits_total", limit="mentions", action="observe") == 1
+
+
+async def test_octets_count_as_they_are_and_a_message_that_is_too_much_is_refused(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    octets = {"scope": "client", "max_bytes": 1000, "per": "1h"}
+    async with start(upstream.port, limits=[octets]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            body = b"x" * 398 + b"\r\n"
+            assert (await send_on(client, "a@example.com", ["b@example.org"], body))[-1] == 250
+            assert (await send_on(client, "a@example.com", ["b@example.org"], body))[-1] == 250
+            assert await send_on(client, "a@example.com", ["b@example.org"], body) == [250, 250, 354, 451]
+            reply = await client.command("MAIL FROM:<a@example.com> SIZE=400")
+            assert str(reply).startswith("451 4.7.1 Rate limit client-1h (1000 octets in 1h) is reached")
+            await client.command("MAIL FROM:<a@example.com> SIZE=1001", 550)
+            assert (await send_on(client, "a@example.com", ["b@example.org"], b"x" * 198 + b"\r\n"))[
+                -1
+            ] == 250
+            assert await send_on(client, "a@example.com", ["b@example.org"], body) == [451]
+        assert sum(row["size"] for row in running.rows()) == 1000
+
+
+@pytest.mark.parametrize("task_type", [None, "mention"])
+async def test_of_a_hundred_in_parallel_exactly_ten_pass(
+    start: Any, upstream: ScriptedUpstream, task_type: str | None
+) -> None:
+    limits = [limit(max=10) | ({"task_type": task_type} if task_type else {})]
+    async with start(upstream.port, limits=limits) as running:
+        ends = await asyncio.gather(
+            *(send(running.port, "a@example.com", ["b@example.org"], MENTION) for _ in range(100))
+        )
+        assert Counter(codes[-1] for codes in ends) == {250: 10, 451: 90}
+        assert len(running.rows()) == len(upstream.accepted) == 10
+
+
+async def test_a_limit_that_observes_lets_everything_pass(start: Any, upstream: ScriptedUpstream) -> None:
+    async with start(upstream.port, limits=[limit(max=1, action="observe")]) as running:
+        for _ in range(3):
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+        assert running.metric("limit_hits_total", limit="sender-1d", action="observe") == 2
+        assert running.metric("client_rejects_total", reason="limit") == 0
+
+
+async def test_exceptions_are_neither_held_nor_counted(start: Any, upstream: ScriptedUpstream) -> None:
+    excepted = {"sender": "postmaster@*", "recipient": ["*@example.com"], "task_type": "reset"}
+    limits = [limit(scope="all", max=1, exceptions=excepted)]
+    reset = b"X-Task-Type: reset\r\n\r\ntext\r\n"
+    async with start(upstream.port, limits=limits) as running:
+        for sender, recipient, content, code in (
+            ("postmaster@example.net", "b@example.org", OTHER, 250),
+            ("a@example.net", "b@example.com", OTHER, 250),
+            ("a@example.net", "b@example.org", reset, 250),
+            ("a@example.net", "b@example.org", OTHER, 250),
+            ("c@example.net", "b@example.org", OTHER, 451),
+            ("postmaster@example.net", "b@example.org", OTHER, 250),
+            ("a@example.net", "b@example.org", reset, 250),
+        ):
+            assert (await send(running.port, sender, [recipient], content))[-1] == code
