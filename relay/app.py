@@ -24,7 +24,9 @@ from relay.auth.guard import Guard
 from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
 from relay.auth.users import Users
+from relay.limits.configured import rules_of
 from relay.limits.limits import Limits
+from relay.limits.now import LimitState, limits_now
 from relay.metrics import Metrics
 from relay.records.counts import StoredCounts, open_counts
 from relay.records.expiry import ExpiryLoop
@@ -166,11 +168,17 @@ class Relay:
 
     def _limits_of(self, settings: Settings) -> Limits | None:
         """Put the limits of the settings into force, and return them if there are any."""
-        rules = parts.rules(settings)
+        rules = rules_of(settings.limits)
         self.metrics.add_limits((rule.name, rule.action) for rule in rules)
         if self._limits is not None:
             self._limits.use(rules)
         return self._limits if rules else None
+
+    async def limits_now(self) -> list[LimitState]:
+        """Return each limit, and who is near it or over it; raises StoreError."""
+        if self._limits is None or not self._limits.rules:
+            return []
+        return await limits_now(self._counts, self._limits.rules, self._limits.clock())
 
     def _rows_are_on_their_way(self) -> bool:
         """Whether there may be rows of this relay that are durable and not in the store."""

@@ -16,6 +16,7 @@ from relay import __version__
 from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
 from relay.cli.health import health
+from relay.cli.limits import limits
 from relay.cli.sends import EPILOG, sends
 from relay.cli.spool import spool
 from relay.cli.user import user
@@ -160,6 +161,7 @@ def schema() -> int:
 
 app.command()(health)
 app.command(epilog=EPILOG)(sends)
+app.command()(limits)
 app.add_typer(user, name="user")
 app.add_typer(spool, name="spool")
 
@@ -266,5 +268,10 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
         f"{name} {format_duration(time) if time else 'never'}".strip() for name, time in lifetimes.items()
     )
     yield "retention", ", ".join(kept)
+    if settings.limits:
+        from relay.limits.configured import rules_of
+
+        for rule in rules_of(settings.limits):
+            yield "limit", f"{rule.name}: {rule.scope}, {rule}, {rule.action}"
     yield "http", f"{settings.http.address} (metrics, health)"
     yield "log", f"{settings.log.format}, {settings.log.level}"

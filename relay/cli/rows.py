@@ -25,7 +25,7 @@ from rich.cells import cell_len, set_cell_size
 from relay.cli.sends import Format
 from relay.records.queries import InDoubt, Send
 
-__all__ = ["Table", "fitted", "writer"]
+__all__ = ["GAP", "Table", "fitted", "printable", "writer"]
 
 Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
@@ -132,14 +132,15 @@ def _cells(row: Row) -> list[Cell]:
     moment, last = (row.sent_at, row.upstream_reply) if isinstance(row, Send) else (row.since, row.reason)
     return [
         (f"{moment.astimezone():%Y-%m-%d %H:%M:%S}", ""),
-        (_printable(row.task_type), ""),
-        (_printable(row.sender) or "<>", ""),
-        (_printable(first), f" +{len(more)}" if more else ""),
-        (_printable(" ".join(last.split("\n"))), ""),
+        (printable(row.task_type), ""),
+        (printable(row.sender) or "<>", ""),
+        (printable(first), f" +{len(more)}" if more else ""),
+        (printable(" ".join(last.split("\n"))), ""),
     ]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return text with every character escaped that would drive a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -160,7 +161,7 @@ def _json(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None
 def _csv(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None]:
     lines = csv.writer(out, lineterminator="\n")
     header = iter([columns])  # written once, when there is a store to read
-    show = _printable if out.isatty() else str
+    show = printable if out.isatty() else str
 
     def write(rows: Sequence[Row]) -> None:
         lines.writerows(header)

@@ -14,7 +14,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from relay import maillog
-from relay.limits.rule import Event, Message, Rule
+from relay.limits.rule import Event, Message, Rule, in_words
 from relay.limits.tally import Tally
 from relay.records.errors import StoreError
 from relay.records.model import Doubt, Record
@@ -40,8 +39,6 @@ MAX_TALLIES = 20_000
 """Counts that are kept."""
 MAX_KEPT = 500_000
 """Events in all of them, looked at whenever the store has answered."""
-
-_UNITS = {"messages": "messages", "recipients": "recipients", "octets": "octets"}
 
 
 class Counts(Protocol):
@@ -291,14 +288,14 @@ def _refusal(struck: Iterable[tuple[Want, float | None]]) -> Reply:
     """Return what the client hears: of several limits, one that refuses for good, else the longest wait."""
     want, wait = max(struck, key=_weight)
     rule = want.tally.rule
-    name = f"Rate limit {rule.name} ({describe(rule)})"
+    name = f"Rate limit {rule.name} ({rule})"
     if wait is None:
         return Reply.own(451, "7.1", f"{name} cannot be counted now, try again later")
     if _alone(want):
         return Reply.own(550, "7.1", f"{name} is less than this message alone")
     if rule.action == "reject":
         return Reply.own(550, "7.1", f"{name} is reached")
-    return Reply.own(451, "7.1", f"{name} is reached, try again in {_time(wait)}")
+    return Reply.own(451, "7.1", f"{name} is reached, try again in {in_words(wait)}")
 
 
 def _weight(struck: tuple[Want, float | None]) -> tuple[bool, float]:
@@ -310,21 +307,3 @@ def _weight(struck: tuple[Want, float | None]) -> tuple[bool, float]:
 def _alone(want: Want) -> bool:
     """Whether the message is too much, whatever else was sent; recipients can come in several messages."""
     return want.tally.rule.unit == "octets" and want.room > want.tally.rule.maximum
-
-
-def describe(rule: Rule) -> str:
-    """Return what a limit lets pass, as in "100 messages in 1d"."""
-    return f"{rule.maximum} {_UNITS[rule.unit]} in {_time(rule.window)}"
-
-
-def _time(seconds: float) -> str:
-    """Return a time, rounded up: to seconds, above an hour to minutes."""
-    whole = math.ceil(seconds)
-    if whole > 3600:
-        whole = -(-whole // 60) * 60
-    parts = []
-    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
-        if whole >= length:
-            parts.append(f"{whole // length}{unit}")
-            whole %= length
-    return "".join(parts) or "1s"

@@ -7,6 +7,7 @@ in which `*` stands for anything and `?` for one character.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from uuid import UUID
 
 from relay.envelope import domain_of
 
-__all__ = ["Action", "Event", "Message", "OnError", "Patterns", "Rule", "Scope", "Unit", "fold"]
+__all__ = ["Action", "Event", "Message", "OnError", "Patterns", "Rule", "Scope", "Unit", "fold", "in_words"]
 
 Scope = Literal["sender", "recipient", "client", "sender_domain", "recipient_domain", "all"]
 Unit = Literal["messages", "recipients", "octets"]
@@ -122,6 +123,10 @@ class Rule:
             other, name=self.name, maximum=self.maximum, action=self.action, on_error=self.on_error
         )
 
+    def __str__(self) -> str:
+        """What it lets pass, as in "100 messages in 1d"."""
+        return f"{self.maximum} {self.unit} in {in_words(self.window)}"
+
     def concerns(self, message: Message) -> bool:
         """Whether a message counts, as far as is known without its recipients."""
         if self.sender is not None and not self.sender.fit(message.sender):
@@ -176,3 +181,16 @@ class Rule:
                 else:
                     demand[key] = 1 if self.unit == "messages" else message.size
         return demand
+
+
+def in_words(seconds: float) -> str:
+    """Return a time, rounded up: to seconds, above an hour to minutes."""
+    whole = math.ceil(seconds)
+    if whole > 3600:
+        whole = -(-whole // 60) * 60
+    parts = []
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        if whole >= length:
+            parts.append(f"{whole // length}{unit}")
+            whole %= length
+    return "".join(parts) or "1s"

@@ -9,7 +9,6 @@ minute or hour are taken together, at the time of the latest.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -21,7 +20,7 @@ from relay.records.errors import StoreError
 from relay.records.queries import Reader, open_queries
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
 
-__all__ = ["MAX_ROWS", "StoredCounts", "Use", "open_counts"]
+__all__ = ["MAX_ROWS", "StoredCounts", "open_counts"]
 
 MAX_ROWS = 10_000
 """Rows that a look-up reads one by one; more are taken together."""
@@ -36,14 +35,6 @@ _INDEXES = {
     "recipient_domain": "ix_task_done_recipient_recipient_domain",
     "all": "ix_task_done_sent_at",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """How much of a limit a key has used within the window."""
-
-    key: str
-    used: int
 
 
 class StoredCounts:
@@ -63,7 +54,7 @@ class StoredCounts:
         """End what is open."""
         await self._reader.close()
 
-    async def highest(self, rule: Rule, since: float, least: int, keys: int) -> list[Use]:
+    async def highest(self, rule: Rule, since: float, least: int, keys: int) -> list[tuple[str, int]]:
         """Return the keys that have used `least` or more since then, the highest first, at most so many."""
         return await self._reader.read(lambda connection: _highest(connection, rule, since, least, keys))
 
@@ -113,7 +104,9 @@ def _precision(window: float) -> int:
     return len("2026-11-23 07:46") if window <= 3 * 86_400 else len("2026-11-23 07")
 
 
-def _highest(connection: sa.Connection, rule: Rule, since: float, least: int, keys: int) -> list[Use]:
+def _highest(
+    connection: sa.Connection, rule: Rule, since: float, least: int, keys: int
+) -> list[tuple[str, int]]:
     begin = datetime.fromtimestamp(since, UTC)
     doubts: dict[str, int] = {}
     for key, counted in _doubts(connection, rule, begin):
@@ -130,8 +123,8 @@ def _highest(connection: sa.Connection, rule: Rule, since: float, least: int, ke
     uses = {row.key: int(row.used) for row in rows}
     for key, amount in doubts.items():
         uses[key] = uses.get(key, 0) + amount
-    found = [Use(key, amount) for key, amount in uses.items() if amount >= least]
-    return sorted(found, key=lambda use: (-use.used, use.key))[:keys]
+    found = [(key, amount) for key, amount in uses.items() if amount >= least]
+    return sorted(found, key=lambda use: (-use[1], use[0]))[:keys]
 
 
 def _doubts(connection: sa.Connection, rule: Rule, begin: datetime) -> Iterable[tuple[str, Event]]:
