@@ -1,10 +1,16 @@
-"""The built-in upstream of `relay serve --dev`: accepts everything, sends nothing, keeps the last ones."""
+"""The built-in upstream of `relay serve --dev` and `relay demo`: sends nothing, keeps the last messages.
+
+It accepts everything, but for recipients whose local part begins with one of these words, so that people can
+see what their application does then: `reject@`, `spam@`, `defer@`, `slow@`, `drop@` (`Manner`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from aiosmtpd import smtp
@@ -12,12 +18,30 @@ from aiosmtpd import smtp
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DevUpstream", "Message"]
+__all__ = ["DevUpstream", "Manner", "Message", "by_local_part"]
 
 KEPT = 100
 """Messages that are kept in memory."""
 MAX_SIZE = 50 * 1024 * 1024
 """Octets of one message."""
+SLOW_S = 3.0
+"""How long the verdict on a message to `slow@` takes."""
+
+
+class Manner(StrEnum):
+    """How the upstream treats a recipient."""
+
+    ACCEPT = "accept"
+    REJECT = "reject"
+    """The recipient is refused for good."""
+    SPAM = "spam"
+    """The message is refused for good, after its end of data."""
+    DEFER = "defer"
+    """The recipient is told to come later."""
+    SLOW = "slow"
+    """The verdict on the message takes its time."""
+    DROP = "drop"
+    """The connection breaks in place of the verdict: the message is in doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +53,54 @@ class Message:
     content: bytes
 
 
-class DevUpstream:
-    """An SMTP server on loopback that accepts every message and keeps the last ones."""
+def by_local_part(recipient: str) -> Manner:
+    """Return the manner that the local part begins with: `reject@`, `reject+ann@`, `reject.ann@`."""
+    local = recipient.rpartition("@")[0].lower()
+    word = local.partition("+")[0].partition(".")[0]
+    return Manner(word) if word in set(Manner) else Manner.ACCEPT
 
-    def __init__(self, host: str, port: int) -> None:
+
+class DevUpstream:
+    """An SMTP server on loopback that accepts every message and keeps the last ones, but for its manners."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        manner: Callable[[str], Manner] = by_local_part,
+        slow_s: float = SLOW_S,
+    ) -> None:
         self._host = host
         self._port = port
+        self._manner = manner
+        self._slow_s = slow_s
         self._count = 0
         self._server: asyncio.Server | None = None
         self.messages: deque[Message] = deque(maxlen=KEPT)
 
-    async def handle_DATA(self, _server: smtp.SMTP, _session: smtp.Session, envelope: smtp.Envelope) -> str:  # noqa: N802
-        """Keep the message (called by aiosmtpd)."""
+    async def handle_RCPT(  # noqa: N802
+        self, _server: smtp.SMTP, _session: smtp.Session, envelope: smtp.Envelope, address: str, _: list[str]
+    ) -> str:
+        """Take a recipient, or not (called by aiosmtpd)."""
+        match self._manner(address):
+            case Manner.REJECT:
+                return "550 5.1.1 no such user here (the built-in upstream was asked to reject)"
+            case Manner.DEFER:
+                return "451 4.7.1 greylisted, come again later (the built-in upstream was asked to defer)"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 Ok"
+
+    async def handle_DATA(self, server: smtp.SMTP, _session: smtp.Session, envelope: smtp.Envelope) -> str:  # noqa: N802
+        """Keep the message, or do as its recipients ask (called by aiosmtpd)."""
+        manners = {self._manner(recipient) for recipient in envelope.rcpt_tos}
+        if Manner.SLOW in manners:
+            await asyncio.sleep(self._slow_s)
+        if Manner.DROP in manners and isinstance(server.transport, asyncio.WriteTransport):
+            server.transport.abort()
+            return "451 4.4.2 dropped"
+        if Manner.SPAM in manners:
+            return "554 5.7.1 looks like spam (the built-in upstream was asked to reject)"
         content = envelope.content if isinstance(envelope.content, bytes) else b""
         self._count += 1
         self.messages.append(Message(envelope.mail_from or "", tuple(envelope.rcpt_tos), content))

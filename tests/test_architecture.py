@@ -13,6 +13,7 @@ PACKAGE = ROOT / "relay"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"demo"},
     {"app", "probe", "selftest"},
     {"reload"},
     {"parts"},

@@ -57,6 +57,7 @@ async def test_every_metric_that_is_named_is_in_a_scrape(
     over = {
         "listeners": [{"address": "127.0.0.1:0", "tls": "starttls"}],
         "tls": {"cert": str(cert), "key": str(key)},
+        "limits": [{"scope": "sender", "max": 100, "per": "1d"}],
     }
     async with start(upstream.port, **over) as running:
         url = f"http://127.0.0.1:{running.http_port}/metrics"

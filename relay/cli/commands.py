@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,6 @@ from relay.cli.user import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from relay.selftest import Finding
     from relay.settings import Settings, UpstreamSettings
@@ -145,6 +145,39 @@ def expire(
         raise CommandError([f"relay: {error}"]) from None
     noun = "row" if rows == 1 else "rows"
     typer.echo(f"{rows} expired {noun} would be deleted" if dry_run else f"{rows} expired {noun} deleted")
+    return 0
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--directory", metavar="DIR", help="Where its configuration and records go.")
+    ] = Path("demo"),
+    within: Annotated[
+        str, typer.Option("--within", metavar="DURATION", help="How long the hour takes.")
+    ] = "1m",
+    leave: Annotated[bool, typer.Option("--exit", help="End when the hour is over.")] = False,
+) -> int:
+    """Play an hour of a small product's mail through a relay, to have something to look at."""
+    from relay.app import StartError
+    from relay.demo import configuration
+    from relay.demo import demo as play
+    from relay.settings import SettingsError
+    from relay.settings.units import parse_duration
+
+    try:
+        seconds = parse_duration(within)
+    except ValueError as error:
+        raise CommandError([f"relay: --within: {error}"], 2) from None
+    import asyncio
+
+    try:
+        file = configuration(directory)
+        asyncio.run(play(file, os.environ, seconds=seconds, leave=leave, tell=typer.echo))
+    except SettingsError as error:
+        raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
+    except (StartError, OSError) as error:
+        raise CommandError([f"relay: the demonstration cannot start: {error}"]) from None
     return 0
 
 
