@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format sure bench bench-quick docs lock lowest clean
+.PHONY: run test lint format sure bench bench-quick bench-peers bench-instructions docs lock lowest clean
 
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
@@ -21,11 +21,17 @@ format: $(VENV)/dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/dev ## the relay beside a direct send and beside a naive relay, some minutes
-	@$(BIN)/python -m bench.run
+bench: $(VENV)/dev ## all cases, beside a direct send, a naive relay and the peers installed; most of an hour; writes docs/benchmarks.md
+	@$(BIN)/python -m bench.run --write
 
-bench-quick: $(VENV)/dev
+bench-quick: $(VENV)/dev ## under two minutes, without peers
 	@$(BIN)/python -m bench.run --quick
+
+bench-instructions: $(VENV)/dev ## instructions a message, beside those that are stored (valgrind)
+	@$(BIN)/python -m bench.instructions
+
+bench-peers: ## install the peers of the benchmark into .peers (Debian, as root)
+	@bench/peers/install.sh
 
 docs: $(VENV)/dev ## the documentation as a site, in site/
 	@$(BIN)/mkdocs build --strict --quiet

@@ -2,7 +2,7 @@
 
 It is the yardstick from below: the message is collected in memory, each one goes up over a connection of its
 own, each row is committed alone with SQLite's defaults (rollback journal, synchronous FULL), and the client
-waits for all of it. Prints its port on the first line of standard output and runs until SIGTERM.
+waits for all of it. Runs until SIGTERM.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Handler:
         return f"250 {reply}"
 
 
-async def serve(upstream_port: int, path: Path) -> None:
+async def serve(port: int, upstream_port: int, path: Path) -> None:
     """Serve on 127.0.0.1 until SIGTERM."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -67,8 +67,9 @@ async def serve(upstream_port: int, path: Path) -> None:
         await database.execute(TABLE)
         await database.commit()
         handler = Handler(upstream_port, database)
-        server = await loop.create_server(lambda: smtp.SMTP(handler, hostname="naive.bench"), "127.0.0.1", 0)
-        print(server.sockets[0].getsockname()[1], flush=True)
+        server = await loop.create_server(
+            lambda: smtp.SMTP(handler, hostname="naive.bench"), "127.0.0.1", port, backlog=1024
+        )
         await stop.wait()
         server.close()
 
@@ -78,10 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream-port", type=int, required=True)
     parser.add_argument("--database", type=Path, required=True)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.upstream_port, arguments.database))
+    asyncio.run(serve(arguments.port, arguments.upstream_port, arguments.database))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.run import CONFIG, ROOT, _await_greeting, _free_ports, _process, _said_port, _sink_count
+from bench.ends import OwnSink, await_greeting, free_port, said_port
+from bench.processes import ROOT, running
+from bench.targets import configuration
 
 SIZES = [
     (500, 1000),
@@ -101,8 +103,8 @@ def main() -> int:
 
 def _soak(directory: Path, messages: int, every: float) -> int:
     sink = [sys.executable, "-m", "bench.sink"]
-    with _process(sink, directory / "sink.log", says_port=True) as upstream:
-        sink_port = _said_port(upstream, "the sink")
+    with running(sink, directory / "sink.log", says_port=True) as upstream:
+        sink_port = said_port(upstream.process, "the sink")
         with _running_relay(directory, sink_port) as (port, http_port, process):
             looks: list[Look] = []
             began = time.monotonic()
@@ -111,7 +113,7 @@ def _soak(directory: Path, messages: int, every: float) -> int:
                     answered = _send(port, messages)
                 seconds = time.monotonic() - began
             counts = _settled(http_port, answered)
-            arrived = _sink_count(sink_port)
+            arrived = OwnSink(sink_port, sink_port).count()
         left = _rows(directory / "task_done.db")
     print(f"{answered:,} messages in {seconds:.0f} s, {answered / seconds:,.0f} a second")
     _print_looks(looks)
@@ -142,15 +144,16 @@ def _relay(tasks: Path, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _running_relay(directory: Path, sink_port: int) -> Iterator[tuple[int, int, subprocess.Popen[str]]]:
-    port, http_port = _free_ports(2)
+    port, http_port = free_port(), free_port()
     config = directory / "relay.toml"
-    values = {"port": port, "http_port": http_port, "sink_port": sink_port, "directory": directory}
-    text = CONFIG.format(**values).replace("[http]", 'commit_timeout = "300ms"\n\n[http]')
+    text = configuration(directory, port, http_port, sink_port, connections=20)
+    text = text.replace("[http]", 'commit_timeout = "300ms"\n\n[http]')
     config.write_text(text + MORE_CONFIG, "utf-8")
     command = [sys.executable, "-m", "bench.soak", "--relay", str(directory / "tasks")]
-    with _process([*command, "serve", "--config", str(config)], directory / "relay.log") as process:
-        _await_greeting(port, process, directory / "relay.log")
-        yield port, http_port, process
+    log = directory / "relay.log"
+    with running([*command, "serve", "--config", str(config)], log) as relay:
+        await_greeting(port, relay.process, log)
+        yield port, http_port, relay.process
 
 
 @contextlib.contextmanager
@@ -164,12 +167,12 @@ def _again_and_again(every: float, work: Callable[[], None]) -> Iterator[None]:
             work()
 
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(run)
+        working = thread.submit(run)
         try:
             yield
         finally:
             ended.set()
-        running.result()
+        working.result()
 
 
 def _send(port: int, messages: int) -> int:
