@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from bench.report import figure
+
 WIDTH = 760
 NAME = 130
 VALUE = 70
@@ -41,7 +43,7 @@ def bars(panels: Sequence[tuple[str, Mapping[str, float]]], *, own: str = "relay
             parts += [
                 f'<text x="{NAME - 8}" y="{base}" text-anchor="end">{escape(name)}</text>',
                 f'<rect class="{kind}" x="{NAME}" y="{top}" width="{length:.1f}" height="{BAR}" rx="2"/>',
-                f'<text x="{NAME + length + 6:.1f}" y="{base}">{_figure(value)}</text>',
+                f'<text x="{NAME + length + 6:.1f}" y="{base}">{figure(value)}</text>',
             ]
             top += BAR + GAP
     return "\n".join([*parts, "</svg>", ""])
@@ -53,7 +55,3 @@ def _scale(values: Sequence[float]) -> Callable[[float], float]:
     span = math.log(max(values)) - floor
     room = WIDTH - NAME - VALUE
     return lambda value: room * (math.log(value) - floor) / span
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
