@@ -136,7 +136,7 @@ def figure(value: float) -> str:
 
 def described(targets: Sequence[str]) -> str:
     """What each target is, and in which version it was found."""
-    lines = _head(["target", "what it does", "version"])
+    lines = [_row(["target", "what it does", "version"]), _row(["---"] * 3)]
     lines += [_row([name, TARGETS[name].does, TARGETS[name].version()]) for name in targets]
     return "\n".join(lines)
 

@@ -157,7 +157,7 @@ def _picture(targets: Sequence[str], runs: report.Runs) -> str:
         medians = {target: runs.median(case, target, "cpu_ms") for target in targets}
         known = {target: median for target, median in medians.items() if median}
         if known:
-            panels.append((f"CPU-ms a message: {CASES[case].title}", known))
+            panels.append((f"CPU-ms a message (logarithmic): {CASES[case].title}", known))
     return bars(panels)
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from relay.records.retention import Retention
-from relay.records.store import Store
+from relay.records.store import open_store
 
 ROWS = """
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
@@ -54,6 +54,6 @@ def fill(path: Path, count: int) -> None:
 
 async def _migrate(path: Path) -> None:
     """Make the tables, and note the retention in force: else the relay would set it for all rows."""
-    store = await Store.open(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
     await store.follow_retention()
     await store.close()

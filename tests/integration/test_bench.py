@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import report
+from bench import report, table
 from bench.cases import CASES
 from bench.ends import await_count
 from bench.errors import RunError
@@ -116,18 +118,18 @@ def test_a_table_has_the_median_of_all_rounds_with_least_and_most() -> None:
         for target, rates, cpu in (("relay", (10, 30, 20), 0.25), ("naive", (5, 5, 5), 1.0))
         for number, rate in enumerate(rates)
     ]
-    (table,) = report.tables(["keep"], ["naive", "relay", "slimta"], report.Runs(results))
-    assert "| relay | 20.0 (10.0 - 30.0) | 0.250 |" in table
-    assert "| slimta | no run that counts |" in table
-    assert "relay/naive: messages/s 4.00 (2.00 - 6.00), CPU a message 0.25." in table
+    (shown,) = report.tables(["keep"], ["naive", "relay", "slimta"], report.Runs(results))
+    assert "| relay | 20.0 (10.0 - 30.0) | 0.250 |" in shown
+    assert "| slimta | no run that counts |" in shown
+    assert "relay/naive: messages/s 4.00 (2.00 - 6.00), CPU a message 0.25." in shown
 
 
 def test_a_family_is_compared_with_its_first_step_and_a_recipient_has_its_price() -> None:
     costs = {"recipients-1": 0.2, "recipients-500": 5.19}
     results = [Result(case, "relay", 0, {"cpu_ms": cost}) for case, cost in costs.items()]
-    (table,) = report.tables(list(costs), ["direct", "relay"], report.Runs(results))
-    assert "| 5.19 | 25.95 |" in table
-    assert "A recipient costs 10.0 µs of CPU." in table
+    (shown,) = report.tables(list(costs), ["direct", "relay"], report.Runs(results))
+    assert "| 5.19 | 25.95 |" in shown
+    assert "A recipient costs 10.0 µs of CPU." in shown
 
 
 def test_what_is_missing_is_named() -> None:
@@ -157,3 +159,18 @@ def test_a_picture_has_a_bar_for_each_target_the_cheapest_first() -> None:
     assert widths[0] > 0
     texts = ["".join(each.itertext()) for each in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert texts == ["a & b", "pipe", "0.050", "relay", "0.200", "naive", "1.50"]
+
+
+def test_a_full_table_is_one_that_the_relay_takes_as_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "task_done.db"
+    table.fill(path, 2000)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*), count(DISTINCT task_id) FROM task_done").fetchone() == (
+            2000,
+            2000,
+        )
+        assert database.execute("SELECT count(*) FROM task_done_recipient").fetchone() == (2000,)
+        first, last = database.execute("SELECT min(sent_at), max(sent_at) FROM task_done_send").fetchone()
+        assert len(first) == len(last) == len("2026-11-23 07:46:00.123456")
+        indexes = database.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+        assert {name for (name,) in indexes} >= {"ix_task_done_sent_at", "ix_task_done_recipient_recipient"}
