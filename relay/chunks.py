@@ -20,7 +20,6 @@ MAX_CHUNK = 2**31 - 1
 of the chunk commands."""
 
 
-
 class Chunks:
     """One message on its way from the client to the upstream.
 
