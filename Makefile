@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format sure bench bench-quick bench-peers bench-instructions docs lock lowest clean
+.PHONY: run test lint format sure bench bench-quick bench-peers bench-instructions docs pages lock lowest clean
 
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
@@ -34,7 +34,10 @@ bench-peers: ## install the peers of the benchmark into .peers (Debian, as root)
 	@bench/peers/install.sh
 
 docs: $(VENV)/dev ## the documentation as a site, in site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+pages: $(VENV)/dev ## the parts of the documents that follow from the code: settings, commands
+	@$(BIN)/python -m tests.support.pages
 
 # The one source of versions is constraints.txt: the locks are its pins of what an image needs, with hashes.
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

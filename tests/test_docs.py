@@ -13,13 +13,12 @@ import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 from uuid import UUID
 
 import pytest
-from pydantic import BaseModel
 
 from relay import maillog, reply
 from relay.classify import MAX_TASK_TYPE, Classifier
@@ -41,6 +40,7 @@ from relay.settings.units import parse_duration, parse_size
 from relay.transaction import MAX_RECEIVED
 from tests.support.certificates import Certificates
 from tests.support.client import Client
+from tests.support.pages import SCHEMA, commands, commands_page, default, form, key_tables, settings_page
 from tests.support.process import toml
 from tests.support.script import Close, Delay
 
@@ -99,65 +99,6 @@ def quoted(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- settings
 
-SCHEMA: dict[str, Any] = Settings.model_json_schema(mode="validation")
-
-
-def key_tables() -> dict[str, type[BaseModel] | None]:
-    """Return the model of each section, by the title that it has in the document."""
-    found: dict[str, type[BaseModel] | None] = {}
-    for name, field in Settings.model_fields.items():
-        model = next(
-            (kind for kind in (field.annotation, *get_args(field.annotation)) if is_model(kind)), None
-        )
-        found[f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"] = model
-        for inner, inner_field in model.model_fields.items() if model else ():
-            for kind in get_args(inner_field.annotation):
-                if is_model(kind):
-                    single = NoneType in get_args(inner_field.annotation)
-                    found[f"[{name}.{inner}]" if single else f"[[{name}.{inner}]]"] = kind
-    return found
-
-
-def is_model(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def form(schema: dict[str, Any]) -> str:
-    """Say how a value is written, from its JSON Schema."""
-    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
-    if len(kinds) == 1:
-        return form(kinds[0])
-    if any(kind.get("type") == "array" for kind in kinds):
-        return "text or list"
-    if kinds:
-        return "size"
-    if "$ref" in schema:
-        return "table"
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    pattern = schema.get("pattern", "")
-    if "(ms|s|m|h|d)" in pattern:
-        return "duration or `never`" if "never" in pattern else "duration"
-    if pattern:
-        return "address"
-    if schema["type"] == "string":
-        return {"password": "secret", "path": "file"}.get(schema.get("format", ""), "text")
-    return {"boolean": "true or false", "integer": "number", "array": "list", "object": "table"}[
-        schema["type"]
-    ]
-
-
-def default(model: type[BaseModel], key: str) -> str:
-    field = model.model_fields[key]
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None:
-        return "not set"
-    if (not value and isinstance(value, str)) or (field.default_factory and isinstance(value, str)):
-        return "see meaning"
-    return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
-
 
 def test_every_key_stands_in_the_settings_with_its_default_form_and_meaning() -> None:
     documented = sections(read("settings.md"))
@@ -172,6 +113,11 @@ def test_every_key_stands_in_the_settings_with_its_default_form_and_meaning() ->
             [f"`{key}`", default(model, key), form(properties[key]), field.description]
             for key, field in model.model_fields.items()
         ]
+
+
+def test_what_follows_from_the_code_is_written() -> None:
+    assert settings_page(read("settings.md")) == read("settings.md"), "run: make pages"
+    assert commands_page() == read("commands.md"), "run: make pages"
 
 
 def test_every_section_has_the_meaning_that_the_model_gives_it() -> None:
@@ -533,15 +479,6 @@ def test_rows_that_are_only_in_the_log_come_back_by_the_recipe(tmp_path: Path) -
     spool.close()
 
 
-@pytest.mark.interop
-def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    unit = tmp_path / "relay.service"
-    (text,) = codes(read("operations.md"), "ini")
-    unit.write_text(text.replace("/opt/relay/bin/relay", "/bin/true"))
-    done = run_tool("systemd-analyze", "verify", str(unit))
-    assert not [line for line in done.splitlines() if "relay.service" in line], done
-
-
 def run_tool(name: str, *arguments: str) -> str:
     """Run a program of the machine, if it is there; return what it writes."""
     program = shutil.which(name)
@@ -561,7 +498,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-LINKED = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+LINKED = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -576,6 +513,47 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(found), target
         if text.startswith("`test_"):
             assert f"def {text.strip('`')}(" in found.read_text(), text
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Of mkdocs.yml. The decisions are listed on a page of their own."""
+    navigation = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert navigation == {page.name for page in PAGES} | {"adr/index.md"}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_that_are_not_run_say_why(page: Path) -> None:
+    """What is marked `sh` is run; before a `console` a comment says why not, or by which test."""
+    lines = page.read_text().splitlines()
+    for before, line in pairwise(lines):
+        if line == "```console":
+            found = re.fullmatch(r"<!-- (?:not run(?: here)?: .+|run by (test_\w+)) -->", before)
+            assert found, (
+                f"{page.name}: a comment <!-- not run: WHY --> is missing before a block of commands"
+            )
+            if found[1]:
+                assert f"def {found[1]}(" in Path(__file__).read_text()
+        assert line not in ("```bash", "```shell", "```shell-session"), f"{page.name}: mark it sh or console"
+
+
+def test_every_command_that_a_page_names_is_there() -> None:
+    known = {name.removeprefix("relay ") for name, _ in commands()}
+    groups = {name.split()[0] for name in known if " " in name}
+    for page in LINKED:
+        text = page.read_text()
+        blocks = "\n".join(codes(text, "sh") + codes(text, "console"))
+        for command in quoted(without_code(text)) + blocks.splitlines():
+            found = re.match(r"(?:\$ )?(?:\S*/)?relay ([a-z]+)(?: ([a-z]+))?", command)
+            if found and "systemctl" not in command:
+                name = f"{found[1]} {found[2]}" if found[1] in groups and found[2] else found[1]
+                assert name in known | groups, f"{page.name}: {command}"
+
+
+def test_every_target_of_make_that_the_contributing_names_is_there() -> None:
+    targets = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+    documented = [quoted(row[0])[0].removeprefix("make ") for row in table(read("contributing.md"), "target")]
+    assert documented
+    assert set(documented) <= set(targets)
 
 
 def test_every_page_of_the_manual_is_there() -> None:
@@ -615,7 +593,10 @@ async def test_commands_run(start: Any, upstream: ScriptedUpstream, tmp_path: Pa
             f'[[upstreams]]\naddress = "127.0.0.1:{upstream.port}"\ntls = "none"\n'
         )
         status, said = await shell(
-            block.replace("127.0.0.1:9025", f"127.0.0.1:{running.http_port}"), tmp_path
+            block.replace("127.0.0.1:9025", f"127.0.0.1:{running.http_port}").replace(
+                '"127.0.0.1", 2525', f'"127.0.0.1", {running.port}'
+            ),
+            tmp_path,
         )
     assert status == 0, said
 
@@ -651,9 +632,10 @@ def test_examples_of_settings_do_what_is_said(
     toml: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    secret = Path("upstream_password")
-    secret.write_text("sesame\n")
-    secret.chmod(0o600)
+    for name in {"upstream_password", *re.findall(r'"/run/secrets/(\w+)"', toml)}:
+        secret = Path(name)
+        secret.write_text("sesame\n")
+        secret.chmod(0o600)
     Certificates().write_server(tmp_path, "relay.example.com")
     text = toml.replace("/run/secrets/", "").replace("/etc/relay/", "")
     if "[[upstreams]]" not in text:

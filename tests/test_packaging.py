@@ -202,3 +202,35 @@ def test_both_services_are_hardened_alike() -> None:
 
 def test_the_socket_is_that_of_the_default_listener() -> None:
     assert "ListenStream=127.0.0.1:2525\n" in (UNITS / "relay.socket").read_text()
+
+
+# ----------------------------------------------------------------------------------------- contributing
+
+
+def test_the_hooks_run_tools_that_are_there() -> None:
+    """pre-commit reads the file, and each hook is a tool of the environment."""
+    directory = Path(sys.executable).parent
+    check = [directory / "pre-commit", "validate-config", ROOT / ".pre-commit-config.yaml"]
+    done = subprocess.run(check, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stdout
+    entries = re.findall(r"^ +entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert entries
+    for entry in entries:
+        assert entry.startswith(".venv/bin/")
+        assert (directory / entry.removeprefix(".venv/bin/")).exists()
+
+
+def test_ci_runs_what_make_sure_runs() -> None:
+    """And nothing that it does not: the rest of the script installs peers."""
+    script = (ROOT / ".ci/run").read_text()
+    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make sure"]
+    assert not re.search(r"\b(pytest|ruff|mypy)\b", script)
+    assert re.search(r"^sure: lint docs test\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_licence_is_the_one_that_is_stated() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert 'licenses="Apache-2.0"' in (ROOT / "Dockerfile").read_text()
