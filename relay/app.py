@@ -27,8 +27,9 @@ from relay.auth.users import Users
 from relay.limits.configured import rules_of
 from relay.limits.limits import Limits
 from relay.limits.now import LimitState, limits_now
+from relay.limits.presence import Presence, name_in
 from relay.metrics import Metrics
-from relay.records.counts import StoredCounts, open_counts
+from relay.records.counts import StoredCounts, counts_of
 from relay.records.expiry import ExpiryLoop
 from relay.records.inspection import entries_waiting
 from relay.records.journal import Journal
@@ -85,6 +86,7 @@ class Relay:
         self._expiry: ExpiryLoop
         self._limits: Limits | None = None
         self._counts: StoredCounts
+        self._presence: Presence
         self._left_over: list[Record | Doubt] = []  # by the process before, and not in the store yet
         self._taken_over: set[asyncio.Future[None]] = set()
         self.certificate: Certificate | None = None
@@ -161,10 +163,13 @@ class Relay:
     async def _make_limits(self, settings: Settings) -> None:
         """Have limits ready if there are to be any; once made they go on with what they have counted."""
         if self._limits is None and settings.limits:
-            self._counts = await open_counts(settings.records.url)
+            name = await asyncio.to_thread(name_in, self._spool.directory)
+            self._counts = counts_of(settings.records.url)
             self._limits = Limits(
                 self._counts, self.metrics, clock=time.time, spooling=self._rows_are_on_their_way
             )
+            self._presence = Presence(self._store, self._counts, self._limits, name)
+            await self._presence.start()
 
     def _limits_of(self, settings: Settings) -> Limits | None:
         """Put the limits of the settings into force, and return them if there are any."""
@@ -407,6 +412,7 @@ class Relay:
         if hasattr(self, "_expiry"):
             await self._expiry.stop()
         if self._limits is not None:
+            await self._presence.stop()
             await self._limits.close()
             await self._counts.close()
         if hasattr(self, "recorder"):

@@ -58,9 +58,9 @@ def limits(
 async def _states(settings: Settings) -> list[LimitState]:
     from relay.limits.configured import rules_of
     from relay.limits.now import limits_now
-    from relay.records.counts import open_counts
+    from relay.records.counts import counts_of
 
-    counts = await open_counts(settings.records.url)
+    counts = counts_of(settings.records.url)
     try:
         return await limits_now(counts, rules_of(settings.limits), time.time())
     finally:

@@ -95,7 +95,7 @@ class Limits:
     ) -> None:
         self.rules: tuple[Rule, ...] = ()
         self.shared = False
-        """Whether other relays use the store."""
+        """Whether other relays use the store; `share` says so."""
         self.clock = clock
         self._counts = counts
         self._metrics = metrics
@@ -117,6 +117,13 @@ class Limits:
                 tally.inherit(heirs[rule])
                 self._tallies[tally.rule, key] = tally
         self.rules = tuple(rules)
+
+    def share(self, shared: bool) -> None:
+        """Hear whether other relays use the store: what is known may be older than what they have sent."""
+        if shared is not self.shared:
+            self.shared = shared
+            for tally in self._tallies.values():
+                tally.known = False
 
     @property
     def withhold_chunking(self) -> bool:

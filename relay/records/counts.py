@@ -8,19 +8,29 @@ minute or hour are taken together, at the time of the latest.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from relay.limits.rule import Event, Message, Patterns, Rule
 from relay.records.errors import StoreError
-from relay.records.queries import Reader, open_queries
-from relay.records.schema import task_done, task_done_recipient, task_in_doubt
+from relay.records.queries import Queries, Reader, open_queries
+from relay.records.schema import (
+    UtcDateTime,
+    task_done,
+    task_done_recipient,
+    task_done_state,
+    task_in_doubt,
+)
 
-__all__ = ["MAX_ROWS", "StoredCounts", "open_counts"]
+__all__ = ["MAX_ROWS", "StoredCounts", "counts_of"]
+
+T = TypeVar("T")
 
 MAX_ROWS = 10_000
 """Rows that a look-up reads one by one; more are taken together."""
@@ -54,47 +64,80 @@ class StoredCounts:
         """End what is open."""
         await self._reader.close()
 
+    async def others(self, name: str, now: datetime) -> int:
+        """Return how many relays but the one of this name say that they live."""
+        given = {"name": name, "now": now}
+        return await self._reader.read(
+            lambda connection: int(connection.execute(_OTHERS, given).scalar_one())
+        )
+
     async def highest(self, rule: Rule, since: float, least: int, keys: int) -> list[tuple[str, int]]:
         """Return the keys that have used `least` or more since then, the highest first, at most so many."""
         return await self._reader.read(lambda connection: _highest(connection, rule, since, least, keys))
 
 
-async def open_counts(url: str) -> StoredCounts:
-    """Return the counts of the store at `url`; raises StoreError as `open_queries` does."""
-    return StoredCounts((await open_queries(url)).reader)
+def counts_of(url: str) -> StoredCounts:
+    """Return the counts of the store at `url`, which is opened when it is first asked."""
+    return StoredCounts(_Later(url))
+
+
+class _Later:
+    """A store that is opened by its first reader, so that it may be away until then."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._queries: Queries | None = None
+        self._opening = asyncio.Lock()
+
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work`; see `relay.records.queries.Reader`."""
+        async with self._opening:
+            if self._queries is None:
+                self._queries = await open_queries(self._url)
+        return await self._queries.reader.read(work)
+
+    async def close(self) -> None:
+        """End what is open."""
+        if self._queries is not None:
+            await self._queries.close()
 
 
 def _look_up(
     connection: sa.Connection, rule: Rule, key: str, since: float, own: Collection[UUID]
 ) -> list[Event]:
     begin = datetime.fromtimestamp(since, UTC)
-    doubts = [each for each in _doubts(connection, rule, begin) if each[0] == key]
-    found = [counted for _, counted in doubts]
+    found = [event for each, event in _doubts(connection, rule, begin) if each == key]
     wanted = min(rule.maximum, MAX_ROWS) + len(own)
-    sends = _sends(rule, begin, key)
-    rows = connection.execute(sends.order_by(sends.selected_columns.at.desc()).limit(wanted)).all()
-    counted = [Event(row.at.timestamp(), row.amount, UUID(row.task_id)) for row in rows]
+    given = {"begin": begin, "key": key, "rows": wanted}
+    rows = connection.execute(_newest(rule), given).all()
+    events = [Event(row.at.timestamp(), row.amount, UUID(row.task_id)) for row in rows]
     apart = set(own)
-    amount = sum(each.amount for each in counted if each.task_id not in apart)
+    amount = sum(each.amount for each in events if each.task_id not in apart)
     if len(rows) < wanted or amount >= rule.maximum:
-        return found + counted
+        return found + events
     if len(own) > MAX_OWN:
         raise StoreError(f"limit {rule.name}: more than {MAX_OWN} rows wait to get into the store")
-    return found + _together(connection, rule, sends, own)
+    rows = connection.execute(_together(rule), {**given, "own": [str(one) for one in own]}).all()
+    return found + [Event(row.at.timestamp(), int(row.amount), None) for row in rows]
 
 
-def _together(
-    connection: sa.Connection, rule: Rule, sends: sa.Select[Any], own: Collection[UUID]
-) -> list[Event]:
-    """Read all rows, those of one moment as one."""
-    each = sends.subquery("each")
+@lru_cache(64)
+def _newest(rule: Rule) -> sa.Select[Any]:
+    """Return the statement for the newest rows of a key that count."""
+    sends = _sends(rule)
+    return sends.order_by(sends.selected_columns.at.desc()).limit(sa.bindparam("rows", type_=sa.Integer()))
+
+
+@lru_cache(64)
+def _together(rule: Rule) -> sa.Select[Any]:
+    """Return the statement for all rows of a key that count but our own, those of one moment as one."""
+    each = _sends(rule).subquery("each")
     moment = sa.func.substr(sa.cast(each.c.at, sa.Text()), 1, _precision(rule.window))
-    rows = connection.execute(
+    return (
         sa.select(sa.func.max(each.c.at).label("at"), sa.func.sum(each.c.amount).label("amount"))
-        .where(each.c.task_id.not_in([str(one) for one in own]))
+        .where(each.c.task_id.not_in(sa.bindparam("own", expanding=True)))
         .group_by(moment)
     )
-    return [Event(row.at.timestamp(), int(row.amount), None) for row in rows]
 
 
 def _precision(window: float) -> int:
@@ -109,16 +152,17 @@ def _highest(
 ) -> list[tuple[str, int]]:
     begin = datetime.fromtimestamp(since, UTC)
     doubts: dict[str, int] = {}
-    for key, counted in _doubts(connection, rule, begin):
-        doubts[key] = doubts.get(key, 0) + counted.amount
-    each = _sends(rule, begin).subquery("each")
+    for key, event in _doubts(connection, rule, begin):
+        doubts[key] = doubts.get(key, 0) + event.amount
+    each = _sends(rule, all_keys=True).subquery("each")
     used = sa.func.sum(each.c.amount)
     rows = connection.execute(
         sa.select(each.c.key, used.label("used"))
         .group_by(each.c.key)
         .having(used >= max(1, least - max(doubts.values(), default=0)))
         .order_by(used.desc())
-        .limit(keys + len(doubts))
+        .limit(keys + len(doubts)),
+        {"begin": begin},
     )
     uses = {row.key: int(row.used) for row in rows}
     for key, amount in doubts.items():
@@ -129,21 +173,36 @@ def _highest(
 
 def _doubts(connection: sa.Connection, rule: Rule, begin: datetime) -> Iterable[tuple[str, Event]]:
     """Return what messages in doubt count for, by key. They are few."""
-    table = task_in_doubt.c
-    doubts = sa.select(
-        table.since, table.task_id, table.task_type, table.sender, table.client, table.size, table.recipients
-    ).where(table.since > begin)
-    for row in connection.execute(doubts.order_by(table.since.desc()).limit(MAX_ROWS)):
+    for row in connection.execute(_DOUBTS, {"begin": begin}):
         message = Message(row.sender, row.client, row.task_type, row.recipients, row.size)
         for key, amount in rule.demand(message).items():
             yield key, Event(row.since.timestamp(), amount, UUID(row.task_id))
 
 
-def _sends(rule: Rule, begin: datetime, key: str | None = None) -> sa.Select[Any]:
-    """Return the statement for the sends since `begin` that count: key, at, task_id, amount.
+_OTHERS = (
+    sa.select(sa.func.count())
+    .select_from(task_done_state)
+    .where(
+        task_done_state.c.name.like("relay:%"),
+        task_done_state.c.name != sa.bindparam("name"),
+        task_done_state.c.expires_at > sa.bindparam("now", type_=UtcDateTime()),
+    )
+)
+_DOUBTS = (
+    sa.select(
+        *(task_in_doubt.c[name] for name in ("since", "task_id", "task_type", "sender", "client")),
+        *(task_in_doubt.c[name] for name in ("size", "recipients")),
+    )
+    .where(task_in_doubt.c.since > sa.bindparam("begin", type_=UtcDateTime()))
+    .order_by(task_in_doubt.c.since.desc())
+    .limit(MAX_ROWS)
+)
 
-    Without `key` those of all keys.
-    """
+
+def _sends(rule: Rule, *, all_keys: bool = False) -> sa.Select[Any]:
+    """Return the statement for the sends after `begin` that count for `key`: key, at, task_id, amount."""
+    begin = sa.bindparam("begin", type_=UtcDateTime())
+    key = sa.bindparam("key", type_=sa.Text())
     sends, recipients = task_done.c, task_done_recipient.c
     conditions = _conditions(rule)
     counted = _counted_recipients(rule)
@@ -168,12 +227,12 @@ def _sends(rule: Rule, begin: datetime, key: str | None = None) -> sa.Select[Any
         if rule.by_recipient or rule.unit == "recipients":
             one = sa.exists().where(recipients.task_done_id == sends.id, *counted)
             found = found.where(one)
-    if key is not None and rule.scope != "all":
+    if not all_keys and rule.scope != "all":
         # Through the database's own lower(), which need not be ours; the index is on it.
-        same = sa.func.lower(key) if rule.scope in ("sender", "recipient") else sa.literal(key)
-        found = found.where(column == same)
-    index = _INDEXES[rule.scope if key is not None else "all"]
-    if table is task_done or key is not None:
+        folded = rule.scope in ("sender", "recipient")
+        found = found.where(column == (sa.func.lower(key) if folded else key))
+    if table is task_done or not all_keys:
+        index = _INDEXES["all" if all_keys else rule.scope]
         found = found.with_hint(table, f"INDEXED BY {index}", "sqlite")
     return found.where(*conditions)
 

@@ -85,6 +85,12 @@ class Store(Protocol):
         another process, is at work.
         """
 
+    async def say_alive(self, name: str, until: datetime) -> None:
+        """Say to all who share the store that the relay of this name lives; good until then."""
+
+    async def say_gone(self, name: str) -> None:
+        """Say that it has ended."""
+
     async def expiry_lag(self, now: datetime) -> float:
         """Return for how long, in seconds, the oldest row that has expired is due; 0.0 when there is none."""
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util import LRUCache
 
 from relay.records.errors import MissingStoreError, StoreError
 from relay.records.schema import SCHEMA_VERSION
@@ -130,10 +132,24 @@ def _look(path: Path) -> tuple[object, ...]:
     return _IN_USE if in_use else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+@cache
+def _dialect() -> sa.Dialect:
+    """What SQLAlchemy knows of SQLite; found out once, since that costs more than most reads."""
+    engine = sa.create_engine("sqlite://")
+    engine.connect().close()
+    engine.dispose()
+    return engine.dialect
+
+
+_COMPILED: MutableMapping[Any, Any] = LRUCache(200)
+"""Statements that were compiled; an engine's own would go with it."""
+
+
 def _in_transaction(raw: sqlite3.Connection, work: Callable[[sa.Connection], T]) -> T:
-    engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
+    dialect = _dialect()
+    engine = sa.Engine(StaticPool(lambda: cast("Any", raw)), dialect, sa.URL.create("sqlite"))
     try:
-        with engine.begin() as connection:
+        with engine.execution_options(compiled_cache=_COMPILED).begin() as connection:
             connection.exec_driver_sql("BEGIN")
             return work(connection)
     except sa.exc.DBAPIError as error:

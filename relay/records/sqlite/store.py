@@ -29,6 +29,7 @@ from relay.records.sqlite.expire import (
 )
 from relay.records.sqlite.follow import Step, begin_following, count_due, follow
 from relay.records.sqlite.insert import insert_entries, prepare
+from relay.records.sqlite.presence import say_alive, say_gone
 
 __all__ = ["SqliteStore"]
 
@@ -84,6 +85,16 @@ class SqliteStore:
     async def close(self) -> None:
         """Finish what was asked for, then close."""
         await self._database.close()
+
+    # Presence
+
+    async def say_alive(self, name: str, until: datetime) -> None:
+        """Renew the row that says so."""
+        await self._database.transaction(lambda raw: say_alive(raw, name, self._clock(), until))
+
+    async def say_gone(self, name: str) -> None:
+        """Delete the row."""
+        await self._database.transaction(lambda raw: say_gone(raw, name))
 
     # Retention
 

@@ -1,0 +1,29 @@
+"""Which relays use a SQLite file: one row of `task_done_state` for each, good until it is renewed."""
+
+from __future__ import annotations
+
+import sqlite3
+from datetime import datetime
+
+from relay.records.schema import utc_text
+
+__all__ = ["say_alive", "say_gone"]
+
+
+def say_alive(raw: sqlite3.Connection, name: str, now: datetime, until: datetime) -> None:
+    """Say that a relay lives, and clear away those that have not said so for too long."""
+    raw.execute(_CLEAR, {"now": utc_text(now)})
+    raw.execute(_ALIVE, {"name": name, "until": utc_text(until)})
+
+
+def say_gone(raw: sqlite3.Connection, name: str) -> None:
+    """Say that a relay has ended."""
+    raw.execute(_GONE, {"name": name})
+
+
+_CLEAR = "DELETE FROM task_done_state WHERE name LIKE 'relay:%' AND expires_at <= :now"
+_ALIVE = """
+    INSERT INTO task_done_state (name, value, expires_at) VALUES (:name, '', :until)
+    ON CONFLICT (name) DO UPDATE SET expires_at = excluded.expires_at
+"""
+_GONE = "DELETE FROM task_done_state WHERE name = :name"
