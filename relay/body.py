@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import re
 
-from relay.content import Fault, Header, far_beyond
+from relay.content import Fault, Header, clean, far_beyond
 
 __all__ = ["Body"]
 
 _END_OF_DATA = b"\r\n.\r\n"
-_TEXT = bytes(octet for octet in range(256) if octet not in b"\0\r\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
 _BARE_LF = re.compile(rb"(?<!\r)\n(\.?)")
@@ -85,7 +84,7 @@ class Body:
         """Return the octets that may go upstream after `block` has arrived; may be empty."""
         self.received += len(block)
         data = self._held + block
-        end = data.find(_END_OF_DATA)
+        end = data.find(_END_OF_DATA) if b"." in data else -1  # a lone octet is sought at memory's speed
         if end >= 0:
             content = data[: end + 2]
             self.rest = data[end + 5 :]
@@ -100,15 +99,14 @@ class Body:
         return self._pass(content)
 
     def _pass(self, content: bytes) -> bytes:
-        # All CR, LF and NUL stand in pairs of CRLF: two passes at the speed of C, whatever the text.
-        newlines = content.translate(None, _TEXT)
-        if 2 * content.count(b"\r\n") != len(newlines) or self._after_stray_lf:
-            if b"\0" in newlines:
+        if self._after_stray_lf or not clean(content):
+            if b"\0" in content:
                 return self._fail(Fault.NUL)
             if not self._normalize:
                 return self._fail(Fault.STRAY_NEWLINE)
             content = self._mended(content)
-        self.size += len(content) - content.count(b"\r\n.") - self._unsent
+        stuffing = content.count(b"\r\n.") if b"." in content else 0
+        self.size += len(content) - stuffing - self._unsent
         if self._unsent:
             content = content[self._unsent :]
             self._unsent = 0

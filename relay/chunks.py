@@ -11,15 +11,13 @@ Rules, in force for every way in which TCP and the client may cut the octets:
 
 from __future__ import annotations
 
-from relay.content import Fault, Header, far_beyond
+from relay.content import Fault, Header, clean, far_beyond
 
 __all__ = ["MAX_CHUNK", "Chunks"]
 
 MAX_CHUNK = 2**31 - 1
 """Octets of one chunk. A larger size could be a small one to an upstream that counts in 32 bits, and the rest
 of the chunk commands."""
-
-_TEXT = bytes(octet for octet in range(256) if octet not in b"\0\r\n")
 
 
 class Chunks:
@@ -109,20 +107,15 @@ class Chunks:
             self._header.keep(octets)
 
     def _look_for_strays(self, octets: bytes) -> None:
-        # All CR, LF and NUL stand in pairs of CRLF, save for a pair that is cut between two calls.
-        newlines = octets.translate(None, _TEXT)
-        paired = 2 * octets.count(b"\r\n")
+        # A pair may be cut between two calls.
         if self._after_cr:
             if not octets.startswith(b"\n"):
                 self.fault = Fault.STRAY_NEWLINE
-            paired += 1
+            octets = octets.removeprefix(b"\n")
         self._after_cr = octets.endswith(b"\r")
-        if self._after_cr:
-            paired += 1
-        if b"\0" in newlines:
-            self.fault = Fault.NUL
-        elif paired != len(newlines):
-            self.fault = Fault.STRAY_NEWLINE
+        octets = octets.removesuffix(b"\r")
+        if not clean(octets):
+            self.fault = Fault.NUL if b"\0" in octets else Fault.STRAY_NEWLINE
 
     def _end(self) -> None:
         if self._after_cr and self.fault is None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
+
 import pytest
 
-from relay.content import MAX_HEADER, MAX_RECEIVED_OVERSHOOT, Header, far_beyond
+from relay.content import MAX_HEADER, MAX_RECEIVED_OVERSHOOT, Header, clean, far_beyond
+
+
+def test_clean_is_what_has_its_newlines_in_pairs_and_no_nul() -> None:
+    pattern = re.compile(rb"(?:[^\r\n\0]|\r\n)*")
+    for length in range(8):
+        for octets in product(b"\r\n\0a", repeat=length):
+            content = bytes(octets)
+            assert clean(content) is (pattern.fullmatch(content) is not None), content
 
 
 @pytest.mark.parametrize("cut", range(20))
