@@ -44,7 +44,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--constraint constraints.txt
 
 lock: $(VENV)/dev ## requirements.lock and requirements-build.lock, after any change of dependencies
-	$(LOCK) pyproject.toml --output-file requirements.lock
+	$(LOCK) pyproject.toml --extra postgres --output-file requirements.lock
 	printf '%s\n' hatchling | $(LOCK) - --output-file requirements-build.lock
 
 lowest: $(VENV)/dev ## the tests that matter for it, with the lowest versions that pyproject.toml allows

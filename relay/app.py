@@ -116,7 +116,7 @@ class Relay:
             __version__,
             self.reception.addresses,
             [f"{upstream.name} {upstream.address}" for upstream in self.settings.upstreams],
-            self.settings.records.url,
+            self.settings.records.shown_url,
             f"{self.settings.http.host}:{self.web.port}",
         )
         self._supervisor.ready(self._status)
@@ -164,7 +164,7 @@ class Relay:
         """Have limits ready if there are to be any; once made they go on with what they have counted."""
         if self._limits is None and settings.limits:
             name = await asyncio.to_thread(name_in, self._spool.directory)
-            self._counts = counts_of(settings.records.url)
+            self._counts = counts_of(settings.records.connect_url)
             self._limits = Limits(
                 self._counts, self.metrics, clock=time.time, spooling=self._rows_are_on_their_way
             )
@@ -191,7 +191,7 @@ class Relay:
 
     async def _start_records(self) -> None:
         records = self.settings.records
-        self._store = await open_store(records.url, parts.retention(self.settings))
+        self._store = await open_store(records.connect_url, parts.retention(self.settings), later=True)
         connections = sum(upstream.max_connections for upstream in self.settings.upstreams)
         self._spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
         self._journal = Journal(self._spool.directory, connections)

@@ -38,8 +38,8 @@ async def _all(settings: Settings) -> Sequence[Finding]:
 
 async def _store(settings: Settings) -> Finding:
     """Open the store as it is; one that does not exist is left to the first start to make."""
-    url, kept = settings.records.url, settings.retention
-    what = f"store {url}"
+    url, kept = settings.records.connect_url, settings.retention
+    what = f"store {settings.records.shown_url}"
     try:
         store = await open_store(url, Retention.of_seconds(kept.default, kept.by_type), create=False)
         await store.close()

@@ -13,7 +13,9 @@ import pytest
 from relay import maillog
 from relay.app import Relay
 from relay.settings import Settings
+from tests.support import postgres
 from tests.support.client import left_open
+from tests.support.databases import Cluster, PostgresDatabase, SqliteDatabase
 from tests.support.upstream import ScriptedUpstream
 
 if TYPE_CHECKING:
@@ -120,3 +122,52 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
     """A well-behaved upstream that keeps all it saw; tests script its misbehaviour."""
     async with ScriptedUpstream() as server:
         yield server
+
+
+# The store's databases
+
+DATABASES = ["sqlite", "postgres", pytest.param("debian", marks=pytest.mark.interop)]
+
+
+def _cluster(version: str) -> Iterator[Cluster]:
+    programs = postgres.directory_of(version)
+    if programs is None:
+        pytest.skip("PostgreSQL of this version is not installed")
+    with postgres.Server(programs) as server:
+        cluster = Cluster(server)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server of the newest version, from a package of Python's."""
+    yield from _cluster(postgres.NEWEST)
+
+
+@pytest.fixture(scope="session")
+def debian_cluster() -> Iterator[Cluster]:
+    """Debian's PostgreSQL, an older major version."""
+    yield from _cluster(postgres.DEBIAN)
+
+
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteDatabase | PostgresDatabase]:
+    """A database for a store; a SQLite file is made by whoever opens it."""
+    if request.param == "sqlite":
+        yield SqliteDatabase(tmp_path / "t.db")
+        return
+    name = "cluster" if request.param == "postgres" else "debian_cluster"
+    made = request.getfixturevalue(name).database()
+    yield made
+    made.drop()
+
+
+@pytest.fixture
+def postgres_database(cluster: Cluster) -> Iterator[PostgresDatabase]:
+    """A PostgreSQL database with the tables of this version."""
+    made = cluster.database()
+    yield made
+    made.drop()

@@ -34,6 +34,7 @@ DOORS = {
     "aiosmtplib": {"upstream"},
     "aiosqlite": {"records"},
     "sqlite3": {"records"},
+    "asyncpg": {"records"},
     "sqlalchemy": {"records"},
     "alembic": {"records"},
     "prometheus_client": {"metrics"},

@@ -233,7 +233,7 @@ async def _expire(settings: Settings, *, dry_run: bool) -> int:
     from relay.records.store import open_store
 
     retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
-    store = await open_store(settings.records.url, retention, create=False)
+    store = await open_store(settings.records.connect_url, retention, create=False)
     now = datetime.now(UTC)
     try:
         if dry_run or not sys.stderr.isatty():
@@ -295,7 +295,7 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
         where = f"{upstream.name}: {upstream.address}, TLS {upstream.tls}{verified}{login}"
         shared = f"{where}, up to {upstream.max_connections} connections"
         yield "upstream", shared + _routing(upstream, alone=len(settings.upstreams) == 1)
-    yield "records", f"{records.url}, spool {records.spool}, when away: {records.when_unavailable}"
+    yield "records", f"{records.shown_url}, spool {records.spool}, when away: {records.when_unavailable}"
     lifetimes = {"": settings.retention.default, **settings.retention.by_type}
     kept = (
         f"{name} {format_duration(time) if time else 'never'}".strip() for name, time in lifetimes.items()

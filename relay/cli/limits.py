@@ -60,7 +60,7 @@ async def _states(settings: Settings) -> list[LimitState]:
     from relay.limits.now import limits_now
     from relay.records.counts import counts_of
 
-    counts = counts_of(settings.records.url)
+    counts = counts_of(settings.records.connect_url)
     try:
         return await limits_now(counts, rules_of(settings.limits), time.time())
     finally:

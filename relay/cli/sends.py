@@ -116,7 +116,7 @@ async def _print(
     """Print what is wanted; return how many rows, and how many messages in doubt there are to be told of."""
     from relay.records.queries import open_queries
 
-    queries = await open_queries(settings.records.url)
+    queries = await open_queries(settings.records.connect_url)
     try:
         rows = 0
         write(())

@@ -104,7 +104,9 @@ async def _replay(settings: Settings, *, rejected: bool) -> Carried:
     directory, kept = settings.records.spool, settings.retention
     own = None if rejected else Spool(directory, reserve=0)
     try:
-        store = await open_store(settings.records.url, Retention.of_seconds(kept.default, kept.by_type))
+        store = await open_store(
+            settings.records.connect_url, Retention.of_seconds(kept.default, kept.by_type)
+        )
         try:
             if own is None:
                 return await replay_rejected(directory, store, _progress)

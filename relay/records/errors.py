@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ExpiryBusyError", "MissingStoreError", "RejectedRecordError", "StoreError"]
+__all__ = ["ExpiryBusyError", "MissingStoreError", "RejectedRecordError", "StoreError", "UnreachableError"]
 
 
 class StoreError(Exception):
@@ -19,3 +19,7 @@ class RejectedRecordError(StoreError):
 
 class ExpiryBusyError(StoreError):
     """Expired rows are left alone now: another run is at work, or changed retention is being applied."""
+
+
+class UnreachableError(StoreError):
+    """Nobody is there, or nobody who takes rows now; that may change by itself."""

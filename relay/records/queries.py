@@ -20,6 +20,7 @@ from relay.records.filters import Key, SendFilter
 from relay.records.model import Json
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of
+from relay.records.store import is_postgres
 
 __all__ = ["COLUMNS", "PAGE_ROWS", "InDoubt", "Queries", "Reader", "Send", "SendFilter", "open_queries"]
 
@@ -155,6 +156,10 @@ async def open_queries(url: str) -> Queries:
 
     Raises StoreError, in one line, for one that is missing, foreign, unreadable or of another schema version.
     """
+    if is_postgres(url):
+        from relay.records.postgres.reader import PostgresReader
+
+        return Queries(await PostgresReader.open(url))
     from relay.records.sqlite.reader import SqliteReader
 
     return Queries(await SqliteReader.open(url))

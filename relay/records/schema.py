@@ -75,7 +75,9 @@ metadata = sa.MetaData()
 task_done = sa.Table(
     "task_done",
     metadata,
-    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), sa.Identity(always=True), primary_key=True
+    ),
     sa.Column("task_id", sa.Text().with_variant(UUID(as_uuid=False), "postgresql"), nullable=False),
     sa.Column("client_task_id", sa.Text()),
     sa.Column("task_type", sa.Text(), nullable=False),
@@ -123,7 +125,9 @@ task_done_state = sa.Table(
 task_in_doubt = sa.Table(
     "task_in_doubt",
     metadata,
-    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), sa.Identity(always=True), primary_key=True
+    ),
     sa.Column("task_id", sa.Text().with_variant(UUID(as_uuid=False), "postgresql"), nullable=False),
     sa.Column("client_task_id", sa.Text()),
     sa.Column("task_type", sa.Text(), nullable=False),
@@ -158,6 +162,7 @@ sa.Index("ix_task_done_task_type", task_done.c.task_type, task_done.c.sent_at)
 sa.Index(
     "ix_task_done_message_id",
     task_done.c.message_id,
+    postgresql_using="hash",
     sqlite_where=task_done.c.message_id.is_not(None),
     postgresql_where=task_done.c.message_id.is_not(None),
 )

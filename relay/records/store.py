@@ -23,6 +23,7 @@ __all__ = [
     "RejectedRecordError",
     "Store",
     "StoreError",
+    "is_postgres",
     "open_store",
     "utc_now",
 ]
@@ -95,6 +96,11 @@ class Store(Protocol):
         """Return for how long, in seconds, the oldest row that has expired is due; 0.0 when there is none."""
 
 
+def is_postgres(url: str) -> bool:
+    """Whether a `records.url` names a PostgreSQL database, and not a SQLite file."""
+    return url.partition(":")[0].partition("+")[0] in {"postgresql", "postgres"}
+
+
 async def open_store(
     url: str,
     retention: Retention,
@@ -102,14 +108,20 @@ async def open_store(
     create: bool = True,
     busy_timeout: float = BUSY_TIMEOUT_S,
     clock: Callable[[], datetime] = utc_now,
+    later: bool = False,
 ) -> Store:
     """Open the store at `url` and bring its schema to this version.
 
     One that does not exist is made, a file with its directory, when `create`; else MissingStoreError is
     raised. `busy_timeout`, in seconds, is how long another process's lock is waited for; `clock` gives the
-    time, aware, for leases and for what is due. Raises StoreError, in one line that names the store and what
-    to change.
+    time, aware, for leases and for what is due. With `later`, a server that cannot be reached now is no error
+    but for who uses the store before it can. Raises StoreError, in one line that names the store and what to
+    change.
     """
+    if is_postgres(url):
+        from relay.records.postgres.store import PostgresStore
+
+        return await PostgresStore.open(url, retention, create=create, later=later, clock=clock)
     from relay.records.sqlite.store import SqliteStore
 
     return await SqliteStore.open(url, retention, create=create, busy_timeout=busy_timeout, clock=clock)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Strict, WithJsonSchema
 
 from relay.settings.address import ADDRESS_PATTERN, LISTEN_PATTERN, Address, host_name
+from relay.settings.dsn import shown_url
 from relay.settings.networks import Network, parse_network
 from relay.settings.units import (
     DURATION_PATTERN,
@@ -36,7 +37,9 @@ __all__ = [
     "MatchPattern",
     "NetworkText",
     "OwnName",
+    "RelayName",
     "Size",
+    "StoreUrl",
     "TaskTypeName",
     "UpstreamAddress",
     "Weight",
@@ -50,6 +53,12 @@ TASK_TYPE_LENGTH = 64
 
 def _address(value: str) -> str:
     return str(Address.parse(value))
+
+
+def _relay_name(value: str) -> str:
+    if not value.isprintable() or value != value.strip() or len(value) > 255:
+        raise ValueError("must be a name of at most 255 characters")
+    return value
 
 
 def _listen_address(value: str) -> str:
@@ -171,6 +180,8 @@ Size = Annotated[
     ),
 ]
 OwnName = Annotated[str, AfterValidator(_own_name)]
+RelayName = Annotated[str, AfterValidator(_relay_name)]
+StoreUrl = Annotated[str, PlainSerializer(shown_url)]
 ListenAddress = Annotated[
     str,
     AfterValidator(_listen_address),

@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:
-    """Read the files of upstreams: secrets into the tree, certificates to try; return what fails."""
+    """Read the files that are named: secrets into the tree, certificates to try; return what fails."""
     problems: list[tuple[Key, str]] = []
     upstreams = tree.get("upstreams")
     for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
@@ -103,6 +103,9 @@ def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str
         if isinstance(token, dict):
             secrets = {"client_secret_file": _use_secret, "refresh_token_file": _use_secret}
             problems += _use(token, (*place, "token"), secrets, warnings)
+    records = tree.get("records")
+    if isinstance(records, dict):
+        problems += _use(records, ("records",), {"password_file": _use_secret}, warnings)
     return problems + _try_certificate(tree, warnings)
 
 

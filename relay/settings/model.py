@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from relay.settings.address import Address
+from relay.settings.dsn import check_dsn, is_dsn, shown_url, with_password
 from relay.settings.kinds import (
     Count,
     Duration,
@@ -36,7 +37,9 @@ from relay.settings.kinds import (
     MatchPattern,
     NetworkText,
     OwnName,
+    RelayName,
     Size,
+    StoreUrl,
     TaskTypeName,
     UpstreamAddress,
     Weight,
@@ -485,8 +488,14 @@ class UpstreamSettings(_Endpoint):
 class RecordSettings(_Section):
     """Where the rows go, and what they hold."""
 
-    url: str = "sqlite:///data/task_done.db"
-    """Database. Three slashes: relative to the working directory; four: absolute. In this version: SQLite."""
+    url: StoreUrl = "sqlite:///data/task_done.db"
+    """Database: sqlite:///file (four slashes: an absolute path), or postgresql://user@host/database."""
+    password_file: Path | None = None
+    """File that holds the password of the database's user; its last line end does not count."""
+    password: SecretStr | None = None
+    """Password of the database's user. Better: password_file, or libpq's own PGPASSFILE."""
+    relay: RelayName = ""
+    """Name of this relay in data.relay of its rows. Default: server.hostname."""
     spool: Path = written("data/spool")
     """Directory where accepted rows wait while the store is away."""
     commit_timeout: Duration = written("2s")
@@ -498,18 +507,43 @@ class RecordSettings(_Section):
     recipients: Literal["plain", "hashed"] = "plain"
     """How recipients are kept. In this version: plain."""
 
+    @property
+    def shown_url(self) -> str:
+        """The URL without its secrets."""
+        return shown_url(self.url)
+
+    @property
+    def connect_url(self) -> str:
+        """The URL with the password in it: for who connects, and never to be shown."""
+        if self.password is None:
+            return self.url
+        return with_password(self.url, self.password.get_secret_value())
+
     @field_validator("url")
     @classmethod
-    def _sqlite(cls, value: str) -> str:  # never shows the value: another database's URL may hold a password
-        if re.match(r"postgres(ql)?(\+\w+)?:", value):
-            raise ValueError(f"{_NOT_YET}: PostgreSQL (use sqlite:///path)")
+    def _database(cls, value: str) -> str:  # never shows the value: it may hold a password
+        if is_dsn(value):
+            check_dsn(value)
+            return value
         if not value.startswith("sqlite:///"):
-            raise ValueError("must be sqlite:///relative/path or sqlite:////absolute/path")
+            raise ValueError("must be sqlite:///path or postgresql://user@host:port/database")
         path = value.removeprefix("sqlite:///")
         if not path or path.startswith(":memory:"):
             raise ValueError("names no file: rows would be lost at the end")
         if "?" in path or "#" in path or path.endswith("/"):
             raise ValueError("must end in the name of a file, without parameters")
+        return value
+
+    @field_validator("password")
+    @classmethod
+    def _password_of_a_user(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        url = info.data.get("url")
+        if value is not None and url is not None:
+            if not is_dsn(url):
+                raise ValueError("a SQLite file has no password")
+            user, at, _ = urlsplit(url).netloc.rpartition("@")
+            if not at or not user or ":" in user:
+                raise ValueError("is for the user in url: postgresql://user@host/database")
         return value
 
     @field_validator("spool")

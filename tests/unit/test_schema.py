@@ -119,7 +119,7 @@ def test_each_search_has_its_index(migrated, query, index):
 def test_the_same_metadata_makes_postgresql_tables():
     dialect = postgresql.dialect()
     table = str(CreateTable(schema.task_done).compile(dialect=dialect))
-    assert "id BIGSERIAL" in table
+    assert "id BIGINT GENERATED ALWAYS AS IDENTITY" in table
     assert "task_id UUID" in table
     assert "sent_at TIMESTAMP WITH TIME ZONE" in table
     assert "data JSONB" in table

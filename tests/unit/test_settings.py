@@ -60,6 +60,9 @@ def test_the_defaults_are_those_of_the_contract(file: Path) -> None:
     assert effective["clients"]["allow"] == ["127.0.0.0/8", "::1/128"]
     assert effective["records"] == {
         "url": "sqlite:///data/task_done.db",
+        "password_file": None,
+        "password": None,
+        "relay": "",
         "spool": "data/spool",
         "commit_timeout": "2s",
         "when_unavailable": "spool",

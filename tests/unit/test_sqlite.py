@@ -77,10 +77,8 @@ def test_three_slashes_are_relative_and_four_absolute(url, path):
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("postgresql://relay:hush@db/relay", "postgresql is not available in this version"),
-        ("postgresql+asyncpg://relay:hush@db/relay", "postgresql is not available in this version"),
-        ("mysql://relay:hush@db/relay", "only sqlite:///PATH is known"),
-        ("data/hush.db", "only sqlite:///PATH is known"),
+        ("mysql://relay:hush@db/relay", "only sqlite:///PATH and postgresql"),
+        ("data/hush.db", "only sqlite:///PATH and postgresql"),
         ("sqlite://hush.db", "three slashes"),
         ("sqlite:///", "path of a file"),
         ("sqlite:///:memory:", "path of a file"),

@@ -66,10 +66,8 @@ def path_of(url: str) -> Path:
     Raises StoreError for every other URL; the text never repeats it, since it may hold a password.
     """
     scheme, separator, rest = url.partition("://")
-    if scheme.partition("+")[0] in {"postgresql", "postgres"}:
-        raise StoreError("records.url: postgresql is not available in this version; use sqlite:///PATH")
     if scheme != "sqlite" or not separator:
-        raise StoreError("records.url: only sqlite:///PATH is known")
+        raise StoreError("records.url: only sqlite:///PATH and postgresql://USER@HOST/DATABASE are known")
     if not rest.startswith("/"):
         raise StoreError("records.url: a SQLite URL has three slashes before its path: sqlite:///PATH")
     path = rest[1:]

@@ -14,12 +14,10 @@ from relay.records.errors import ExpiryBusyError
 from relay.records.schema import utc_text
 from relay.records.sqlite.database import Database
 from relay.records.sqlite.follow import retention_state
+from relay.records.steps import PLANNED_ROWS
 from relay.records.store import LEASE, LEASE_RENEWAL_S
 
 __all__ = ["Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired", "vacuum"]
-
-PLANNED_ROWS = 250
-"""Expired rows that are looked up at a time, to be deleted in as many steps as it takes."""
 
 
 class Lease:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,19 +16,9 @@ import orjson
 
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
+from relay.records.steps import RETENTION_ROWS, Step
 
-__all__ = ["RETENTION_ROWS", "Step", "begin_following", "count_due", "follow", "retention_state"]
-
-RETENTION_ROWS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one short transaction of long work did."""
-
-    rows: int
-    seconds: float
-    finished: bool
+__all__ = ["begin_following", "count_due", "follow", "retention_state"]
 
 
 def begin_following(raw: sqlite3.Connection, target: str) -> bool:

@@ -27,9 +27,10 @@ from relay.records.sqlite.expire import (
     oldest_expired,
     vacuum,
 )
-from relay.records.sqlite.follow import Step, begin_following, count_due, follow
+from relay.records.sqlite.follow import begin_following, count_due, follow
 from relay.records.sqlite.insert import insert_entries, prepare
 from relay.records.sqlite.presence import say_alive, say_gone
+from relay.records.steps import Step
 
 __all__ = ["SqliteStore"]
 

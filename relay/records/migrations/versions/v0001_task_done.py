@@ -16,7 +16,7 @@ def upgrade() -> None:
     moment = sa.DateTime(timezone=True)
     op.create_table(
         "task_done",
-        sa.Column("id", key, primary_key=True),
+        sa.Column("id", key, sa.Identity(always=True), primary_key=True),
         sa.Column("task_id", sa.Text().with_variant(UUID(as_uuid=False), "postgresql"), nullable=False),
         sa.Column("client_task_id", sa.Text()),
         sa.Column("task_type", sa.Text(), nullable=False),
@@ -61,7 +61,12 @@ def upgrade() -> None:
     for column in ("message_id", "client_task_id", "expires_at"):
         present = sa.text(f"{column} IS NOT NULL")
         op.create_index(
-            f"ix_task_done_{column}", "task_done", [column], sqlite_where=present, postgresql_where=present
+            f"ix_task_done_{column}",
+            "task_done",
+            [column],
+            sqlite_where=present,
+            postgresql_where=present,
+            postgresql_using="hash" if column == "message_id" else "btree",
         )
     op.create_index(
         "ix_task_done_recipient_recipient", "task_done_recipient", [sa.text("lower(recipient)"), "sent_at"]

@@ -16,7 +16,12 @@ def upgrade() -> None:
     json = sa.JSON().with_variant(JSONB(), "postgresql")
     op.create_table(
         "task_in_doubt",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+        sa.Column(
+            "id",
+            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+            sa.Identity(always=True),
+            primary_key=True,
+        ),
         sa.Column("task_id", sa.Text().with_variant(UUID(as_uuid=False), "postgresql"), nullable=False),
         sa.Column("client_task_id", sa.Text()),
         sa.Column("task_type", sa.Text(), nullable=False),

@@ -1,0 +1,79 @@
+"""Reads a PostgreSQL database: each read a transaction that cannot write, on one moment of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from relay.records.errors import MissingStoreError, StoreError
+from relay.records.postgres.database import STATEMENT_TIMEOUT_S, check, connect, explained, version_in
+from relay.records.schema import SCHEMA_VERSION
+from relay.settings.dsn import shown_url
+
+__all__ = ["PostgresReader"]
+
+T = TypeVar("T")
+
+POOL_SIZE = 2
+MORE = 3
+"""Connections that are kept open between two reads, and more of them for a moment."""
+
+
+class PostgresReader:
+    """A PostgreSQL database that is read; see `relay.records.queries.Reader`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._engine: AsyncEngine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=lambda: connect(url),
+            pool_size=POOL_SIZE,
+            max_overflow=MORE,
+            pool_pre_ping=True,
+            isolation_level="REPEATABLE READ",
+        )
+
+    @classmethod
+    async def open(cls, url: str) -> PostgresReader:
+        """Return a reader of the database that `url` names; see `relay.records.queries.open_queries`."""
+        connection = await connect(url)
+        try:
+            version = await version_in(connection, url, writes=False)
+            if version is None:
+                raise MissingStoreError(
+                    f"{shown_url(url)}: has no tables of the relay; nothing was recorded yet, or records.url "
+                    "names another database"
+                )
+            if version != SCHEMA_VERSION:
+                raise StoreError(
+                    f"{shown_url(url)}: has schema version {version}, this version of the relay reads "
+                    f"{SCHEMA_VERSION}; start the relay on it once, which brings it up"
+                )
+            await check(connection, url)
+        except Exception as error:
+            raise explained(error, url) from error
+        finally:
+            await connection.close()
+        return cls(url)
+
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work` in one transaction, thus on one moment."""
+        try:
+            async with self._engine.connect() as connection:
+                await connection.exec_driver_sql(
+                    f"SET LOCAL statement_timeout = {round(STATEMENT_TIMEOUT_S * 1000)}"
+                )
+                await connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+                return await connection.run_sync(work)
+        except sa.exc.DBAPIError as error:
+            cause = error.orig.__cause__ if error.orig is not None else None
+            raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
+        except OSError as error:
+            raise explained(error, self._url) from error
+
+    async def close(self) -> None:
+        """Close the connections that are kept open."""
+        await self._engine.dispose()

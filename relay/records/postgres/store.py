@@ -1,0 +1,198 @@
+"""The store in a PostgreSQL database: a pool of connections, each statement of ours on one for a moment.
+
+Statements are plain SQL: a layer that builds them would cost a message more than the insert does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from functools import partial
+
+from relay.records.model import Entry
+from relay.records.pacing import Pace
+from relay.records.postgres.database import Connection, Database
+from relay.records.postgres.expire import (
+    Due,
+    Lease,
+    count_expired,
+    delete,
+    delete_doubts,
+    next_due,
+    oldest_expired,
+)
+from relay.records.postgres.follow import begin_following, count_due, follow
+from relay.records.postgres.insert import insert_entries
+from relay.records.retention import Retention
+
+__all__ = ["PostgresStore"]
+
+
+class PostgresStore:
+    """A PostgreSQL database; see `relay.records.store.Store` for what its methods promise."""
+
+    def __init__(self, database: Database, retention: Retention, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._retention = retention
+        self._clock = clock
+        self._commits = 0  # since long work last looked
+        self._commit_s = 0.0  # what one takes, smoothed
+
+    @classmethod
+    async def open(
+        cls, url: str, retention: Retention, *, create: bool, later: bool, clock: Callable[[], datetime]
+    ) -> PostgresStore:
+        """Open the database that `url` names; see `relay.records.store.open_store`."""
+        return cls(await Database.open(url, create=create, later=later), retention, clock)
+
+    async def write(self, entries: Sequence[Entry]) -> None:
+        """Commit the entries with one statement."""
+        if not entries:
+            return
+        async with self._database.connection() as connection:
+            begun = time.monotonic()
+            await insert_entries(connection, entries, self._retention)
+            seconds = time.monotonic() - begun
+        self._commits += 1
+        self._commit_s += (seconds - self._commit_s) / 16
+
+    def use_retention(self, retention: Retention) -> None:
+        """Give new rows the ends of this retention."""
+        self._retention = retention
+
+    async def count(self) -> int:
+        """Return how many rows there are."""
+        async with self._database.connection() as connection:
+            return int(await connection.fetchval("SELECT count(*) FROM task_done"))
+
+    async def close(self) -> None:
+        """Finish what was asked for, then close."""
+        await self._database.close()
+
+    # Presence
+
+    async def say_alive(self, name: str, until: datetime) -> None:
+        """Renew the row that says so, and clear away those that were not renewed."""
+        async with self._database.transaction() as connection:
+            await connection.execute(_CLEAR, self._clock())
+            await connection.execute(_ALIVE, name, until)
+
+    async def say_gone(self, name: str) -> None:
+        """Delete the row."""
+        async with self._database.connection() as connection:
+            await connection.execute("DELETE FROM task_done_state WHERE name = $1", name)
+
+    # Retention
+
+    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+        """Make existing rows follow, step by step."""
+        retention = self._retention  # another one may come in the midst; its own run then takes over
+        target = retention.canonical()
+        async with self._database.transaction() as connection:
+            if not await begin_following(connection, target):
+                return 0
+        async with self._database.connection() as connection:
+            due = await count_due(connection, retention, self._clock())
+        if due and on_due is not None:
+            on_due(due)
+        changed = 0
+        while True:
+            async with self._database.transaction() as connection:
+                step = await follow(connection, retention, target)
+            changed += step.rows
+            if step.finished:
+                return changed
+            await asyncio.sleep(step.seconds)
+
+    # Expiry
+
+    async def expire(
+        self,
+        now: datetime,
+        batch_size: int,
+        *,
+        dry_run: bool = False,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete what has expired, step by step; the server's autovacuum gives the space back."""
+        if dry_run:
+            async with self._database.connection() as connection:
+                return await count_expired(connection, now)
+        lease = Lease(self._database, self._clock)
+        await lease.take()
+        try:
+            return await self._delete_expired(now, batch_size, lease, on_batch)
+        finally:
+            await lease.drop()
+
+    async def expiry_lag(self, now: datetime) -> float:
+        """Return for how long the oldest row that has expired is due."""
+        async with self._database.connection() as connection:
+            oldest = await oldest_expired(connection, now)
+        return 0.0 if oldest is None else (now - oldest).total_seconds()
+
+    async def _delete_expired(
+        self, moment: datetime, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        pace = Pace()
+        deleted = 0
+        due: list[Due] = []
+        last: Due | None = None
+        while True:
+            if not due:
+                async with self._database.connection() as connection:
+                    due = await next_due(connection, moment, last)
+                if not due:
+                    return deleted + await self._delete_doubts(moment, batch_size, lease, on_batch)
+            count = min(batch_size, pace.first([work for _, work, _ in due]))
+            keys, last = [key for key, _, _ in due[:count]], due[count - 1]
+            due = due[count:]
+            rows, seconds = await self._timed(partial(delete, keys=keys, moment=moment, owner=lease.owner))
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if not await lease.kept(in_doubt=rows < len(keys)):
+                return deleted  # the rest is the work of the one who has it
+            await self._rest(pace, seconds)
+
+    async def _delete_doubts(
+        self, moment: datetime, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
+    ) -> int:
+        """Delete what has expired of the messages in doubt; they are few."""
+        pace = Pace()
+        deleted = 0
+        while True:
+            wanted = min(batch_size, pace.work)
+            work = partial(delete_doubts, moment=moment, rows=wanted, owner=lease.owner)
+            rows, seconds = await self._timed(work)
+            deleted += rows
+            if rows and on_batch is not None:
+                on_batch(rows)
+            if rows < wanted or not await lease.kept():
+                return deleted
+            await self._rest(pace, seconds)
+
+    async def _timed(self, work: Callable[[Connection], Awaitable[int]]) -> tuple[int, float]:
+        """Run `work`, one statement; return the rows it is about, and the seconds it took."""
+        async with self._database.connection() as connection:
+            begun = time.monotonic()
+            rows = await work(connection)
+            return rows, time.monotonic() - begun
+
+    async def _rest(self, pace: Pace, seconds: float) -> None:
+        commits, self._commits = self._commits, 0
+        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=commits > 0))
+
+
+_CLEAR = """
+    DELETE FROM task_done_state WHERE name IN (
+        SELECT name FROM task_done_state
+        WHERE name LIKE 'relay:%' AND expires_at <= $1 FOR UPDATE SKIP LOCKED
+    )
+"""
+_ALIVE = """
+    INSERT INTO task_done_state (name, value, expires_at) VALUES ($1, '', $2)
+    ON CONFLICT (name) DO UPDATE SET expires_at = excluded.expires_at
+"""
