@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from relay import __version__, maillog, parts, systemd
+from relay import __version__, descriptors, maillog, parts, systemd
 from relay.auth.guard import Guard
 from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
@@ -480,6 +480,8 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     maillog.settings(settings.effective())
     for warning in settings.warnings:
         maillog.warning(warning)
+    if (short := descriptors.shortage(settings, descriptors.raise_limit())) is not None:
+        maillog.warning(short)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(settings, load))
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"app", "probe", "selftest"},
     {"reload"},
     {"parts"},
-    {"session", "web", "dev", "systemd"},
+    {"session", "web", "dev", "systemd", "descriptors"},
     {"limited"},
     {"transaction", "auth"},
     {"limits"},

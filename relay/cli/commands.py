@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -72,9 +73,12 @@ def serve(
 ) -> int:
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
+    gc.disable()  # what is imported stays, there is nothing to be found among it
     settings = configured(path, dev=dev)
     from relay.app import StartError, run
 
+    gc.freeze()
+    gc.enable()
     try:
         return run(settings, loader(path, dev=dev))
     except (StartError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["health"]
 
+OK: Final = 200
 TIMEOUT_S: Final = 4.0
 """Less than what the image gives its check, so that the reason is still told."""
 
@@ -36,14 +36,16 @@ def health(
     from relay.settings.address import Address
 
     status, text = _get(Address.parse(asked), "/readyz" if ready else "/healthz")
-    typer.echo(text.rstrip("\n"), err=status != http.client.OK)
-    return int(status != http.client.OK)
+    typer.echo(text.rstrip("\n"), err=status != OK)
+    return int(status != OK)
 
 
 def _get(address: Address, path: str) -> tuple[int, str]:
     if not address.port:
         raise CommandError(["relay: http.address has port 0: give it a port, so that it can be found"])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104  compared, not bound
+    import http.client  # brings ssl, which help needs not
+
     connection = http.client.HTTPConnection(host, address.port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", path)
