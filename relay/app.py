@@ -44,7 +44,7 @@ from relay.session.tls import Certificate, CertificateError
 from relay.settings import Changes, Settings, compare
 from relay.transaction import Services
 from relay.upstream.upstreams import Upstreams
-from relay.web import Web
+from relay.web import Access, Api, Overview, Reading, Site, Web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -95,6 +95,8 @@ class Relay:
         self.recorder: Recorder
         self.upstreams: Upstreams
         self.reception: Reception
+        self._overview = Overview(self.metrics, self.readiness)
+        self._reading = Reading(settings.records.url)
         self.web: Web
 
     async def start(self, passed: Sequence[systemd.Inherited] = ()) -> None:
@@ -154,7 +156,7 @@ class Relay:
             doorkeeper=self.doorkeeper,
             certificate=self.certificate,
         )
-        self.web = Web(self.metrics, self.readiness)
+        self.web = self._web(settings)
         await self.web.start(settings.http.host, settings.http.port)
         # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
         await self.upstreams.probe()
@@ -188,6 +190,11 @@ class Relay:
     def _rows_are_on_their_way(self) -> bool:
         """Whether there may be rows of this relay that are durable and not in the store."""
         return bool(self._taken_over) or self.recorder.away() is not None
+
+    def _web(self, settings: Settings) -> Web:
+        """Return the HTTP side; what it tells of goes on where its address changes."""
+        parts = [Api(self._reading, self._overview)]
+        return Web(self.metrics, self.readiness, Site(Access(settings), self._overview, parts))
 
     async def _start_records(self) -> None:
         records = self.settings.records
@@ -313,8 +320,8 @@ class Relay:
         in_use = None if self.users is None else self.users.path
         fresh = Fresh(await asyncio.to_thread(read_files, settings, in_use))
         try:
-            if changes.touch("http"):
-                fresh.web = Web(self.metrics, self.readiness)
+            if changes.touch("http.address"):
+                fresh.web = self._web(settings)
                 await fresh.web.start(settings.http.host, settings.http.port)
             await self._make_limits(settings)
             fresh.bound = self.reception.bind(settings)
@@ -354,6 +361,7 @@ class Relay:
             self._store.use_retention(parts.retention(settings))
             await self._end_housekeeping()
             self._begin_housekeeping()
+        self.web.follow(settings)
         if fresh.web is not None:
             before, self.web = self.web, fresh.web
             maillog.listening(f"{settings.http.host}:{self.web.port}")
@@ -406,6 +414,7 @@ class Relay:
         await self._stop_records()
         if hasattr(self, "web"):
             await self.web.stop()
+        await self._reading.close()
         self._supervisor.close()
 
     async def _stop_records(self) -> None:

@@ -19,13 +19,13 @@ LAYERS = [
     {"parts"},
     {"session", "web", "dev", "systemd", "descriptors"},
     {"limited"},
-    {"transaction", "auth"},
+    {"transaction", "auth", "asking"},
     {"limits"},
     {"upstream", "records", "account", "history"},
     {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
     {"limits.rule"},
     {"records.bound", "records.identity", "records.model", "envelope", "content"},
-    {"reply", "outcome", "credentials"},
+    {"reply", "outcome", "credentials", "provider"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ExpiryBusyError", "MissingStoreError", "RejectedRecordError", "StoreError", "UnreachableError"]
+__all__ = [
+    "ExpiryBusyError",
+    "MissingStoreError",
+    "RejectedRecordError",
+    "SlowReadError",
+    "StoreError",
+    "UnreachableError",
+]
 
 
 class StoreError(Exception):
@@ -23,3 +30,7 @@ class ExpiryBusyError(StoreError):
 
 class UnreachableError(StoreError):
     """Nobody is there, or nobody who takes rows now; that may change by itself."""
+
+
+class SlowReadError(StoreError):
+    """A read took longer than it may, and was ended."""

@@ -9,9 +9,9 @@ nobody but `open_queries` knows which one a URL names.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, tzinfo
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -19,7 +19,8 @@ import sqlalchemy as sa
 from relay.records.filters import Key, SendFilter
 from relay.records.model import Json
 from relay.records.schema import task_done, task_in_doubt
-from relay.records.search import page_of_doubts, page_of_sends, recipients_of
+from relay.records.search import page_of_doubts, page_of_sends, recipients_of, sends_by_id
+from relay.records.statistics import MAX_GROUPS, By, Statistics, counted, statement_of, whole_hours
 from relay.records.store import is_postgres
 
 __all__ = ["COLUMNS", "PAGE_ROWS", "InDoubt", "Queries", "Reader", "Send", "SendFilter", "open_queries"]
@@ -139,6 +140,45 @@ class Queries:
             after = page[-1].since, page[-1].id
             left = None if left is None else left - rows
 
+    async def page(self, wanted: SendFilter, rows: int, after: Key | None = None) -> list[Send]:
+        """Return the next `rows` rows that `wanted` describes, newest first, those behind `after`."""
+        return await self._page(page_of_sends(wanted, rows, after))
+
+    async def page_of_doubts(self, wanted: SendFilter, rows: int, after: Key | None = None) -> list[InDoubt]:
+        """Return the same of the messages in doubt."""
+        return await self._page_of_doubts(page_of_doubts(wanted, rows, after))
+
+    async def recorded_after(self, wanted: SendFilter, key: int, rows: int) -> list[Send]:
+        """Return the first `rows` rows with a greater `id`, in its order: as they were recorded."""
+        return await self._page(sends_by_id(wanted, rows, key))
+
+    async def newest_id(self) -> int:
+        """Return the greatest `id` there is, 0 without any row."""
+        newest = sa.select(sa.func.coalesce(sa.func.max(task_done.c.id), 0))
+        return await self.reader.read(lambda connection: int(connection.execute(newest).scalar_one()))
+
+    async def statistics(
+        self,
+        wanted: SendFilter,
+        by: Sequence[By],
+        *,
+        zone: tzinfo | None = UTC,
+        detail: bool = False,
+        limit: int = MAX_GROUPS,
+    ) -> Statistics:
+        """Return how much was sent of what `wanted` describes, counted by one or two things.
+
+        Times are in `zone`, None: the machine's. At most `limit` counts: the biggest, or the latest.
+        """
+        timed = any(each.time for each in by)
+        bounds = [moment for moment in (wanted.since, wanted.until) if moment is not None]
+        quarters = timed and not whole_hours(zone, [datetime.now(UTC), *bounds])
+        rows = 4 * MAX_GROUPS if timed else limit
+        statement = statement_of(wanted, by, detail=detail, quarters=quarters, limit=rows)
+        found = await self.reader.read(lambda connection: connection.execute(statement).all())
+        counts = counted(found, by, zone, detail=detail)
+        return replace(counts, counts=counts.counts[-limit:]) if timed else counts
+
     async def count_in_doubt(self) -> int:
         """Return how many messages are in doubt. Raises StoreError when the store cannot be read."""
         count = sa.select(sa.func.count()).select_from(task_in_doubt)
@@ -151,18 +191,19 @@ class Queries:
         return await self.reader.read(lambda connection: _fetch_doubts(connection, page))
 
 
-async def open_queries(url: str) -> Queries:
+async def open_queries(url: str, *, time_limit: float | None = None) -> Queries:
     """Return the store at `url`, once it is seen to be one that this version can read.
 
-    Raises StoreError, in one line, for one that is missing, foreign, unreadable or of another schema version.
+    A read that takes longer than `time_limit` seconds raises SlowReadError. Raises StoreError, in one line,
+    for one that is missing, foreign, unreadable or of another schema version.
     """
     if is_postgres(url):
         from relay.records.postgres.reader import PostgresReader
 
-        return Queries(await PostgresReader.open(url))
+        return Queries(await PostgresReader.open(url, time_limit=time_limit))
     from relay.records.sqlite.reader import SqliteReader
 
-    return Queries(await SqliteReader.open(url))
+    return Queries(await SqliteReader.open(url, time_limit=time_limit))
 
 
 def _fetch(connection: sa.Connection, page: sa.Select[Any]) -> list[Send]:

@@ -27,7 +27,7 @@ from relay.records.filters import (
 from relay.records.patterns import Wanted
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
 
-__all__ = ["elements_of", "page_of_doubts", "page_of_sends", "recipients_of"]
+__all__ = ["elements_of", "page_of_doubts", "page_of_sends", "recipients_of", "sends_by_id"]
 
 
 class elements_of(GenericFunction[Any]):  # noqa: N801 - named as the function that it is in a statement
@@ -71,6 +71,22 @@ def page_of_sends(wanted: SendFilter, rows: int, after: Key | None = None) -> sa
         .with_hint(task_done, f"INDEXED BY {leading}", "sqlite")
         .where(*conditions)
         .order_by(table.sent_at.desc(), table.id.desc())
+        .limit(rows)
+    )
+
+
+def sends_by_id(wanted: SendFilter, rows: int, after: int) -> sa.Select[Any]:
+    """Return the statement for the next `rows` rows behind the row `after`, in the order of their ids."""
+    table = task_done.c
+    conditions = [*conditions_of(wanted, table), *window_of(wanted, None, table.sent_at, table.id)]
+    if wanted.recipient is not None:
+        received = received_by(wanted.recipient, wanted.aliases)
+        conditions.append(sa.exists().where(task_done_recipient.c.task_done_id == table.id, received))
+    return (
+        sa.select(task_done)
+        .with_hint(task_done, "NOT INDEXED", "sqlite")
+        .where(table.id > after, *conditions)
+        .order_by(table.id)
         .limit(rows)
     )
 

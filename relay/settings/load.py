@@ -93,6 +93,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:
     """Read the files that are named: secrets into the tree, certificates to try; return what fails."""
     problems: list[tuple[Key, str]] = []
+    for section, name in (("http", "token_file"), ("records", "recipients_key_file")):
+        table = tree.get(section)
+        if isinstance(table, dict):
+            problems += _use(table, (section,), {name: _use_secret}, warnings)
     upstreams = tree.get("upstreams")
     for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
         if not isinstance(upstream, dict):

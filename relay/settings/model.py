@@ -71,6 +71,7 @@ __all__ = [
     "UpstreamSettings",
 ]
 
+SHORTEST_TOKEN = 16
 _NOT_YET = "not available in this version"
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 
@@ -622,18 +623,28 @@ class ExpirySettings(_Section):
 
 
 class HttpSettings(_Endpoint):
-    """Metrics and health."""
+    """Metrics, health, page and API."""
 
     address: HttpAddress = written("127.0.0.1:9025")
     """host:port or [IPv6]:port. Port 0: any free one."""
     token_file: Path | None = None
-    """File with the token that page and API ask for. In this version: none."""
+    """File with the token that page and API ask for. Off loopback they answer only with one."""
+    token: SecretStr | None = None
+    """The token itself. Better: token_file."""
+    hosts: tuple[OwnName, ...] = ()
+    """More names by which a browser may reach page and API, such as that of a proxy in front."""
 
-    @field_validator("token_file")
+    @field_validator("token")
     @classmethod
-    def _no_token(cls, value: Path | None) -> Path | None:
+    def _long(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            raise ValueError(f"{_NOT_YET}: page and API (metrics and health need no token)")
+            text = value.get_secret_value()
+            if not text.isascii() or not text.isprintable() or " " in text:
+                raise ValueError("a token has letters, digits and ASCII signs, and no space")
+            if len(text) < SHORTEST_TOKEN:
+                raise ValueError(
+                    f"is shorter than {SHORTEST_TOKEN} characters: make one with openssl rand -hex 32"
+                )
         return value
 
 
@@ -726,7 +737,7 @@ class Settings(_Section):
     limits: tuple[LimitSettings, ...] = ()
     """Rate limits, counted from the records."""
     http: HttpSettings = Field(default_factory=HttpSettings)
-    """Metrics and health."""
+    """Metrics, health, page and API."""
     log: LogSettings = Field(default_factory=LogSettings)
     """What is written to standard output."""
 

@@ -1,5 +1,9 @@
-"""The HTTP side: metrics for Prometheus, health for whoever runs the relay. The only importer of aiohttp."""
+"""The HTTP side: metrics, health, page and API. With the upstream's tokens the only importer of aiohttp."""
 
-from relay.web.server import BindError, Web
+from relay.web.access import Access
+from relay.web.api import Api
+from relay.web.overview import Overview
+from relay.web.reading import Reading
+from relay.web.server import BindError, Site, Web
 
-__all__ = ["BindError", "Web"]
+__all__ = ["Access", "Api", "BindError", "Overview", "Reading", "Site", "Web"]

@@ -1,46 +1,89 @@
 """The HTTP server and its routes, on the relay's own event loop.
 
-Rules: an answer never waits for the store or an upstream, since a probe that hangs is a restart; nothing
-here changes anything, so GET and HEAD are the only methods; and no answer of ours tells which server or
-version gives it (the library's own 400 to what is no HTTP does).
+Rules: metrics and health never wait for the store or an upstream, since a probe that hangs is a restart;
+nothing here changes anything, so GET and HEAD are the only methods; and no answer of ours tells which server
+or version gives it (the library's own 400 to what is no HTTP does). What else there is comes as `Site`:
+routes, and what stands before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
 
 from aiohttp import web
 
+from relay import maillog
 from relay.metrics import Metrics
+from relay.web.access import Access
+from relay.web.overview import SAMPLE_S, Overview
+from relay.web.problem import problem
 
-__all__ = ["BindError", "Web"]
+if TYPE_CHECKING:
+    from relay.settings import Settings
+
+__all__ = ["BindError", "Part", "Site", "Web"]
 
 _STOP_TIMEOUT_S: Final = 2.0
 """How long a stop waits for answers that are on their way."""
+
+
+_MAX_LINE: Final = 96 * 1024
+"""Octets of a request line: a search may have several long values, percent-encoded."""
 
 
 class BindError(OSError):
     """The address cannot be listened on; the text is one line for the operator."""
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is answered beside metrics and health: page and API, behind `access`."""
+
+    access: Access
+    overview: Overview
+    parts: Sequence[Part]
+
+
+class Part(Protocol):
+    """Something with routes."""
+
+    def routes(self) -> Iterable[web.AbstractRouteDef]:
+        """Return the routes."""
+
+
 class Web:
-    """Answers /metrics, /healthz and /readyz.
+    """Answers /metrics, /healthz and /readyz, and a site.
 
     `readiness` tells whether the relay can do its work now, and lines of text for whoever asks: the reason
     if it cannot, the upstreams' state in any case.
     """
 
-    def __init__(self, metrics: Metrics, readiness: Callable[[], tuple[bool, Sequence[str]]]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        readiness: Callable[[], tuple[bool, Sequence[str]]],
+        site: Site | None = None,
+    ) -> None:
         self._metrics = metrics
         self._readiness = readiness
+        self._site = site
+        self._sampling: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self.port = 0
         """The TCP port, once started; useful when port 0 was asked for."""
 
+    def follow(self, settings: Settings) -> None:
+        """Go by changed settings: who gets the site. The address stays."""
+        if self._site is not None:
+            self._site.access.follow(settings)
+
     async def start(self, host: str, port: int) -> None:
         """Listen on `host` (an IP address or a name) and `port`, 0 for any; raise BindError."""
-        app = web.Application(middlewares=[_plain_errors])
+        guards = [] if self._site is None else [self._site.access.middleware]
+        app = web.Application(middlewares=[_safe, *guards, _errors])
         app.on_response_prepare.append(_without_server)
         app.add_routes(
             [
@@ -49,8 +92,16 @@ class Web:
                 web.get("/readyz", self._get_readiness),
             ]
         )
+        for part in () if self._site is None else self._site.parts:
+            app.add_routes(part.routes())
         # The relay owns signals and logs; a scraper every few seconds would fill an access log.
-        runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=_STOP_TIMEOUT_S)
+        runner = web.AppRunner(
+            app,
+            handle_signals=False,
+            access_log=None,
+            shutdown_timeout=_STOP_TIMEOUT_S,
+            max_line_size=_MAX_LINE,
+        )
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()
@@ -60,9 +111,14 @@ class Web:
             raise BindError(f"http.address: cannot listen on {host} port {port}: {reason}") from error
         self._runner = runner
         self.port = runner.addresses[0][1]
+        if self._site is not None:
+            self._sampling = asyncio.create_task(_sample(self._site.overview), name="overview")
 
     async def stop(self) -> None:
         """Close the listener and finish the answers that are on their way; harmless when not started."""
+        if self._sampling is not None:
+            self._sampling.cancel()
+            await asyncio.wait((self._sampling,))
         if self._runner is not None:
             runner, self._runner = self._runner, None
             await runner.cleanup()
@@ -86,15 +142,41 @@ def _text(status: int, lines: Sequence[str]) -> web.Response:
 
 
 @web.middleware
-async def _plain_errors(
+async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Give 404 and 405 one line of text, as everything else here."""
+    """Give 404 and 405 one line of text, under /api a problem document; say nothing of what is unforeseen."""
+    programs = request.path.startswith("/api/")
     try:
         return await handler(request)
     except web.HTTPException as error:
+        if programs and error.status >= 400:
+            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            return problem(error.status, f"{request.method} {request.path}: {error.reason}", headers=allowed)
         error.text = f"{error.status} {error.reason}\n"
         raise
+    except Exception as error:
+        maillog.unforeseen("http", None, error)
+        text = "an error that nobody foresaw; the log has it"
+        return problem(500, text) if programs else _text(500, [f"500 {text}"])
+
+
+@web.middleware
+async def _safe(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Say that no answer is to be taken for another kind than it says, nor used by another origin."""
+    response = await handler(request)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    return response
+
+
+async def _sample(overview: Overview) -> None:
+    while True:
+        await asyncio.sleep(SAMPLE_S)
+        overview.sample()
 
 
 async def _without_server(_request: web.Request, response: web.StreamResponse) -> None:

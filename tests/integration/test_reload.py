@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+import aiohttp
 import pytest
 from pydantic import BaseModel
 
@@ -265,6 +266,25 @@ async def answers_http_elsewhere(world: World) -> None:
     await writer.wait_closed()
 
 
+TOKEN_OF_THE_API = "a token of 16 characters or more".replace(" ", "-")
+
+
+async def asks_api(world: World, **headers: str) -> int:
+    address = f"http://127.0.0.1:{world.running.http_port}/api/limits"
+    async with aiohttp.ClientSession() as client, client.get(address, headers=headers) as answer:
+        return answer.status
+
+
+async def asks_for_the_token(world: World) -> None:
+    assert await asks_api(world) == 401
+    assert await asks_api(world, Authorization=f"Bearer {TOKEN_OF_THE_API}") == 200
+
+
+async def goes_by_the_name(world: World) -> None:
+    assert await asks_api(world, Host="mail.example.com") == 200
+    assert await asks_api(world, Host="other.example.com") == 421
+
+
 async def logs_for_people(world: World) -> None:
     await world.send()
     assert "message outcome=accepted" in world.lines()
@@ -418,6 +438,11 @@ CASES: dict[str, Case] = {
     "expiry.interval": Case({"expiry": {"interval": "7s"}}, expires_every_7_s),
     "expiry.batch_size": Case({"expiry": {"batch_size": 9}}, expires_9_rows_at_once),
     "http.address": Case({"http": {"address": "127.0.0.2:0"}}, answers_http_elsewhere),
+    "http.token": Case({"http": {"token": TOKEN_OF_THE_API}}, asks_for_the_token),
+    "http.token_file": Case(
+        {"http": {"token_file": "http-token", "token": TOKEN_OF_THE_API}}, asks_for_the_token
+    ),
+    "http.hosts": Case({"http": {"hosts": ["mail.example.com"]}}, goes_by_the_name),
     "log.format": Case({"log": {"format": "console"}}, logs_for_people),
     "log.level": Case({"log": {"level": "error"}}, logs_errors_only),
 }
@@ -448,7 +473,6 @@ ONE_VALUE = {
     "server.received_header",
     "records.recipients",
     "limits",
-    "http.token_file",
 }
 """Keys that have no other value in this version."""
 

@@ -27,6 +27,7 @@ from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSIONS, VERSION_TABLE
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of
 from relay.records.sqlite import reader as reader_module
+from relay.records.sqlite.hints import heed_hints
 from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
@@ -215,7 +216,9 @@ COMBINATIONS = [
 
 
 def plan_of(raw, statement):
-    text = str(statement.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}))
+    text = str(
+        statement.compile(dialect=heed_hints(sqlite.dialect()), compile_kwargs={"literal_binds": True})
+    )
     return [step[3] for step in raw.execute(f"EXPLAIN QUERY PLAN {text}")]
 
 
@@ -494,7 +497,9 @@ def test_the_page_of_what_is_in_doubt_needs_no_sorting(path):
         upgrade(raw)
         for wanted in (SendFilter(), SendFilter(recipient="@x", sender="a@b", since=NOW)):
             page = page_of_doubts(wanted, 10, (NOW, 1))
-            statement = page.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+            statement = page.compile(
+                dialect=heed_hints(sqlite.dialect()), compile_kwargs={"literal_binds": True}
+            )
             plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {statement}")]
             assert "USING INDEX ix_task_in_doubt_since" in plan[0]
             assert not any("TEMP B-TREE" in step for step in plan)

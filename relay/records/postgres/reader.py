@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import asyncpg
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from relay.records.errors import MissingStoreError, StoreError
+from relay.records.errors import MissingStoreError, SlowReadError, StoreError
 from relay.records.postgres.database import STATEMENT_TIMEOUT_S, check, connect, explained, version_in
 from relay.records.schema import SCHEMA_VERSION
 from relay.settings.dsn import shown_url
@@ -25,8 +26,9 @@ MORE = 3
 class PostgresReader:
     """A PostgreSQL database that is read; see `relay.records.queries.Reader`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, time_limit: float | None = None) -> None:
         self._url = url
+        self._time_limit = time_limit
         self._engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=lambda: connect(url),
@@ -37,7 +39,7 @@ class PostgresReader:
         )
 
     @classmethod
-    async def open(cls, url: str) -> PostgresReader:
+    async def open(cls, url: str, *, time_limit: float | None = None) -> PostgresReader:
         """Return a reader of the database that `url` names; see `relay.records.queries.open_queries`."""
         connection = await connect(url)
         try:
@@ -57,19 +59,22 @@ class PostgresReader:
             raise explained(error, url) from error
         finally:
             await connection.close()
-        return cls(url)
+        return cls(url, time_limit)
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in one transaction, thus on one moment."""
+        limit = STATEMENT_TIMEOUT_S if self._time_limit is None else self._time_limit
         try:
             async with self._engine.connect() as connection:
-                await connection.exec_driver_sql(
-                    f"SET LOCAL statement_timeout = {round(STATEMENT_TIMEOUT_S * 1000)}"
-                )
+                await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(limit * 1000)}")
                 await connection.exec_driver_sql("SET TRANSACTION READ ONLY")
                 return await connection.run_sync(work)
         except sa.exc.DBAPIError as error:
             cause = error.orig.__cause__ if error.orig is not None else None
+            if self._time_limit is not None and isinstance(cause, asyncpg.QueryCanceledError):
+                raise SlowReadError(
+                    f"takes longer than {limit:g} s; ask for less, such as a shorter time"
+                ) from error
             raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
         except OSError as error:
             raise explained(error, self._url) from error

@@ -30,7 +30,16 @@ from relay.records.schema import (
     task_in_doubt,
 )
 
-__all__ = ["Database", "check_columns", "connect", "explained", "on_thread", "path_of", "version_in"]
+__all__ = [
+    "Database",
+    "check_columns",
+    "connect",
+    "explained",
+    "interrupt",
+    "on_thread",
+    "path_of",
+    "version_in",
+]
 
 T = TypeVar("T")
 
@@ -235,6 +244,11 @@ async def on_thread(connection: aiosqlite.Connection, work: Callable[[sqlite3.Co
     """
     execute: Callable[..., Awaitable[T]] = connection._execute  # noqa: SLF001
     return await execute(work, connection._conn)  # noqa: SLF001
+
+
+def interrupt(connection: aiosqlite.Connection) -> None:
+    """End the statement that runs on the connection's thread, if one does, with SQLITE_INTERRUPT."""
+    connection._conn.interrupt()  # noqa: SLF001
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

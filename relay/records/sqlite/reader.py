@@ -5,6 +5,7 @@ It holds nothing open between two reads.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, MutableMapping
@@ -12,21 +13,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import aiosqlite
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import LRUCache
 
-from relay.records.errors import MissingStoreError, StoreError
+from relay.records.errors import MissingStoreError, SlowReadError, StoreError
 from relay.records.schema import SCHEMA_VERSION
 from relay.records.sqlite.database import (
     SMALLEST,
     check_columns,
     connect,
     explained,
+    interrupt,
     on_thread,
     path_of,
     version_in,
 )
+from relay.records.sqlite.hints import heed_hints
 
 __all__ = ["ATTEMPTS", "SqliteReader"]
 
@@ -40,13 +44,14 @@ ATTEMPTS = 5
 class SqliteReader:
     """A SQLite file that is read; see `relay.records.queries.Reader`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, time_limit: float | None = None) -> None:
         self._path = path
+        self._time_limit = time_limit
 
     @classmethod
-    async def open(cls, url: str) -> SqliteReader:
+    async def open(cls, url: str, *, time_limit: float | None = None) -> SqliteReader:
         """Return a reader of the file that `url` names; see `relay.records.queries.open_queries`."""
-        reader = cls(path_of(url))
+        reader = cls(path_of(url), time_limit)
         await reader._again_and_again(reader._check)
         return reader
 
@@ -94,17 +99,35 @@ class SqliteReader:
         try:
             connection = await connect(self._path, mode, BUSY_TIMEOUT_S)
             try:
-                return await on_thread(connection, work)
+                return await self._in_time(connection, work)
             finally:
                 await connection.close()
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_INTERRUPT:
+                raise SlowReadError(
+                    f"takes longer than {self._time_limit:g} s; ask for less, such as a shorter time"
+                ) from error
             if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
                 raise StoreError(
                     f"{self._path}: its -wal and -shm files cannot be used by this user; run the command as "
                     f"the relay's user, or let its group read them ({error.sqlite_errorname})"
                 ) from error
             raise explained(error, self._path, BUSY_TIMEOUT_S) from error
+
+    async def _in_time(self, connection: aiosqlite.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work`; end the statement that runs, from outside, when the time is over or nobody waits."""
+        loop = asyncio.get_running_loop()
+        limit = self._time_limit
+        bound = None if limit is None else loop.call_later(limit, interrupt, connection)
+        try:
+            return await on_thread(connection, work)
+        except asyncio.CancelledError:
+            interrupt(connection)
+            raise
+        finally:
+            if bound is not None:
+                bound.cancel()
 
 
 _IN_USE = ("in use",)
@@ -133,12 +156,12 @@ def _look(path: Path) -> tuple[object, ...]:
 
 
 @cache
-def _dialect() -> sa.Dialect:
+def _dialect() -> Any:
     """What SQLAlchemy knows of SQLite; found out once, since that costs more than most reads."""
     engine = sa.create_engine("sqlite://")
     engine.connect().close()
     engine.dispose()
-    return engine.dialect
+    return heed_hints(engine.dialect)
 
 
 _COMPILED: MutableMapping[Any, Any] = LRUCache(200)

@@ -1,0 +1,277 @@
+"""How much was sent: counts by what rows have in common, and by time.
+
+Rules. Counts of messages alone come out of indexes where no filter needs the rows; what is more (`detail`)
+reads them. Time is counted in slots of an hour in UTC, or of a quarter of an hour where the zone that is
+asked for needs it, and put together here into hours and days of that zone: no database has to know time
+zones, and a day in which the clocks change has the hours that it has. Counted by time alone, hours and days
+in which nothing was sent are there, with 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from relay.records.filters import (
+    RECIPIENT_INDEXES,
+    SendFilter,
+    conditions_of,
+    leading_index,
+    received_by,
+    window_of,
+)
+from relay.records.schema import task_done, task_done_recipient
+
+__all__ = ["MAX_GROUPS", "By", "Count", "Statistics", "counted", "statement_of", "whole_hours"]
+
+MAX_GROUPS = 20_000
+"""Counts of one answer at most: more than two years of hours."""
+_HOUR = timedelta(hours=1)
+
+
+class By(StrEnum):
+    """What is counted by."""
+
+    TYPE = "type"
+    SENDER = "sender"
+    RECIPIENT_DOMAIN = "recipient-domain"
+    CLIENT = "client"
+    UPSTREAM = "upstream"
+    HOUR = "hour"
+    DAY = "day"
+
+    @property
+    def time(self) -> bool:
+        """Whether it is a time."""
+        return self in (By.HOUR, By.DAY)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How much has the same `keys`, one for each thing that was counted by.
+
+    An hour is written in ISO 8601 with its offset, a day as a date. By recipient domain a message counts
+    once for each of its recipients there. The rest comes with `detail` alone: recipients, octets, and
+    milliseconds from MAIL to acceptance, on average and at worst.
+    """
+
+    keys: tuple[str, ...]
+    messages: int
+    recipients: int | None = None
+    octets: int | None = None
+    average_ms: float | None = None
+    slowest_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts, the biggest first, times in their order; and what there is in all, also where a limit cuts."""
+
+    counts: list[Count]
+    messages: int
+    groups: int
+
+
+class _Slot(FunctionElement[str]):
+    """The hour, in UTC, that a moment is in, as text."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+class _Quarter(FunctionElement[str]):
+    """The quarter of an hour, in UTC, that a moment is in, as text."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(_Slot, "sqlite")
+def _sqlite_hour(element: Any, compiler: Any, **options: Any) -> str:
+    return f"substr({compiler.process(element.clauses, **options)}, 1, 13)"
+
+
+@compiles(_Quarter, "sqlite")
+def _sqlite_quarter(element: Any, compiler: Any, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"substr({moment}, 1, 14) || substr('00153045', substr({moment}, 15, 2) / 15 * 2 + 1, 2)"
+
+
+@compiles(_Slot, "postgresql")
+def _postgresql_hour(element: Any, compiler: Any, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"CAST(date_trunc('hour', {moment} AT TIME ZONE 'UTC') AS text)"
+
+
+@compiles(_Quarter, "postgresql")
+def _postgresql_quarter(element: Any, compiler: Any, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"CAST(date_bin('15 minutes', {moment} AT TIME ZONE 'UTC', timestamp '2001-01-01') AS text)"
+
+
+def whole_hours(zone: tzinfo | None, moments: Iterable[datetime]) -> bool:
+    """Whether the zone (None: the machine's) is whole hours away from UTC at all these moments."""
+    offsets = (moment.astimezone(zone).utcoffset() or timedelta() for moment in moments)
+    return all(not offset % _HOUR for offset in offsets)
+
+
+# The statement
+
+
+def statement_of(
+    wanted: SendFilter, by: Sequence[By], *, detail: bool = False, quarters: bool = False, limit: int
+) -> sa.Select[Any]:
+    """Return the statement that counts, at most `limit` groups; `counted` reads what it finds.
+
+    Its columns: the keys, `messages`, with `detail` four more, then all messages and the number of groups.
+    `quarters`: time in quarters of an hour.
+    """
+    by_domain = By.RECIPIENT_DOMAIN in by
+    received, table = task_done_recipient.c, task_done.c
+    moment = received.sent_at if by_domain else table.sent_at
+    keys = [_key(each, moment, quarters=quarters) for each in by]
+    messages = sa.func.count()
+    columns: list[sa.ColumnElement[Any]] = [*keys, messages]
+    if detail:
+        recipients: sa.ColumnElement[int] = messages
+        if not by_domain:
+            each = sa.select(sa.func.count()).where(received.task_done_id == table.id)
+            recipients = sa.func.sum(each.scalar_subquery())
+        columns += [recipients, sa.func.sum(table.size)]
+        columns += [sa.func.sum(table.duration_ms), sa.func.max(table.duration_ms)]
+    columns += [sa.func.sum(messages).over(), sa.func.count().over()]
+    statement = sa.select(*columns)
+    if by_domain:
+        needs_sends = detail or any(not each.time and each is not By.RECIPIENT_DOMAIN for each in by)
+        statement = _from_recipients(statement, wanted, needs_sends=needs_sends)
+    else:
+        statement = _from_sends(statement, wanted)
+    order = [key.desc() for each, key in zip(by, keys, strict=True) if each.time]
+    return statement.group_by(*keys).order_by(*order, messages.desc(), *keys).limit(limit)
+
+
+def _key(by: By, moment: sa.ColumnElement[Any], *, quarters: bool) -> sa.ColumnElement[str]:
+    if by.time:
+        return _Quarter(moment) if quarters else _Slot(moment)
+    table = task_done.c
+    columns: dict[By, sa.ColumnElement[str]] = {
+        By.TYPE: table.task_type,
+        By.SENDER: sa.func.lower(table.sender),
+        By.RECIPIENT_DOMAIN: task_done_recipient.c.recipient_domain,
+        By.CLIENT: table.client,
+        By.UPSTREAM: table.upstream,
+    }
+    return columns[by]
+
+
+def _from_sends(statement: sa.Select[Any], wanted: SendFilter) -> sa.Select[Any]:
+    table = task_done.c
+    conditions = [*conditions_of(wanted, table), *window_of(wanted, None, table.sent_at, table.id)]
+    leading: str | None = leading_index(wanted)
+    if leading == "ix_task_done_sent_at" and wanted.since is None:
+        leading = None  # all rows: which index has all that is asked for the database knows best
+    if wanted.recipient is not None:
+        received = task_done_recipient.c
+        condition = received_by(wanted.recipient, wanted.aliases)
+        if leading in RECIPIENT_INDEXES:
+            found = (
+                sa.select(received.task_done_id)
+                .with_hint(task_done_recipient, f"INDEXED BY {leading}", "sqlite")
+                .where(condition, *window_of(wanted, None, received.sent_at, received.task_done_id))
+            )
+            conditions.append(table.id.in_(found))
+            leading = None
+        else:
+            conditions.append(sa.exists().where(received.task_done_id == table.id, condition))
+    statement = statement.select_from(task_done).where(*conditions)
+    return statement if leading is None else statement.with_hint(task_done, f"INDEXED BY {leading}", "sqlite")
+
+
+def _from_recipients(statement: sa.Select[Any], wanted: SendFilter, *, needs_sends: bool) -> sa.Select[Any]:
+    """One row for each recipient; of the send itself as much as is asked for."""
+    received = task_done_recipient.c
+    conditions = conditions_of(wanted, task_done.c)
+    if conditions or needs_sends:
+        statement = statement.join_from(
+            task_done_recipient, task_done, task_done.c.id == received.task_done_id
+        )
+    else:
+        statement = statement.select_from(task_done_recipient)
+    if wanted.recipient is not None:
+        conditions.append(received_by(wanted.recipient, wanted.aliases))
+    return statement.where(*conditions, *window_of(wanted, None, received.sent_at, received.task_done_id))
+
+
+# What it finds
+
+
+def counted(
+    rows: Sequence[Sequence[Any]], by: Sequence[By], zone: tzinfo | None, *, detail: bool
+) -> Statistics:
+    """Return what the statement has found, times in `zone` (None: the machine's)."""
+    if not rows:
+        return Statistics([], 0, 0)
+    *_, messages, groups = rows[0]
+    if not any(each.time for each in by):
+        return Statistics([_count(row, len(by), detail=detail) for row in rows], int(messages), int(groups))
+    sums: dict[tuple[object, ...], list[int]] = {}
+    for row in rows:
+        key = tuple(
+            _in_zone(each, str(value), zone) if each.time else value
+            for each, value in zip(by, row, strict=False)
+        )
+        found = sums.setdefault(key, [0] * (5 if detail else 1))
+        for at, value in enumerate(row[len(by) : len(by) + len(found)]):
+            found[at] = max(found[at], value) if at == 4 else found[at] + int(value)
+    if len(by) == 1:
+        for moment in _between(by[0], [key[0] for key in sums]):
+            sums.setdefault((moment,), [0] * (5 if detail else 1))
+    ordered = sorted(sums.items(), key=lambda item: _place(item, by))
+    counts = [
+        _count((*(_written(value, zone) for value in key), *values), len(by), detail=detail)
+        for key, values in ordered
+    ]
+    return Statistics(counts, int(messages), len(counts))
+
+
+def _place(item: tuple[tuple[object, ...], list[int]], by: Sequence[By]) -> tuple[Any, ...]:
+    key, (messages, *_) = item
+    times = [value for each, value in zip(by, key, strict=True) if each.time]
+    return (*times, -messages, *map(str, key))
+
+
+def _count(row: Sequence[Any], keys: int, *, detail: bool) -> Count:
+    messages = int(row[keys])
+    if not detail:
+        return Count(tuple(map(str, row[:keys])), messages)
+    recipients, octets, total_ms, slowest_ms = map(int, row[keys + 1 : keys + 5])
+    average = round(total_ms / messages, 1) if messages else 0.0
+    return Count(tuple(map(str, row[:keys])), messages, recipients, octets, average, slowest_ms)
+
+
+def _in_zone(by: By, slot: str, zone: tzinfo | None) -> datetime | date:
+    """Return the day, or the beginning of the hour, of a slot: `2026-11-23 07`, or with minutes, UTC."""
+    text = slot if len(slot) > 13 else f"{slot}:00"
+    local = datetime.fromisoformat(text).replace(tzinfo=UTC).astimezone(zone)
+    # In UTC, since two hours of one name, when clocks go back, are equal in their zone.
+    return local.replace(minute=0, second=0).astimezone(UTC) if by is By.HOUR else local.date()
+
+
+def _between(by: By, found: Sequence[Any]) -> Iterator[datetime | date]:
+    """Give every hour or day from the first to the last, unless they are too many to be looked at."""
+    step = timedelta(days=1) if by is By.DAY else _HOUR
+    first, steps = min(found), (max(found) - min(found)) // step
+    yield from (first + at * step for at in range(steps if steps < MAX_GROUPS else 0))
+
+
+def _written(value: object, zone: tzinfo | None) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(zone).isoformat()
+    return value.isoformat() if isinstance(value, date) else str(value)

@@ -1,0 +1,241 @@
+"""Counts by what rows have in common, and by time."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import product
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import pytest
+from sqlalchemy.dialects import sqlite
+
+from relay.records.filters import SendFilter
+from relay.records.migrations import upgrade
+from relay.records.model import Record
+from relay.records.queries import open_queries
+from relay.records.retention import Retention
+from relay.records.sqlite.hints import heed_hints
+from relay.records.statistics import By, Count, Statistics, statement_of
+from relay.records.store import open_store
+
+NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
+ROW = Record(
+    task_id=UUID(int=1),
+    task_type="mention",
+    sender="Alice@Example.COM",
+    client="127.0.0.1",
+    sent_at=NOW,
+    upstream="primary",
+    upstream_reply="250 ok",
+    size=1000,
+    duration_ms=10,
+    recipients=("bob@example.net",),
+)
+ROWS = [
+    ROW,
+    replace(ROW, sender="alice@example.com", sent_at=NOW + timedelta(minutes=20), size=3000, duration_ms=31),
+    replace(ROW, task_type="digest", recipients=("a@x.org", "b@x.org", "c@Example.NET"), client="app"),
+    replace(ROW, task_type="digest", sent_at=NOW + timedelta(hours=3), upstream="spare", sender=""),
+]
+
+
+@pytest.fixture
+async def ask(tmp_path: Path) -> Any:
+    """Return a function that counts ROWS, or others."""
+
+    async def counts(
+        by: Sequence[str],
+        wanted: SendFilter | None = None,
+        *,
+        zone: tzinfo | None = UTC,
+        rows: Sequence[Record] = ROWS,
+        **options: Any,
+    ) -> Statistics:
+        url = f"sqlite:///{tmp_path / 't.db'}"
+        store = await open_store(url, Retention(None))
+        await store.write([replace(row, task_id=UUID(int=at + 1)) for at, row in enumerate(rows)])
+        await store.close()
+        queries = await open_queries(url)
+        return await queries.statistics(wanted or SendFilter(), list(map(By, by)), zone=zone, **options)
+
+    return counts
+
+
+def plain(found: Statistics) -> dict[Any, int]:
+    """Counts by key, in their order."""
+    keys = [count.keys[0] if len(count.keys) == 1 else count.keys for count in found.counts]
+    assert found.groups == len(keys)
+    return dict(zip(keys, (count.messages for count in found.counts), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("by", "counts"),
+    [
+        (["type"], {"digest": 2, "mention": 2}),
+        (["sender"], {"alice@example.com": 3, "": 1}),
+        (["recipient-domain"], {"example.net": 4, "x.org": 2}),
+        (["client"], {"127.0.0.1": 3, "app": 1}),
+        (["upstream"], {"primary": 3, "spare": 1}),
+        (["upstream", "type"], {("primary", "mention"): 2, ("primary", "digest"): 1, ("spare", "digest"): 1}),
+        (["day"], {"2026-11-23": 4}),
+        (
+            ["hour"],
+            {
+                "2026-11-23T07:00:00+00:00": 2,
+                "2026-11-23T08:00:00+00:00": 1,
+                "2026-11-23T09:00:00+00:00": 0,
+                "2026-11-23T10:00:00+00:00": 1,
+            },
+        ),
+        (
+            ["hour", "type"],
+            {
+                ("2026-11-23T07:00:00+00:00", "digest"): 1,
+                ("2026-11-23T07:00:00+00:00", "mention"): 1,
+                ("2026-11-23T08:00:00+00:00", "mention"): 1,
+                ("2026-11-23T10:00:00+00:00", "digest"): 1,
+            },
+        ),
+        (["day", "recipient-domain"], {("2026-11-23", "example.net"): 4, ("2026-11-23", "x.org"): 2}),
+    ],
+    ids=str,
+)
+async def test_what_is_counted(ask: Any, by: list[str], counts: dict[Any, int]) -> None:
+    found = await ask(by)
+    assert plain(found) == counts
+    assert list(plain(found)) == list(counts)
+    assert found.messages == sum(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "counts"),
+    [
+        (SendFilter(recipient="bob@EXAMPLE.net"), {"mention": 2, "digest": 1}),
+        (SendFilter(recipient="@x.org"), {"digest": 1}),
+        (SendFilter(recipient="?@x", aliases=("a@x.org", "b@x.org")), {"digest": 1}),
+        (SendFilter(recipient="b*"), {"digest": 2, "mention": 2}),
+        (SendFilter(sender="alice@example.com", client="127.*"), {"mention": 2}),
+        (SendFilter(since=NOW + timedelta(minutes=1)), {"digest": 1, "mention": 1}),
+        (SendFilter(until=NOW + timedelta(minutes=1), recipient="@example.net"), {"digest": 1, "mention": 1}),
+        (SendFilter(task_type="none"), {}),
+    ],
+    ids=str,
+)
+async def test_filters(ask: Any, wanted: SendFilter, counts: dict[str, int]) -> None:
+    assert plain(await ask(["type"], wanted)) == counts
+
+
+async def test_details(ask: Any) -> None:
+    found = await ask(["type"], detail=True)
+    assert found.counts == [
+        Count(("digest",), 2, recipients=4, octets=2000, average_ms=10.0, slowest_ms=10),
+        Count(("mention",), 2, recipients=2, octets=4000, average_ms=20.5, slowest_ms=31),
+    ]
+    found = await ask(["hour"], detail=True)
+    assert [(each.messages, each.octets, each.average_ms, each.slowest_ms) for each in found.counts] == [
+        (2, 2000, 10.0, 10),
+        (1, 3000, 31.0, 31),
+        (0, 0, 0.0, 0),
+        (1, 1000, 10.0, 10),
+    ]
+    found = await ask(["recipient-domain"], SendFilter(task_type="digest"), detail=True)
+    assert [(each.keys, each.recipients, each.octets) for each in found.counts] == [
+        (("example.net",), 2, 2000),
+        (("x.org",), 2, 2000),
+    ]
+
+
+async def test_a_limit_leaves_the_biggest_and_the_latest(ask: Any) -> None:
+    found = await ask(["recipient-domain"], limit=1)
+    assert ([each.keys for each in found.counts], found.messages, found.groups) == ([("example.net",)], 6, 2)
+    found = await ask(["hour"], limit=2)
+    assert [each.keys[0][11:13] for each in found.counts] == ["09", "10"]
+    assert (found.messages, found.groups) == (4, 4)
+
+
+async def test_an_hour_of_a_zone_that_is_half_an_hour_away(ask: Any) -> None:
+    found = await ask(["hour"], zone=ZoneInfo("Asia/Kolkata"))
+    assert plain(found) == {
+        "2026-11-23T13:00:00+05:30": 3,
+        "2026-11-23T14:00:00+05:30": 0,
+        "2026-11-23T15:00:00+05:30": 0,
+        "2026-11-23T16:00:00+05:30": 1,
+    }
+    kathmandu = await ask(["hour"], zone=ZoneInfo("Asia/Kathmandu"))
+    assert next(iter(plain(kathmandu))) == "2026-11-23T13:00:00+05:45"
+
+
+async def test_days_begin_and_end_where_the_zone_says_also_when_clocks_change(ask: Any) -> None:
+    berlin = ZoneInfo("Europe/Berlin")
+    begin = datetime(2026, 10, 24, 22, 0, tzinfo=UTC)  # midnight there; the day has 25 hours
+    rows = [replace(ROW, sent_at=begin + timedelta(hours=hour, minutes=30)) for hour in range(-1, 26)]
+    found = await ask(["day"], zone=berlin, rows=rows)
+    assert plain(found) == {"2026-10-24": 1, "2026-10-25": 25, "2026-10-26": 1}
+    hours = plain(await ask(["hour"], zone=berlin, rows=rows))
+    assert len(hours) == 27
+    assert [key for key in hours if "T02:" in key] == [
+        "2026-10-25T02:00:00+02:00",
+        "2026-10-25T02:00:00+01:00",
+    ]
+
+
+async def test_hours_of_the_machine(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        found = await ask(["hour"], zone=None)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert next(iter(plain(found))) == "2026-11-23T13:00:00+05:30"
+
+
+# Plans
+
+WANTED = {
+    "nothing": SendFilter(),
+    "since": SendFilter(since=NOW),
+    "type": SendFilter(task_type="t", since=NOW),
+    "sender": SendFilter(sender="a@b"),
+    "recipient": SendFilter(recipient="a@b", since=NOW),
+    "domain": SendFilter(recipient="@b"),
+}
+
+
+def plan(raw: sqlite3.Connection, wanted: SendFilter, by: Sequence[By], *, detail: bool = False) -> list[str]:
+    statement = statement_of(wanted, by, detail=detail, limit=20)
+    text = str(
+        statement.compile(dialect=heed_hints(sqlite.dialect()), compile_kwargs={"literal_binds": True})
+    )
+    return [step[3] for step in raw.execute(f"EXPLAIN QUERY PLAN {text}")]
+
+
+def test_counts_of_messages_come_out_of_indexes() -> None:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
+        upgrade(raw)
+        for by in (By.TYPE, By.CLIENT, By.HOUR, By.DAY, By.RECIPIENT_DOMAIN):
+            scans = [step for step in plan(raw, SendFilter(), [by]) if step.startswith("SCAN task_done")]
+            assert len(scans) == 1
+            assert "USING COVERING INDEX" in scans[0], scans
+        for (name, wanted), by in product(WANTED.items(), By):
+            steps = plan(raw, wanted, [by])
+            whole = [step for step in steps if step in ("SCAN task_done", "SCAN task_done_recipient")]
+            # Without a filter the upstream is in no index; with one, rows are found by the filter's.
+            assert not whole or (name, by) == ("nothing", By.UPSTREAM), (name, by, steps)
+
+
+def test_a_time_that_is_asked_for_leads() -> None:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
+        upgrade(raw)
+        for by, detail in product((By.TYPE, By.UPSTREAM, By.SENDER, By.DAY), (False, True)):
+            steps = plan(raw, SendFilter(since=NOW), [by], detail=detail)
+            assert any("ix_task_done_sent_at (sent_at>?)" in step for step in steps), (by, steps)
