@@ -198,7 +198,12 @@ class Relay:
 
     async def _start_records(self) -> None:
         records = self.settings.records
-        self._store = await open_store(records.connect_url, parts.retention(self.settings), later=True)
+        self._store = await open_store(
+            records.connect_url,
+            parts.retention(self.settings),
+            later=True,
+            relay=self.settings.relay_name,
+        )
         connections = sum(upstream.max_connections for upstream in self.settings.upstreams)
         self._spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
         self._journal = Journal(self._spool.directory, connections)

@@ -105,7 +105,9 @@ async def _replay(settings: Settings, *, rejected: bool) -> Carried:
     own = None if rejected else Spool(directory, reserve=0)
     try:
         store = await open_store(
-            settings.records.connect_url, Retention.of_seconds(kept.default, kept.by_type)
+            settings.records.connect_url,
+            Retention.of_seconds(kept.default, kept.by_type),
+            relay=settings.relay_name,
         )
         try:
             if own is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-__all__ = ["Doubt", "Entry", "Json", "Record", "Settled"]
+__all__ = ["Doubt", "Entry", "Json", "Record", "Settled", "signed"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -69,3 +69,8 @@ class Settled:
 
 Entry = Record | Doubt | Settled
 """What the recorder keeps, in the order in which it was given."""
+
+
+def signed(data: dict[str, Json], relay: str) -> dict[str, Json]:
+    """Return the `data` of an entry with the name of the relay that writes it, if that has one."""
+    return {"relay": relay, **data} if relay else data

@@ -29,7 +29,7 @@ __all__ = [
     "utc_text",
 ]
 
-SCHEMA_VERSIONS = ("0001", "0002", "0003")
+SCHEMA_VERSIONS = ("0001", "0002", "0003", "0004")
 """Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
 SCHEMA_VERSION = SCHEMA_VERSIONS[-1]
 VERSION_TABLE = "task_done_version"

@@ -109,19 +109,23 @@ async def open_store(
     busy_timeout: float = BUSY_TIMEOUT_S,
     clock: Callable[[], datetime] = utc_now,
     later: bool = False,
+    relay: str = "",
 ) -> Store:
     """Open the store at `url` and bring its schema to this version.
 
     One that does not exist is made, a file with its directory, when `create`; else MissingStoreError is
     raised. `busy_timeout`, in seconds, is how long another process's lock is waited for; `clock` gives the
     time, aware, for leases and for what is due. With `later`, a server that cannot be reached now is no error
-    but for who uses the store before it can. Raises StoreError, in one line that names the store and what to
+    but for who uses the store before it can. `relay` is the name that rows get in their `data`; empty: they
+    have it already, or none. Raises StoreError, in one line that names the store and what to
     change.
     """
     if is_postgres(url):
         from relay.records.postgres.store import PostgresStore
 
-        return await PostgresStore.open(url, retention, create=create, later=later, clock=clock)
+        return await PostgresStore.open(url, retention, create=create, later=later, relay=relay, clock=clock)
     from relay.records.sqlite.store import SqliteStore
 
-    return await SqliteStore.open(url, retention, create=create, busy_timeout=busy_timeout, clock=clock)
+    return await SqliteStore.open(
+        url, retention, create=create, busy_timeout=busy_timeout, relay=relay, clock=clock
+    )

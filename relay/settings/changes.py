@@ -16,7 +16,14 @@ from relay.settings.model import Settings
 
 __all__ = ["RESTART", "Changes", "compare"]
 
-RESTART: Final = ("records.url", "records.spool", "server.reuse_port")
+RESTART: Final = (
+    "records.url",
+    "records.password_file",
+    "records.password",
+    "records.relay",
+    "records.spool",
+    "server.reuse_port",
+)
 """Store and spool hold what is under way; the kernel wants to know about a shared port when it is bound."""
 
 

@@ -883,6 +883,11 @@ class Settings(_Section):
         """Whether the one upstream is the built-in one, which has to be started at its address."""
         return self._origin.dev
 
+    @property
+    def relay_name(self) -> str:
+        """The name of this relay in its rows."""
+        return self.records.relay or self.server.hostname
+
     def effective(self) -> dict[str, Any]:
         """Return every value in the form in which it is written in the file, secrets hidden."""
         return self.model_dump(mode="json")

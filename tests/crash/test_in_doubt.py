@@ -88,7 +88,7 @@ async def test_killed_before_the_verdict_there_is_exactly_one_entry(
             await relay.kill()
         for entry in entries:
             assert entry["reason"] == "the relay was killed before the upstream's answer came"
-            assert entry["data"] == {"client_reply": None, "journal": True}
+            assert entry["data"] == {"relay": "relay.test", "client_reply": None, "journal": True}
             assert entry["recipients"] == ["b@example.test"]
             assert (entry["sender"], entry["upstream"]) == ("a@example.test", "primary")
             assert entry["size"] == len(CONTENT % 0)

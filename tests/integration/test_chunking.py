@@ -254,7 +254,7 @@ async def test_a_late_verdict_is_recorded(stage: str, start: Any, upstream: Scri
         answer.set()
         await counted(running, accepted=1)
         (row,) = running.rows()
-        assert json.loads(row["data"]) == {"client_reply": str(last)}
+        assert json.loads(row["data"]) == {"relay": "relay.test", "client_reply": str(last)}
         await nothing_left(running)
 
 

@@ -83,7 +83,8 @@ async def test_the_client_leaves(stage: str, way: str, start: Any, upstream: Scr
             (row,) = running.rows()
             # null: it heard nothing; no such key: it was told what the upstream replied.
             unheard = (stage, way) == ("verdict unanswered", "reset")
-            assert json.loads(row["data"]) == ({"client_reply": None} if unheard else {})
+            heard = {"client_reply": None} if unheard else {}
+            assert json.loads(row["data"]) == {"relay": "relay.test"} | heard
         else:
             assert running.rows() == []
             assert upstream.messages == []
@@ -226,7 +227,7 @@ async def test_a_late_verdict_is_the_truth(
             if outcome == "accepted":
                 (row,) = running.rows()
                 assert row["upstream_reply"].endswith(" 2.0.0 late")
-                assert json.loads(row["data"]) == {"client_reply": str(replies[-1])}
+                assert json.loads(row["data"]) == {"relay": "relay.test", "client_reply": str(replies[-1])}
             else:
                 assert running.rows() == []
             if client_stays:
@@ -251,8 +252,8 @@ async def test_the_session_goes_on_while_a_verdict_is_overdue(start: Any, upstre
             answer.set()
             await counted(running, accepted=2)
             assert [json.loads(row["data"]) for row in running.rows()] == [
-                {},
-                {"client_reply": str(first[-1])},
+                {"relay": "relay.test"},
+                {"relay": "relay.test", "client_reply": str(first[-1])},
             ]
             await client.quit()
         await nothing_left(running)

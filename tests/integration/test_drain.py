@@ -208,7 +208,7 @@ async def test_a_verdict_is_awaited_also_when_its_client_has_gone(
         answer.set()
         await relay.end(upstream)
     (row,) = relay.running.rows()
-    assert json.loads(row["data"]) == {"client_reply": None}
+    assert json.loads(row["data"]) == {"relay": "relay.test", "client_reply": None}
     assert outcomes(relay.running) == {"accepted": 1}
 
 

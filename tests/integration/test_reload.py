@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 import aiohttp
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from relay import maillog
 from relay.app import Relay
@@ -623,6 +623,7 @@ async def test_a_key_that_takes_a_restart_keeps_its_value_and_the_others_change(
     key: str, relay: Any, written: Any, other: ScriptedUpstream, logged: Callable[[], str], tmp_path: Path
 ) -> None:
     values = {"url": f"sqlite:///{tmp_path / 'new.db'}", "spool": str(tmp_path / "new"), "reuse_port": True}
+    values |= {"relay": "another", "password": SecretStr("sesame"), "password_file": tmp_path / "password"}
     section, _, name = key.partition(".")
     async with relay() as running, Client(running.port) as session:
         await session.ehlo()

@@ -291,5 +291,5 @@ async def test_a_verdict_within_its_limit_is_given_to_the_client(
         answer.set()
         await client.expect(250)
         (row,) = running.rows()
-        assert json.loads(row["data"]) == {}
+        assert json.loads(row["data"]) == {"relay": "relay.test"}
         await counted(running, accepted=1)

@@ -14,7 +14,7 @@ import orjson
 
 from relay.envelope import domain_of
 from relay.records.errors import RejectedRecordError
-from relay.records.model import Doubt, Entry, Record
+from relay.records.model import Doubt, Entry, Record, signed
 from relay.records.postgres.database import Connection
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
@@ -22,12 +22,14 @@ from relay.records.schema import utc_text
 __all__ = ["insert_entries", "statement_of"]
 
 
-async def insert_entries(connection: Connection, entries: Sequence[Entry], retention: Retention) -> None:
+async def insert_entries(
+    connection: Connection, entries: Sequence[Entry], retention: Retention, relay: str
+) -> None:
     """Insert the entries; raises RejectedRecordError for a value that JSON or UTC cannot express."""
-    await connection.execute(*statement_of(entries, retention))
+    await connection.execute(*statement_of(entries, retention, relay))
 
 
-def statement_of(entries: Sequence[Entry], retention: Retention) -> tuple[object, ...]:
+def statement_of(entries: Sequence[Entry], retention: Retention, relay: str) -> tuple[object, ...]:
     """Return the statement for the entries, and its arguments."""
     rows: list[dict[str, object]] = []
     recipients: list[dict[str, object]] = []
@@ -36,7 +38,7 @@ def statement_of(entries: Sequence[Entry], retention: Retention) -> tuple[object
     try:
         for entry in entries:
             if isinstance(entry, Record):
-                rows.append(_row(entry, retention))
+                rows.append(_row(entry, retention, relay))
                 recipients += _recipients(entry)
                 if entry.doubted:
                     ended.append(entry.task_id)
@@ -48,8 +50,8 @@ def statement_of(entries: Sequence[Entry], retention: Retention) -> tuple[object
         if not doubts and not ended:
             return _BATCH, *batch
         over = {*ended, *(row["task_id"] for row in rows)}
-        open_doubts = [_doubt(doubt, retention) for doubt in doubts if doubt.task_id not in over]
-        _check([_doubt(doubt, retention) for doubt in doubts if doubt.task_id in over])
+        open_doubts = [_doubt(doubt, retention, relay) for doubt in doubts if doubt.task_id not in over]
+        _check([_doubt(doubt, retention, relay) for doubt in doubts if doubt.task_id in over])
         return _MIXED, *batch, orjson.dumps(open_doubts).decode(), ended
     except (TypeError, ValueError) as error:  # no time zone, a lone surrogate, an integer beyond 64 bits
         raise RejectedRecordError(f"a value that cannot be stored: {error}") from error
@@ -64,7 +66,7 @@ def _moment(moment: datetime | None) -> str | None:
     return None if moment is None else f"{utc_text(moment)}+00"
 
 
-def _row(record: Record, retention: Retention) -> dict[str, object]:
+def _row(record: Record, retention: Retention, relay: str) -> dict[str, object]:
     return {
         "task_id": record.task_id,
         "client_task_id": record.client_task_id,
@@ -79,7 +81,7 @@ def _row(record: Record, retention: Retention) -> dict[str, object]:
         "message_id": record.message_id,
         "size": record.size,
         "duration_ms": record.duration_ms,
-        "data": record.data,
+        "data": signed(record.data, relay),
     }
 
 
@@ -95,7 +97,7 @@ def _recipients(record: Record) -> list[dict[str, object]]:
     ]
 
 
-def _doubt(doubt: Doubt, retention: Retention) -> dict[str, object]:
+def _doubt(doubt: Doubt, retention: Retention, relay: str) -> dict[str, object]:
     return {
         "task_id": doubt.task_id,
         "client_task_id": doubt.client_task_id,
@@ -111,7 +113,7 @@ def _doubt(doubt: Doubt, retention: Retention) -> dict[str, object]:
         "size": doubt.size,
         "duration_ms": doubt.duration_ms,
         "recipients": doubt.recipients,
-        "data": doubt.data,
+        "data": signed(doubt.data, relay),
     }
 
 

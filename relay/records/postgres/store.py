@@ -33,19 +33,29 @@ __all__ = ["PostgresStore"]
 class PostgresStore:
     """A PostgreSQL database; see `relay.records.store.Store` for what its methods promise."""
 
-    def __init__(self, database: Database, retention: Retention, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, database: Database, retention: Retention, relay: str, clock: Callable[[], datetime]
+    ) -> None:
         self._database = database
         self._retention = retention
+        self._relay = relay
         self._clock = clock
         self._commits = 0  # since long work last looked
         self._commit_s = 0.0  # what one takes, smoothed
 
     @classmethod
     async def open(
-        cls, url: str, retention: Retention, *, create: bool, later: bool, clock: Callable[[], datetime]
+        cls,
+        url: str,
+        retention: Retention,
+        *,
+        create: bool,
+        later: bool,
+        relay: str,
+        clock: Callable[[], datetime],
     ) -> PostgresStore:
         """Open the database that `url` names; see `relay.records.store.open_store`."""
-        return cls(await Database.open(url, create=create, later=later), retention, clock)
+        return cls(await Database.open(url, create=create, later=later), retention, relay, clock)
 
     async def write(self, entries: Sequence[Entry]) -> None:
         """Commit the entries with one statement."""
@@ -53,7 +63,7 @@ class PostgresStore:
             return
         async with self._database.connection() as connection:
             begun = time.monotonic()
-            await insert_entries(connection, entries, self._retention)
+            await insert_entries(connection, entries, self._retention, self._relay)
             seconds = time.monotonic() - begun
         self._commits += 1
         self._commit_s += (seconds - self._commit_s) / 16

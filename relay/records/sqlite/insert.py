@@ -14,7 +14,7 @@ import orjson
 
 from relay.envelope import domain_of
 from relay.records.errors import RejectedRecordError
-from relay.records.model import Doubt, Entry, Record
+from relay.records.model import Doubt, Entry, Record, signed
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
 
@@ -27,7 +27,9 @@ def prepare(raw: sqlite3.Connection) -> None:
         raw.execute(statement)
 
 
-def insert_entries(raw: sqlite3.Connection, entries: Sequence[Entry], retention: Retention) -> None:
+def insert_entries(
+    raw: sqlite3.Connection, entries: Sequence[Entry], retention: Retention, relay: str
+) -> None:
     """Insert the entries with one statement, however many they are: a transaction of its own.
 
     The whole batch goes to SQLite as JSON, and a trigger of this connection takes it apart. Each statement,
@@ -47,7 +49,7 @@ def insert_entries(raw: sqlite3.Connection, entries: Sequence[Entry], retention:
         for record in entries:
             if type(record) is not Record:
                 if isinstance(record, Doubt):
-                    doubts.append(_doubt_row(record, retention))
+                    doubts.append(_doubt_row(record, retention, relay))
                 else:
                     ended.append(record.task_id)
                 continue
@@ -70,7 +72,7 @@ def insert_entries(raw: sqlite3.Connection, entries: Sequence[Entry], retention:
                     record.message_id,
                     record.size,
                     record.duration_ms,
-                    record.data,
+                    signed(record.data, relay),
                 )
             )
             for ordinal, recipient in enumerate(record.recipients):
@@ -88,7 +90,7 @@ def insert_entries(raw: sqlite3.Connection, entries: Sequence[Entry], retention:
         )
 
 
-def _doubt_row(doubt: Doubt, retention: Retention) -> tuple[object, ...]:
+def _doubt_row(doubt: Doubt, retention: Retention, relay: str) -> tuple[object, ...]:
     expires_at = retention.expires_at(doubt.task_type, doubt.since)
     return (
         doubt.task_id,
@@ -105,7 +107,7 @@ def _doubt_row(doubt: Doubt, retention: Retention) -> tuple[object, ...]:
         doubt.size,
         doubt.duration_ms,
         doubt.recipients,
-        doubt.data,
+        signed(doubt.data, relay),
     )
 
 

@@ -40,9 +40,12 @@ T = TypeVar("T")
 class SqliteStore:
     """An open SQLite file; see `relay.records.store.Store` for what its methods promise."""
 
-    def __init__(self, database: Database, retention: Retention, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, database: Database, retention: Retention, relay: str, clock: Callable[[], datetime]
+    ) -> None:
         self._database = database
         self._retention = retention
+        self._relay = relay
         self._clock = clock
         self._commits = 0  # since long work last looked
         self._commit_s = 0.0  # what one takes, smoothed
@@ -55,6 +58,7 @@ class SqliteStore:
         *,
         create: bool,
         busy_timeout: float,
+        relay: str,
         clock: Callable[[], datetime],
     ) -> SqliteStore:
         """Open the file that `url` names; see `relay.records.store.open_store`."""
@@ -64,12 +68,14 @@ class SqliteStore:
         except BaseException:
             await database.close()
             raise
-        return cls(database, retention, clock)
+        return cls(database, retention, relay, clock)
 
     async def write(self, entries: Sequence[Entry]) -> None:
         """Commit the entries with one statement."""
         if entries:
-            _, seconds = await self._timed(lambda raw: insert_entries(raw, entries, self._retention))
+            _, seconds = await self._timed(
+                lambda raw: insert_entries(raw, entries, self._retention, self._relay)
+            )
             self._commits += 1
             self._commit_s += (seconds - self._commit_s) / 16
 
