@@ -78,9 +78,11 @@ def test_a_token_instead_of_none_is_one_change() -> None:
 @pytest.mark.parametrize("key", RESTART)
 def test_what_takes_a_restart_keeps_its_value(key: str) -> None:
     values: dict[str, Any] = {"url": "sqlite:///other.db", "spool": "other", "reuse_port": True}
+    values |= {"relay": "another", "password": "sesame", "password_file": "password"}
     section, _, name = key.partition(".")
-    before = settings()
-    changes = compare(before, settings(**{section: {name: values[name]}, "log": {"level": "debug"}}))
+    base = {"url": "postgresql://relay@db/relay"} if section == "records" else {}
+    before = settings(**{section: base})
+    changes = compare(before, settings(**{section: base | {name: values[name]}, "log": {"level": "debug"}}))
     assert changes.restart == (key,)
     assert changes.names == ("log.level",)
     assert changes.settings.log.level == "debug"
