@@ -94,7 +94,6 @@ def address(listening: socket.socket) -> str:
     return f"127.0.0.1:{listening.getsockname()[1]}"
 
 
-@pytest.mark.timeout(300)
 async def test_restarts_without_a_refused_connection(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     listening = tcp()
     with Supervisor(smtp=listening) as supervisor:
@@ -219,7 +218,6 @@ async def test_a_supervisor_that_does_not_listen_costs_nothing(
         assert "the service manager cannot be told" in line["text"]
 
 
-@pytest.mark.timeout(300)
 async def test_two_relays_share_a_port_while_one_takes_over(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:

@@ -23,8 +23,6 @@ from tests.support.script import Script
 from tests.support.storm import Storm
 from tests.support.upstream import Delay, Reset, ScriptedUpstream
 
-pytestmark = pytest.mark.timeout(120)
-
 SOUND = "relay"
 Trouble = Callable[[RelayProcess, Storm], Awaitable[None]]
 

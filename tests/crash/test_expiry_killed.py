@@ -9,8 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import pytest
-
 from relay.records.model import Record
 from relay.records.retention import Retention
 from relay.records.store import open_store
@@ -52,7 +50,6 @@ def end_lease(path: Path) -> None:
         raw.commit()
 
 
-@pytest.mark.timeout(120)
 async def test_a_kill_in_the_middle_of_expiry(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     async with RelayProcess(tmp_path, upstream.port) as relay:
         await make_backlog(relay.database)

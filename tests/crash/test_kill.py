@@ -56,7 +56,7 @@ def moody(dice: random.Random, share: float) -> Action | None:
     )[0]
 
 
-@pytest.mark.timeout(60 + 5 * KILLS)
+@pytest.mark.timeout(300 + 5 * KILLS)
 async def test_after_kills_every_yes_has_its_row_and_every_row_its_acceptance(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
@@ -67,7 +67,7 @@ async def test_after_kills_every_yes_has_its_row_and_every_row_its_acceptance(
     assert figures.rows >= figures.told_yes
 
 
-@pytest.mark.timeout(60 + 5 * KILLS)
+@pytest.mark.timeout(300 + 5 * KILLS)
 async def test_after_kills_with_a_store_that_is_often_locked_the_spool_has_kept_the_rest(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:

@@ -25,7 +25,6 @@ from tests.support.upstream import ScriptedUpstream
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
-    pytest.mark.timeout(180),
 ]
 
 CLIENTS = 20

@@ -27,8 +27,6 @@ from tests.support.script import Script
 from tests.support.storm import is_uncertain
 from tests.support.upstream import Delay, Message, ScriptedUpstream, Silence
 
-pytestmark = pytest.mark.timeout(120)
-
 TEXT = b"a line of text that is as long as such lines are\r\n"
 LONG = TEXT * 20_000
 """More than comes in one read."""

@@ -21,7 +21,6 @@ SLACK_S = 10.0
 CONTENT = b"From: a@example.test\r\nX-Task-ID: 1\r\n\r\ntext\r\n"
 
 
-@pytest.mark.timeout(180)
 async def test_sigterm_under_load_leaves_nothing_unrecorded(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:

@@ -37,7 +37,6 @@ def run(module: str, *arguments: str, progress: bool = False) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(120)
 def test_a_short_soak(tmp_path: Path) -> None:
     shown = run("soak", "--messages", "3000", "--every", "0.3", "--directory", str(tmp_path))
     assert "the counts agree" in shown
@@ -45,14 +44,12 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.timeout(120)
 def test_expiry_to_the_end_of_a_small_backlog(tmp_path: Path) -> None:
     sizes = ["--rows", "3000", "--recipients", "1", "300", "--seconds", "0.3", "--rounds", "1"]
     shown = run("expiry", *sizes, "--to-the-end", "--directory", str(tmp_path))
     assert shown.count("0 expired ones left: ok") == 2
 
 
-@pytest.mark.timeout(120)
 def test_a_run_counts_messages_and_rows_and_makes_tables(tmp_path: Path) -> None:
     cases = ["keep", "recipients-10", "waiting-pipelined"]
     short = ["--rounds", "1", "--seconds", "0.1", "--ends", "own", "--directory", str(tmp_path)]

@@ -25,8 +25,6 @@ from tests.support.script import Script
 from tests.support.storm import is_uncertain
 from tests.support.upstream import CHUNKING, Message, ScriptedUpstream
 
-pytestmark = pytest.mark.timeout(120)
-
 SETTINGS: dict[str, Any] = {
     "server": {"max_connections_per_client": 1000},
     "upstream": {"max_connections": 200, "max_messages": 1},

@@ -45,7 +45,6 @@ def test_the_hour_is_the_same_each_time_and_has_all_that_it_should() -> None:
     assert sum(BREAKS in mail.recipients for mail in hour) == 1
 
 
-@pytest.mark.timeout(120)
 async def test_an_hour_is_played_and_can_be_looked_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(90)  # processes that start take their time on a busy machine
 
 MAXIMUM = 10
 LIMITS = f'[[limits]]\nscope = "sender"\nmax = {MAXIMUM}\nper = "1d"\n'

@@ -8,8 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.upstream import ScriptedUpstream
@@ -24,7 +22,6 @@ async def send(client: Client, number: int) -> int:
     return number
 
 
-@pytest.mark.timeout(180)
 async def test_reloads_under_load(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """Every 20 ms a SIGHUP, every second file cannot be used; all sessions stay open to the last message."""
     sections: list[dict[str, Any]] = [

@@ -63,7 +63,6 @@ def mended(own: bytes) -> bytes:
     return BARE_LF.sub(b"\r\n", BARE_CR.sub(b" ", unstuff(own)))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "refuse"])
 def test_no_receiver_sees_an_end_of_data_that_the_relay_did_not(*, normalize: bool) -> None:
     written_upstream: set[tuple[bytes, bool]] = set()
