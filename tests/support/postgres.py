@@ -94,8 +94,16 @@ class Server:
         """Make the cluster."""
         self._run("initdb", "-D", str(self.data), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
 
-    def start(self) -> None:
-        """Start the server, and wait until it answers."""
+    def adopt(self, *files: Path) -> None:
+        """Give files to the server's user, and to nobody else."""
+        for file in files:
+            file.chmod(0o600)
+            if self._user:
+                os.chown(file, self._user["user"], self._user["group"])
+
+    def start(self, *settings: str) -> None:
+        """Start the server, and wait until it answers. `settings` hold from now on."""
+        self._settings += settings
         with (self.home / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
