@@ -29,6 +29,7 @@ from relay.limits.limits import Limits
 from relay.limits.now import LimitState, limits_now
 from relay.limits.presence import Presence, name_in
 from relay.metrics import Metrics
+from relay.records.agreement import AGAIN_S, Agreement
 from relay.records.counts import StoredCounts, counts_of
 from relay.records.expiry import ExpiryLoop
 from relay.records.inspection import entries_waiting
@@ -49,6 +50,7 @@ from relay.web import Access, Api, Overview, Reading, Site, Web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
+    from relay.records.retention import Retention
     from relay.session.doorkeeper import Authenticator
 
 __all__ = ["Relay", "StartError", "run"]
@@ -79,6 +81,8 @@ class Relay:
         self._token = secrets.token_hex(6)
         self._tasks: set[asyncio.Task[None]] = set()
         self._house: asyncio.Task[None] | None = None
+        self._agreement: Agreement
+        self._retention: Retention | None = None  # that holds, of all relays on the store
         self._hurried = False
         self._store: Store
         self._spool: Spool
@@ -219,6 +223,15 @@ class Relay:
             self._left_over += await asyncio.to_thread(entries_waiting, self._spool.directory)
         self.recorder.start()
         self._take_over_doubts()
+        name = await asyncio.to_thread(name_in, self._spool.directory)
+        self._agreement = Agreement(
+            self._store,
+            f"{self.settings.relay_name}/{name.partition(':')[2][:8]}",
+            parts.retention(self.settings),
+            clock=utc_now,
+            on_differ=maillog.retention_differs,
+        )
+        await self._agree()
         self._begin_housekeeping()
 
     def _begin_housekeeping(self) -> None:
@@ -259,15 +272,37 @@ class Relay:
             self._journal.free(slot)
 
     async def _keep_house(self) -> None:
-        """Make existing rows follow changed retention settings, then delete what expires, for ever."""
+        """Delete what expires, for ever; make existing rows follow the retention whenever it changes."""
+        followed = await self._follow()
+        self._expiry.start()
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            if await self._agree() or not followed:
+                followed = await self._follow()
+
+    async def _agree(self) -> bool:
+        """See which retention holds, ours or the longer one of another relay; return whether it changed."""
+        try:
+            found = await self._agreement.reach()
+        except StoreError:
+            return False  # while the store is away the last one holds
+        before, self._retention = self._retention, found
+        if before is not None and before.canonical() == found.canonical():
+            return False
+        self._store.use_retention(found)
+        return True
+
+    async def _follow(self) -> bool:
+        """Return whether the rows that exist follow the retention that holds."""
         try:
             changed = await self._store.follow_retention(on_due=maillog.retention_shortened)
-            if changed:
-                maillog.retention_changed(changed)
         except StoreError as error:
             self.metrics.record_error()
             maillog.expiry_failed(f"rows do not follow the changed retention yet: {error}")
-        self._expiry.start()
+            return False
+        if changed:
+            maillog.retention_changed(changed)
+        return True
 
     def _authenticator(self, settings: Settings) -> Authenticator | None:
         """Return what decides about logins, if there are any."""
@@ -363,8 +398,11 @@ class Relay:
         if fresh.bound is not None:
             await self.reception.listen(fresh.bound)
         if changes.touch("retention", "expiry"):
-            self._store.use_retention(parts.retention(settings))
             await self._end_housekeeping()
+            self._agreement.own = parts.retention(settings)
+            self._store.use_retention(self._agreement.own)
+            self._retention = None
+            await self._agree()
             self._begin_housekeeping()
         self.web.follow(settings)
         if fresh.web is not None:
@@ -435,6 +473,9 @@ class Relay:
             self._journal.close()
         if hasattr(self, "_spool"):
             self._spool.close()
+        if hasattr(self, "_agreement"):
+            with contextlib.suppress(StoreError):  # it runs out
+                await self._agreement.leave()
         if hasattr(self, "_store"):
             await self._store.close()
 

@@ -56,6 +56,7 @@ __all__ = [
     "reload_takes_restart",
     "reloaded",
     "retention_changed",
+    "retention_differs",
     "retention_shortened",
     "row_lost",
     "session_refused",
@@ -444,6 +445,11 @@ def retention_changed(rows: int) -> None:
 def retention_shortened(rows: int) -> None:
     """The retention settings became shorter: the next expiry run will delete `rows` rows for it."""
     _current.log.warning("retention shortened", rows=rows)
+
+
+def retention_differs(relays: list[str]) -> None:
+    """Other relays on the store keep rows longer: so does this one, as long as they say so."""
+    _current.log.warning("retention differs, the longer holds", relays=relays)
 
 
 # ------------------------------------------------------------------------------------------- the line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -36,6 +36,39 @@ class Retention:
         except OverflowError:
             return None
 
+    def longest(self, others: Iterable[Retention]) -> Retention:
+        """Return the retention that keeps every row as long as that one of these which keeps it longest."""
+        all_of_them = [self, *others]
+        names = {name for each in all_of_them for name in each.by_type}
+        return Retention(
+            _longest(each.default for each in all_of_them),
+            {
+                name: _longest(each.by_type.get(name, each.default) for each in all_of_them)
+                for name in sorted(names)
+            },
+        )
+
+    def to_text(self) -> str:
+        """Return the retention in a form that `of_text` reads."""
+        return orjson.dumps(
+            {
+                "default": _microseconds(self.default),
+                "by_type": {name: _microseconds(period) for name, period in self.by_type.items()},
+            }
+        ).decode()
+
+    @classmethod
+    def of_text(cls, text: str) -> Retention:
+        """Return what `to_text` has written; raises ValueError for anything else."""
+        try:
+            found = orjson.loads(text)
+            return cls(
+                _of_microseconds(found["default"]),
+                {name: _of_microseconds(period) for name, period in found["by_type"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"no retention: {error!r}") from error
+
     def canonical(self) -> str:
         """Return a text that is the same for two values exactly when they keep every row equally long."""
         named = {name: period for name, period in self.by_type.items() if period != self.default}
@@ -50,6 +83,19 @@ class Retention:
 
 def _text(period: timedelta | None) -> str:
     return "never" if period is None else str(period)
+
+
+def _longest(periods: Iterable[timedelta | None]) -> timedelta | None:
+    found = list(periods)
+    return None if None in found else max(period for period in found if period is not None)
+
+
+def _microseconds(period: timedelta | None) -> int | None:
+    return None if period is None else period // timedelta(microseconds=1)
+
+
+def _of_microseconds(count: int | None) -> timedelta | None:
+    return None if count is None else timedelta(microseconds=count)
 
 
 def _period(seconds: float | None) -> timedelta | None:

@@ -9,7 +9,7 @@ database, come in between. Nobody but `open_store` knows which database a URL na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -90,7 +90,10 @@ class Store(Protocol):
         """Say to all who share the store that the relay of this name lives; good until then."""
 
     async def say_gone(self, name: str) -> None:
-        """Say that it has ended."""
+        """Say that it has ended, or that what was said under this name counts no more."""
+
+    async def say_retention(self, name: str, value: str, until: datetime) -> Mapping[str, str]:
+        """Say how long the relay of this name wants rows kept, good until then; return the others' words."""
 
     async def expiry_lag(self, now: datetime) -> float:
         """Return for how long, in seconds, the oldest row that has expired is due; 0.0 when there is none."""

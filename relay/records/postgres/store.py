@@ -86,8 +86,8 @@ class PostgresStore:
     async def say_alive(self, name: str, until: datetime) -> None:
         """Renew the row that says so, and clear away those that were not renewed."""
         async with self._database.transaction() as connection:
-            await connection.execute(_CLEAR, self._clock())
-            await connection.execute(_ALIVE, name, until)
+            await connection.execute(_CLEAR, "relay:%", self._clock())
+            await connection.execute(_ALIVE, name, until, "")
 
     async def say_gone(self, name: str) -> None:
         """Delete the row."""
@@ -95,6 +95,13 @@ class PostgresStore:
             await connection.execute("DELETE FROM task_done_state WHERE name = $1", name)
 
     # Retention
+
+    async def say_retention(self, name: str, value: str, until: datetime) -> dict[str, str]:
+        """Renew the row that says so, and read those of the others."""
+        async with self._database.transaction() as connection:
+            await connection.execute(_CLEAR, "retention:%", self._clock())
+            await connection.execute(_ALIVE, name, until, value)
+            return dict(await connection.fetch(_OTHERS, name))
 
     async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
         """Make existing rows follow, step by step."""
@@ -199,10 +206,11 @@ class PostgresStore:
 _CLEAR = """
     DELETE FROM task_done_state WHERE name IN (
         SELECT name FROM task_done_state
-        WHERE name LIKE 'relay:%' AND expires_at <= $1 FOR UPDATE SKIP LOCKED
+        WHERE name LIKE $1 AND expires_at <= $2 FOR UPDATE SKIP LOCKED
     )
 """
 _ALIVE = """
-    INSERT INTO task_done_state (name, value, expires_at) VALUES ($1, '', $2)
-    ON CONFLICT (name) DO UPDATE SET expires_at = excluded.expires_at
+    INSERT INTO task_done_state (name, value, expires_at) VALUES ($1, $3, $2)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires_at = excluded.expires_at
 """
+_OTHERS = "SELECT name, value FROM task_done_state WHERE name LIKE 'retention:%' AND name <> $1"

@@ -29,7 +29,7 @@ from relay.records.sqlite.expire import (
 )
 from relay.records.sqlite.follow import begin_following, count_due, follow
 from relay.records.sqlite.insert import insert_entries, prepare
-from relay.records.sqlite.presence import say_alive, say_gone
+from relay.records.sqlite.presence import say_alive, say_gone, say_retention
 from relay.records.steps import Step
 
 __all__ = ["SqliteStore"]
@@ -104,6 +104,12 @@ class SqliteStore:
         await self._database.transaction(lambda raw: say_gone(raw, name))
 
     # Retention
+
+    async def say_retention(self, name: str, value: str, until: datetime) -> dict[str, str]:
+        """Renew the row that says so, and read those of the others."""
+        return await self._database.transaction(
+            lambda raw: say_retention(raw, name, value, self._clock(), until)
+        )
 
     async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
         """Make existing rows follow, step by step."""
