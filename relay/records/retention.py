@@ -90,12 +90,12 @@ def _longest(periods: Iterable[timedelta | None]) -> timedelta | None:
     return None if None in found else max(period for period in found if period is not None)
 
 
-def _microseconds(period: timedelta | None) -> int | None:
-    return None if period is None else period // timedelta(microseconds=1)
+def _microseconds(period: timedelta | None) -> str | None:
+    return None if period is None else str(period // timedelta(microseconds=1))  # beyond what JSON counts to
 
 
-def _of_microseconds(count: int | None) -> timedelta | None:
-    return None if count is None else timedelta(microseconds=count)
+def _of_microseconds(count: str | None) -> timedelta | None:
+    return None if count is None else timedelta(microseconds=int(count))
 
 
 def _period(seconds: float | None) -> timedelta | None:
