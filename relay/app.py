@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relay import __version__, descriptors, maillog, parts, systemd
 from relay.auth.guard import Guard
@@ -45,7 +45,7 @@ from relay.session.tls import Certificate, CertificateError
 from relay.settings import Changes, Settings, compare
 from relay.transaction import Services
 from relay.upstream.upstreams import Upstreams
-from relay.web import Access, Api, Overview, Reading, Site, Web
+from relay.web import Access, Api, Overview, Page, Reading, Site, Web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -191,14 +191,25 @@ class Relay:
             return []
         return await limits_now(self._counts, self._limits.rules, self._limits.clock())
 
+    async def _limits_shown(self) -> list[dict[str, Any]]:
+        return [limit.plain() for limit in await self.limits_now()]
+
     def _rows_are_on_their_way(self) -> bool:
         """Whether there may be rows of this relay that are durable and not in the store."""
         return bool(self._taken_over) or self.recorder.away() is not None
 
     def _web(self, settings: Settings) -> Web:
         """Return the HTTP side; what it tells of goes on where its address changes."""
-        parts = [Api(self._reading, self._overview)]
-        return Web(self.metrics, self.readiness, Site(Access(settings), self._overview, parts))
+        page = Page(
+            self._reading,
+            self._overview,
+            hostname=lambda: self.settings.server.hostname,
+            listens=lambda: self.reception.addresses,
+            limits=self._limits_shown,
+        )
+        api = Api(self._reading, self._overview, self._limits_shown)
+        site = Site(Access(settings), self._overview, [api, page])
+        return Web(self.metrics, self.readiness, site)
 
     async def _start_records(self) -> None:
         records = self.settings.records

@@ -43,6 +43,8 @@ DOORS = {
     "cryptography": {"session"},
     "tomlkit": {"auth"},
     "structlog": {"maillog"},
+    "jinja2": {"web"},
+    "markupsafe": {"web"},
     "pydantic": {"settings"},
     "typer": {"cli"},
 }

@@ -3,7 +3,8 @@
 from relay.web.access import Access
 from relay.web.api import Api
 from relay.web.overview import Overview
+from relay.web.page import Page
 from relay.web.reading import Reading
 from relay.web.server import BindError, Site, Web
 
-__all__ = ["Access", "Api", "BindError", "Overview", "Reading", "Site", "Web"]
+__all__ = ["Access", "Api", "BindError", "Overview", "Page", "Reading", "Site", "Web"]

@@ -21,12 +21,23 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["AS_ROOT", "NODEMAILER", "Ended", "command", "daemon_directory", "free_port", "needs", "run"]
+__all__ = [
+    "AS_ROOT",
+    "AXE",
+    "NODEMAILER",
+    "Ended",
+    "command",
+    "daemon_directory",
+    "free_port",
+    "needs",
+    "run",
+]
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 _HERE = Path(__file__).parent
 NODEMAILER = _HERE / "node_modules" / "nodemailer"
-"""Where `npm install` in this directory puts it."""
+AXE = _HERE / "node_modules" / "axe-core" / "axe.min.js"
+"""Where `npm install` in this directory puts them."""
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="Postfix starts its daemons as root only")
 
