@@ -100,7 +100,7 @@ class Relay:
         self.upstreams: Upstreams
         self.reception: Reception
         self._overview = Overview(self.metrics, self.readiness)
-        self._reading = Reading(settings.records.url)
+        self._reading = Reading(settings.records.connect_url)
         self.web: Web
 
     async def start(self, passed: Sequence[systemd.Inherited] = ()) -> None:

@@ -19,8 +19,9 @@ from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
 from relay.cli.health import health
 from relay.cli.limits import limits
-from relay.cli.sends import EPILOG, sends
+from relay.cli.sends import sends
 from relay.cli.spool import spool
+from relay.cli.stats import stats
 from relay.cli.user import user
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def schema() -> int:
 
 
 app.command()(health)
-app.command(epilog=EPILOG)(sends)
+app.add_typer(sends, name="sends")
+app.command()(stats)
 app.command()(limits)
 app.add_typer(user, name="user")
 app.add_typer(spool, name="spool")

@@ -14,18 +14,20 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import TextIO
 
 import typer
 from rich.cells import cell_len, set_cell_size
 
 from relay.cli.sends import Format
+from relay.provider import accepted_as
+from relay.records.model import Json
 from relay.records.queries import InDoubt, Send
 
-__all__ = ["GAP", "Table", "fitted", "printable", "writer"]
+__all__ = ["GAP", "Table", "details", "fitted", "printable", "writer"]
 
 Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
@@ -39,20 +41,20 @@ Cell = tuple[str, str]
 
 
 def writer(
-    output: Format, out: TextIO, kind: type[Send] | type[InDoubt] = Send
+    output: Format,
+    out: TextIO,
+    kind: type[Send] | type[InDoubt] = Send,
+    *,
+    zone: tzinfo | None = None,
 ) -> Callable[[Sequence[Row]], None]:
-    """Return a printer of pages of `kind` to `out`.
+    """Return a printer of pages of `kind` to `out`; a table has its times in `zone`, None: the machine's.
 
     An empty first page makes it print what stands above the rows.
     """
-    if isinstance(out, io.TextIOWrapper):
-        if output is Format.TABLE:
-            out.reconfigure(errors="backslashreplace")
-        else:
-            out.reconfigure(encoding="utf-8")
+    _cope(out, output)
     columns = tuple(field.name for field in fields(kind))
     if output is Format.TABLE:
-        write = _table(out, HEADER if kind is Send else HEADER_IN_DOUBT)
+        write = _table(out, HEADER if kind is Send else HEADER_IN_DOUBT, zone)
     else:
         write = (_json if output is Format.JSON else _csv)(out, columns)
 
@@ -63,13 +65,22 @@ def writer(
     return page
 
 
+def _cope(out: TextIO, output: Format) -> None:
+    """Make `out` take every character."""
+    if isinstance(out, io.TextIOWrapper):
+        if output is Format.TABLE:
+            out.reconfigure(errors="backslashreplace")
+        else:
+            out.reconfigure(encoding="utf-8")
+
+
 # For people
 
 
-def _table(out: TextIO, header: Sequence[str]) -> Callable[[Sequence[Row]], None]:
+def _table(out: TextIO, header: Sequence[str], zone: tzinfo | None) -> Callable[[Sequence[Row]], None]:
     terminal = out.isatty()
     bold = terminal and os.environ.get("TERM") != "dumb"
-    table = Table(shutil.get_terminal_size().columns if terminal else None, header)
+    table = Table(shutil.get_terminal_size().columns if terminal else None, header, zone)
 
     def write(rows: Sequence[Row]) -> None:
         for number, line in enumerate(table.lines(rows)):
@@ -82,7 +93,8 @@ def _table(out: TextIO, header: Sequence[str]) -> Callable[[Sequence[Row]], None
 class Table:
     """Lines of columns, as wide as the first page needs, and no wider than `width` cells; None: no bound."""
 
-    def __init__(self, width: int | None, header: Sequence[str] = HEADER) -> None:
+    def __init__(self, width: int | None, header: Sequence[str] = HEADER, zone: tzinfo | None = None) -> None:
+        self._zone = zone
         self._width = width
         self._header = header
         self._widths: list[int] = []
@@ -92,7 +104,7 @@ class Table:
         """Return the lines of the next page; the first one's begin with the header."""
         if not rows:
             return []
-        page = [_cells(row) for row in rows]
+        page = [_cells(row, self._zone) for row in rows]
         self.pages += 1
         if self.pages == 1:
             page.insert(0, [(name, "") for name in self._header])
@@ -127,11 +139,11 @@ def fitted(wanted: Sequence[int], width: int) -> list[int]:
     return widths
 
 
-def _cells(row: Row) -> list[Cell]:
+def _cells(row: Row, zone: tzinfo | None) -> list[Cell]:
     first, *more = row.recipients or ("",)
     moment, last = (row.sent_at, row.upstream_reply) if isinstance(row, Send) else (row.since, row.reason)
     return [
-        (f"{moment.astimezone():%Y-%m-%d %H:%M:%S}", ""),
+        (f"{moment.astimezone(zone):%Y-%m-%d %H:%M:%S}", ""),
         (printable(row.task_type), ""),
         (printable(row.sender) or "<>", ""),
         (printable(first), f" +{len(more)}" if more else ""),
@@ -144,6 +156,62 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def details(row: Row, out: TextIO, *, zone: tzinfo | None = None) -> None:
+    """Print everything about one row, a line for each value, for people."""
+    _cope(out, Format.TABLE)
+    lines = list(_details(row, zone))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        first, *more = [printable(line) for line in value.split("\n")]
+        out.write(f"{name:<{width}}{GAP}{first}".rstrip() + "\n")
+        out.writelines(f"{'':<{width}}{GAP}{line}\n" for line in more)
+    out.flush()
+
+
+def _details(row: Row, zone: tzinfo | None) -> Iterator[tuple[str, str]]:
+    def when(moment: datetime) -> str:
+        return f"{moment.astimezone(zone):%Y-%m-%d %H:%M:%S.%f %z}"
+
+    sent = isinstance(row, Send)
+    yield "task id", row.task_id
+    if row.client_task_id is not None:
+        yield "client's task id", row.client_task_id
+    yield "state", "accepted" if sent else "in doubt"
+    yield ("sent at", when(row.sent_at)) if isinstance(row, Send) else ("since", when(row.since))
+    yield "expires at", "never" if row.expires_at is None else when(row.expires_at)
+    yield "type", row.task_type
+    yield "sender", row.sender or "<>"
+    yield "recipients", "\n".join(row.recipients)
+    yield "client", row.client
+    yield "upstream", row.upstream
+    if isinstance(row, Send):
+        accepted = accepted_as(row.upstream_reply)
+        yield "accepted as", "(the reply names no id)" if accepted is None else accepted.id
+        yield "reply", row.upstream_reply
+    else:
+        yield "reason", row.reason
+    if row.message_id is not None:
+        yield "Message-ID", row.message_id
+    yield "size", f"{row.size:,} octets"
+    yield "took", f"{row.duration_ms:,} ms"
+    for name, value in row.data.items():
+        yield from _data(name, value)
+
+
+def _data(name: str, value: Json) -> Iterator[tuple[str, str]]:
+    if name == "headers" and isinstance(value, dict):
+        for header, content in value.items():
+            texts = content if isinstance(content, list) else [content]
+            yield f"header {printable(header)}", "\n".join(map(str, texts))
+    elif name == "refused" and isinstance(value, list):
+        each = [item for item in value if isinstance(item, dict)]
+        yield "refused", "\n".join(f"{item.get('recipient')}: {item.get('reply')}" for item in each)
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value))
+    else:
+        yield name.replace("_", " "), "(its connection had broken)" if value is None else str(value)
 
 
 # For programs

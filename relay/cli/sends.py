@@ -1,33 +1,57 @@
-"""`relay sends`: searches the records. Here is what its options take; `rows` prints what was found."""
+"""`relay sends`: searches the records. Here is what its options take; `rows` prints what was found.
+
+Rules. What goes to standard output is rows and nothing else, so that it pipes; what is said beside goes to
+standard error, and how far a long export is only where somebody looks.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime, timedelta
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime, tzinfo
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.failure import CommandError
-from relay.envelope import text
 
 if TYPE_CHECKING:
     from relay.cli.rows import Row
-    from relay.records.queries import SendFilter
+    from relay.records.queries import Queries, SendFilter
     from relay.settings import Settings
 
-__all__ = ["EPILOG", "Format", "moment", "sends"]
+__all__ = ["EPILOG", "Format", "asked", "reading", "sends"]
 
 EPILOG = (
-    "A row must pass every filter. WHEN is a time ago (90m, 2h, 7d), or a date or time (2026-11-23, "
-    "2026-11-23T07:46), local unless it ends in Z or an offset. CSV has values as recorded: import them as "
-    "text into a spreadsheet, which would take one that begins with = + - or @ for a formula."
+    "A row must pass every filter. ADDRESS is an address, @domain, or a pattern in which * stands for "
+    "anything, in quotes; so are names. WHEN is a time ago (90m, 2h, 7d), today, yesterday, or a date or "
+    "time (2026-11-23, 2026-11-23T07:46), in the machine's zone or that of --tz unless it ends in Z or an "
+    "offset. "
+    "CSV has values as recorded: import them as text into a spreadsheet, which would take one that begins "
+    "with = + - or @ for a formula."
 )
+T = TypeVar("T")
+
+_TAKES = {
+    "sender": "an address, @domain or a pattern, or <>",
+    "recipient": "an address or @domain, or a pattern",
+    "type": "a task type",
+    "client": "a user name or an IP address",
+    "upstream": "the name of an upstream",
+    "message_id": "a Message-ID",
+}
+
+FOLLOW_S = 1.0
+"""Seconds between two looks for new rows."""
+OVERLAP = 1000
+"""Rows looked at again: relays on one database may commit in another order than that of ids."""
+PROGRESS_S = 0.5
+
+sends = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
 
 class Format(StrEnum):
@@ -38,23 +62,32 @@ class Format(StrEnum):
     CSV = "csv"
 
 
-def sends(
+@sends.callback(epilog=EPILOG, help="Search the records of what was sent, newest first.")
+def search(
+    context: typer.Context,
     config: ConfigOption = None,
     sender: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Address, @domain, or <> (the null reverse-path)."),
+        typer.Option(metavar="ADDRESS", help="Sender; <> is the null reverse-path."),
     ] = None,
-    recipient: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address or @domain.")] = None,
+    recipient: Annotated[str | None, typer.Option(metavar="ADDRESS", help="One of the recipients.")] = None,
     task_type: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Task type.")] = None,
     client: Annotated[
         str | None, typer.Option(metavar="CLIENT", help="Authenticated user, else the client's IP address.")
     ] = None,
+    upstream: Annotated[str | None, typer.Option(metavar="NAME", help="Upstream that accepted.")] = None,
     message_id: Annotated[
         str | None, typer.Option(metavar="ID", help="Message-ID, with or without its angle brackets.")
     ] = None,
     task_id: Annotated[str | None, typer.Option(metavar="UUID", help="The relay's id of the send.")] = None,
     since: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent then or later.")] = None,
     until: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent before then.")] = None,
+    zone: Annotated[
+        str | None,
+        typer.Option(
+            "--tz", metavar="ZONE", help="Zone of times, such as Europe/Berlin. Else the machine's."
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=0, metavar="N", help="Rows at most; 0: all.")] = 20,
     in_doubt: Annotated[
         bool,
@@ -62,41 +95,42 @@ def sends(
             "--in-doubt", help="Not what was sent, but messages of which nobody knows whether they were."
         ),
     ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with new rows as they are recorded, oldest first.")
+    ] = False,
     output: Annotated[
         Format, typer.Option("--format", help="table: for people; json: one object a line; csv.")
     ] = Format.TABLE,
 ) -> int:
     """Search the records of what was sent, newest first."""
-    now = datetime.now(UTC)
-    given: dict[str, Any] = {
-        "sender": _address("--sender", sender, null_path=True),
-        "recipient": _address("--recipient", recipient),
-        "task_type": _given("--type", task_type, "a task type"),
-        "client": _given("--client", client, "a user name or an IP address"),
-        "message_id": _given("--message-id", message_id, "a Message-ID"),
+    if context.invoked_subcommand is not None:
+        return 0
+    given = {
+        "sender": sender,
+        "recipient": recipient,
+        "type": task_type,
+        "client": client,
+        "upstream": upstream,
+        "message_id": message_id,
+        "task_id": task_id,
+        "since": since,
+        "until": until,
     }
-    identity = _identity(task_id)
-    begin, end = _when("--since", since, now), _when("--until", until, now)
-    if begin is not None and end is not None and begin >= end:
-        raise _mistake("--until", "takes a time after that of --since")
+    if follow and (in_doubt or until is not None):
+        raise _mistake("--follow", f"does not go with {'--in-doubt' if in_doubt else '--until'}")
+    wanted, place = asked(given, zone)
     settings = configured_to_read(config, os.environ)
 
-    import asyncio
-
     from relay.cli.rows import writer
-    from relay.records.errors import StoreError
-    from relay.records.queries import InDoubt, Send, SendFilter
+    from relay.records.queries import InDoubt, Send
 
-    wanted = SendFilter(**given, task_id=identity, since=begin, until=end)
-    write = writer(output, sys.stdout, InDoubt if in_doubt else Send)
-    try:
-        rows, doubts = asyncio.run(_print(settings, wanted, limit or None, write, in_doubt=in_doubt))
-    except StoreError as error:
-        raise CommandError([f"relay: {error}"]) from None
-    except BrokenPipeError:
-        raise  # whoever read has seen enough; typer ends quietly
-    except OSError as error:
-        raise CommandError([f"relay: cannot write what was found: {error.strerror}"]) from None
+    write = writer(output, sys.stdout, InDoubt if in_doubt else Send, zone=place)
+    if follow:
+        reading(settings, lambda queries: _follow(queries, wanted, limit, write))
+        return 0
+    rows, doubts = reading(
+        settings, lambda queries: _print(queries, wanted, limit or None, write, in_doubt=in_doubt)
+    )
     if not rows and output is Format.TABLE:
         typer.echo(f"relay: no {'messages in doubt' if in_doubt else 'sends'} found", err=True)
     if doubts:
@@ -105,8 +139,82 @@ def sends(
     return 0
 
 
+@sends.command()
+def show(
+    task_id: Annotated[str, typer.Argument(metavar="TASK_ID", help="The relay's id of the send.")],
+    config: ConfigOption = None,
+    zone: Annotated[
+        str | None,
+        typer.Option(
+            "--tz", metavar="ZONE", help="Zone of times, such as Europe/Berlin. Else the machine's."
+        ),
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="table: for people; json; csv.")] = Format.TABLE,
+) -> int:
+    """Show everything about one send, or one message in doubt."""
+    wanted, place = asked({"task_id": task_id}, zone)
+    settings = configured_to_read(config, os.environ)
+
+    from relay.cli.rows import details, writer
+    from relay.records.queries import InDoubt, Send
+
+    async def find(queries: Queries) -> Sequence[Row]:
+        return await queries.page(wanted, 1) or await queries.page_of_doubts(wanted, 1)
+
+    found = reading(settings, find)
+    if not found:
+        raise CommandError(["relay: no send has this task id, and no message in doubt; it may have expired"])
+    if output is Format.TABLE:
+        details(found[0], sys.stdout, zone=place)
+    else:
+        writer(output, sys.stdout, Send if isinstance(found[0], Send) else InDoubt, zone=place)(found)
+    return 0
+
+
+def asked(given: dict[str, str | None], zone: str | None) -> tuple[SendFilter, tzinfo | None]:
+    """Return the filter that the values of options make, and the zone of times; raise BadParameter."""
+    from relay.asking import AskedError, filter_of, zone_of
+
+    try:
+        for field, takes in _TAKES.items():
+            value = given.get(field)
+            if value is not None and value.strip() in ("", "@", *(["<>"] if field == "recipient" else [])):
+                raise AskedError(field, takes)
+        place = zone_of(zone)
+        wanted = filter_of(given, datetime.now(UTC), place)
+    except AskedError as error:
+        raise _mistake(f"--{error.field.replace('_', '-')}", f"takes {error.takes}") from None
+    if wanted.since is not None and wanted.until is not None and wanted.since >= wanted.until:
+        raise _mistake("--until", "takes a time after that of --since")
+    return wanted, place
+
+
+def reading(settings: Settings, work: Callable[[Queries], Awaitable[T]]) -> T:
+    """Run `work` on the records that the settings name; raise CommandError if they cannot be read."""
+    import asyncio
+
+    from relay.records.errors import StoreError
+    from relay.records.queries import open_queries
+
+    async def run() -> T:
+        queries = await open_queries(settings.records.connect_url)
+        try:
+            return await work(queries)
+        finally:
+            await queries.close()
+
+    try:
+        return asyncio.run(run())
+    except StoreError as error:
+        raise CommandError([f"relay: {error}"]) from None
+    except BrokenPipeError:
+        raise  # whoever read has seen enough; typer ends quietly
+    except OSError as error:
+        raise CommandError([f"relay: cannot write what was found: {error.strerror}"]) from None
+
+
 async def _print(
-    settings: Settings,
+    queries: Queries,
     wanted: SendFilter,
     limit: int | None,
     write: Callable[[Sequence[Row]], None],
@@ -114,79 +222,62 @@ async def _print(
     in_doubt: bool,
 ) -> tuple[int, int]:
     """Print what is wanted; return how many rows, and how many messages in doubt there are to be told of."""
-    from relay.records.queries import open_queries
-
-    queries = await open_queries(settings.records.connect_url)
-    try:
-        rows = 0
-        write(())
-        pages: AsyncIterator[Sequence[Row]]
-        pages = queries.doubts(wanted, limit=limit) if in_doubt else queries.sends(wanted, limit=limit)
-        async for page in pages:
-            write(page)
-            rows += len(page)
-        tells = not in_doubt and sys.stderr.isatty()
-        return rows, await queries.count_in_doubt() if tells else 0
-    finally:
-        await queries.close()
+    rows = 0
+    progress = _Progress()
+    write(())
+    pages: AsyncIterator[Sequence[Row]]
+    pages = queries.doubts(wanted, limit=limit) if in_doubt else queries.sends(wanted, limit=limit)
+    async for page in pages:
+        write(page)
+        rows += len(page)
+        progress.tell(rows)
+    progress.end()
+    tells = not in_doubt and sys.stderr.isatty()
+    return rows, await queries.count_in_doubt() if tells else 0
 
 
-def moment(value: str, now: datetime) -> datetime:
-    """Return the time that `value` means, aware: a duration before `now`, or ISO 8601, local without offset.
+async def _follow(
+    queries: Queries, wanted: SendFilter, limit: int, write: Callable[[Sequence[Row]], None]
+) -> None:
+    """Print the newest rows, oldest first, then each one as it comes, for ever."""
+    import asyncio
 
-    Raises ValueError for anything else.
-    """
-    from relay.settings.units import parse_duration
-
-    try:
-        if value[-1:].isalpha() and value[-1] != "Z":
-            return now - timedelta(seconds=parse_duration(value))
-        found = datetime.fromisoformat(value)
-        return found.astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError(str(error)) from error
-
-
-def _when(option: str, value: str | None, now: datetime) -> datetime | None:
-    if value is None:
-        return None
-    try:
-        return moment(value.strip(), now)
-    except ValueError:
-        raise _mistake(
-            option, "takes a time ago such as 90m, 2h or 7d, or a date or time such as 2026-11-23T07:46"
-        ) from None
+    known = await queries.newest_id()
+    first = await queries.page(wanted, limit) if limit else []
+    write(())
+    write(first[::-1])
+    # What was there at the beginning is not new; what comes late with a smaller id is.
+    seen = {row.id for row in await queries.recorded_after(wanted, known - OVERLAP, OVERLAP)}
+    while True:
+        found = await queries.recorded_after(wanted, known - OVERLAP, 2 * OVERLAP)
+        fresh = [row for row in found if row.id not in seen]
+        write(fresh)
+        if found:
+            known = max(known, found[-1].id)
+        seen = {key for key in seen if key > known - OVERLAP} | {row.id for row in fresh}
+        if len(found) < 2 * OVERLAP:
+            await asyncio.sleep(FOLLOW_S)
 
 
-def _address(option: str, value: str | None, *, null_path: bool = False) -> str | None:
-    takes = "an address or @domain" + (", or <>" if null_path else "")
-    found = _given(option, value, takes)
-    if found is None:
-        return None
-    if found.startswith("<") and found.endswith(">"):
-        found = found[1:-1]
-    if found == "@" or not (found or null_path):
-        raise _mistake(option, f"takes {takes}")
-    return found
+class _Progress:
+    """How many rows are out, for who looks at a terminal while rows go elsewhere."""
 
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty() and not sys.stdout.isatty()
+        self._next = time.monotonic() + PROGRESS_S
+        self._told = False
 
-def _given(option: str, value: str | None, takes: str) -> str | None:
-    """Return a value as the store writes text from the wire, octets that are no UTF-8 escaped."""
-    if value is None:
-        return None
-    found = text(os.fsencode(value.strip()))
-    if not found:
-        raise _mistake(option, f"takes {takes}")
-    return found
+    def tell(self, rows: int) -> None:
+        """Say so, now and then."""
+        if self._shown and time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_S
+            self._told = True
+            typer.echo(f"\r{rows:,} rows", nl=False, err=True)
 
-
-def _identity(value: str | None) -> UUID | None:
-    if value is None:
-        return None
-    try:
-        return UUID(value.strip())
-    except ValueError:
-        raise _mistake("--task-id", "takes a UUID such as 019b1c7e-5a2f-7c31-9d0e-3f5b8a6c2d14") from None
+    def end(self) -> None:
+        """Leave the line as it was."""
+        if self._told:
+            typer.echo("\r\x1b[K", nl=False, err=True)
 
 
 def _mistake(option: str, takes: str) -> typer.BadParameter:

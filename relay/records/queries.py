@@ -16,11 +16,12 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
+from relay.records.by import By
 from relay.records.filters import Key, SendFilter
 from relay.records.model import Json
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of, sends_by_id
-from relay.records.statistics import MAX_GROUPS, By, Statistics, counted, statement_of, whole_hours
+from relay.records.statistics import MAX_GROUPS, Statistics, counted, statement_of, whole_hours
 from relay.records.store import is_postgres
 
 __all__ = ["COLUMNS", "PAGE_ROWS", "InDoubt", "Queries", "Reader", "Send", "SendFilter", "open_queries"]

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from relay.records.by import By
 from relay.records.filters import (
     RECIPIENT_INDEXES,
     SendFilter,
@@ -34,23 +34,6 @@ __all__ = ["MAX_GROUPS", "By", "Count", "Statistics", "counted", "statement_of",
 MAX_GROUPS = 20_000
 """Counts of one answer at most: more than two years of hours."""
 _HOUR = timedelta(hours=1)
-
-
-class By(StrEnum):
-    """What is counted by."""
-
-    TYPE = "type"
-    SENDER = "sender"
-    RECIPIENT_DOMAIN = "recipient-domain"
-    CLIENT = "client"
-    UPSTREAM = "upstream"
-    HOUR = "hour"
-    DAY = "day"
-
-    @property
-    def time(self) -> bool:
-        """Whether it is a time."""
-        return self in (By.HOUR, By.DAY)
 
 
 @dataclass(frozen=True, slots=True)

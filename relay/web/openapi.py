@@ -13,7 +13,7 @@ from zoneinfo import available_timezones
 from relay import __version__
 from relay.asking import MAX_VALUE
 from relay.outcome import Outcome
-from relay.records.statistics import By
+from relay.records.by import By
 
 __all__ = ["CURSOR", "DEFAULT_LIMIT", "FILTERS", "MAX_LIMIT", "TASK_ID", "description"]
 
@@ -115,7 +115,22 @@ def _schemas() -> dict[str, Any]:
                 "slowest_ms": _COUNT,
             },
         },
-        "Limit": {"type": "object"},
+        "Limit": _object(
+            name={"type": "string"},
+            scope={"type": "string"},
+            unit={"type": "string"},
+            maximum=_COUNT,
+            window_s=_SECONDS,
+            action={"type": "string"},
+            keys=_list(
+                _object(
+                    key={"type": "string"},
+                    used=_COUNT,
+                    state={"enum": ["near", "over"]},
+                    room_in_s=_nullable(_SECONDS),
+                )
+            ),
+        ),
         "Status": _object(
             version={"type": "string"},
             at=_TIME,

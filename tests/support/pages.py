@@ -128,6 +128,8 @@ def commands() -> Iterator[tuple[str, Any]]:
         name, command = todo.pop(0)
         inner = getattr(command, "commands", None)
         if inner:
+            if getattr(command, "invoke_without_command", False):
+                yield name, command
             todo[:0] = [(f"{name} {each}", inner[each]) for each in inner]
         else:
             yield name, command

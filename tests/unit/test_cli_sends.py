@@ -15,9 +15,10 @@ from uuid import UUID
 
 import pytest
 
+from relay.asking import moment
 from relay.cli import main
 from relay.cli.rows import HEADER, HEADER_IN_DOUBT, Table, fitted, writer
-from relay.cli.sends import Format, moment
+from relay.cli.sends import Format
 from relay.records.model import Doubt, Record
 from relay.records.queries import COLUMNS, Send
 from relay.records.retention import Retention
@@ -244,12 +245,10 @@ def test_no_store_is_made_and_nothing_printed(output, capsys):
 @pytest.mark.parametrize(
     ("arguments", "option", "takes"),
     [
-        (["--since=yesterday"], "--since", "90m, 2h or 7d"),
+        (["--since=tomorrow"], "--since", "90m, 2h or 7d"),
         (["--since="], "--since", "90m, 2h or 7d"),
         (["--since=90"], "--since", "90m, 2h or 7d"),
         (["--until=99999999d"], "--until", "90m, 2h or 7d"),
-        (["--until=0001-01-01"], "--until", "90m, 2h or 7d"),
-        (["--since=0001-01-01T00:00+14:00"], "--since", "90m, 2h or 7d"),
         (["--since=1h", "--until=2h"], "--until", "after that of --since"),
         (["--task-id=5"], "--task-id", "a UUID"),
         (["--sender="], "--sender", "or <>"),

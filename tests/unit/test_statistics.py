@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import product
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -16,13 +15,14 @@ from zoneinfo import ZoneInfo
 import pytest
 from sqlalchemy.dialects import sqlite
 
+from relay.records.by import By
 from relay.records.filters import SendFilter
 from relay.records.migrations import upgrade
 from relay.records.model import Record
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
 from relay.records.sqlite.hints import heed_hints
-from relay.records.statistics import By, Count, Statistics, statement_of
+from relay.records.statistics import Count, Statistics, statement_of
 from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
@@ -47,7 +47,7 @@ ROWS = [
 
 
 @pytest.fixture
-async def ask(tmp_path: Path) -> Any:
+async def ask(database: Any) -> Any:
     """Return a function that counts ROWS, or others."""
 
     async def counts(
@@ -58,12 +58,14 @@ async def ask(tmp_path: Path) -> Any:
         rows: Sequence[Record] = ROWS,
         **options: Any,
     ) -> Statistics:
-        url = f"sqlite:///{tmp_path / 't.db'}"
-        store = await open_store(url, Retention(None))
+        store = await open_store(database.url, Retention(None))
         await store.write([replace(row, task_id=UUID(int=at + 1)) for at, row in enumerate(rows)])
         await store.close()
-        queries = await open_queries(url)
-        return await queries.statistics(wanted or SendFilter(), list(map(By, by)), zone=zone, **options)
+        queries = await open_queries(database.url)
+        try:
+            return await queries.statistics(wanted or SendFilter(), list(map(By, by)), zone=zone, **options)
+        finally:
+            await queries.close()
 
     return counts
 
