@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-from rich.cells import cell_len, set_cell_size
 
 from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.sends import Format, asked, reading
@@ -105,6 +104,8 @@ def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, 
 
 def lines(found: Statistics, by: Sequence[By], width: int | None, *, detail: bool = False) -> Iterator[str]:
     """Give the lines of a table, with bars where it is `width` cells wide; None: as wide as it takes."""
+    from rich.cells import cell_len
+
     if not found.counts:
         return
     names = ("messages", *(DETAILS if detail else ()))
@@ -157,6 +158,8 @@ def _number(count: Count, name: str) -> str:
 
 
 def _fitted(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
     if cell_len(text) > width:
         return set_cell_size(text, width - 1) + "…"
     return text + " " * (width - cell_len(text))

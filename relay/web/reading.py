@@ -13,10 +13,11 @@ from datetime import tzinfo
 from typing import Final, TypeVar
 from uuid import UUID
 
+from relay.records.by import By
 from relay.records.errors import StoreError
 from relay.records.filters import Key, SendFilter
 from relay.records.queries import InDoubt, Queries, Send, open_queries
-from relay.records.statistics import By, Statistics
+from relay.records.statistics import Statistics
 
 __all__ = ["BusyError", "Reading"]
 
