@@ -89,6 +89,11 @@ class PostgresDatabase:
         found = self._cluster.run(self._fetch(query))
         return {name: _plain(value) for name, value in found[0].items()}
 
+    def dictionaries(self, query: str) -> list[dict[str, Any]]:
+        """Return what a query finds, by the names of its columns."""
+        found = self._cluster.run(self._fetch(query))
+        return [{name: _plain(value) for name, value in row.items()} for row in found]
+
     def execute(self, statement: str, *parameters: object) -> None:
         """Change something."""
         self._cluster.run(self._fetch(statement, *parameters))
