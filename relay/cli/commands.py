@@ -19,6 +19,7 @@ from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
 from relay.cli.health import health
 from relay.cli.limits import limits
+from relay.cli.migrate import migrate_store
 from relay.cli.sends import sends
 from relay.cli.spool import spool
 from relay.cli.stats import stats
@@ -201,6 +202,7 @@ app.command()(health)
 app.add_typer(sends, name="sends")
 app.command()(stats)
 app.command()(limits)
+app.command(name="migrate-store")(migrate_store)
 app.add_typer(user, name="user")
 app.add_typer(spool, name="spool")
 
