@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from relay.records.counts import StoredCounts
+from relay.records.errors import StoreError
+from relay.records.sqlite.store import SqliteStore
 from tests.support.client import Client
 from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream
 
@@ -320,3 +323,73 @@ async def test_exceptions_are_neither_held_nor_counted(start: Any, upstream: Scr
             ("a@example.net", "b@example.org", reset, 250),
         ):
             assert (await send(running.port, sender, [recipient], content))[-1] == code
+
+
+async def test_a_reload_changes_limits_and_keeps_what_was_counted(
+    start: Any, settings_for: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, limits=[limit(max=1)]) as running:
+
+        async def reload(*limits: dict[str, Any]) -> None:
+            await running.relay.reload(lambda: settings_for(upstream.port, limits=list(limits)))
+
+        async def last(sender: str = "a@example.com", content: bytes = OTHER) -> int:
+            return (await send(running.port, sender, ["b@example.org"], content))[-1]
+
+        assert [await last(), await last()] == [250, 451]
+        await reload(limit(max=3, name="more"))
+        assert [await last(), await last(), await last()] == [250, 250, 451]
+        assert running.metric("limit_hits_total", limit="more", action="defer") == 1
+        await reload()
+        assert await last() == 250
+        await reload(limit(max=4, action="reject"))
+        assert await last() == 550
+        await reload(MENTIONS | {"max": 1})
+        assert [await last(), await last(content=MENTION), await last(content=MENTION)] == [250, 250, 451]
+
+
+@pytest.mark.parametrize(("on_error", "codes"), [("allow", [250, 250, 451]), ("defer", [451, 451, 451])])
+async def test_while_the_store_cannot_be_asked(
+    start: Any,
+    upstream: ScriptedUpstream,
+    on_error: str,
+    codes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with start(upstream.port, limits=[limit(on_error=on_error)]) as running:
+        assert (await send(running.port, "known@example.com", ["b@example.org"]))[-1] == 250
+
+        async def away(*_: object) -> list[object]:
+            raise StoreError("the store is away")
+
+        monkeypatch.setattr(StoredCounts, "look_up", away)
+        # What is not known goes by what this relay sends, or waits; what is known stays exact.
+        last = [(await send(running.port, "a@example.com", ["b@example.org"]))[-1] for _ in range(3)]
+        assert last == codes
+        last = [(await send(running.port, "known@example.com", ["b@example.org"]))[-1] for _ in range(2)]
+        assert last == [250, 451]
+
+
+async def test_rows_in_the_spool_count_also_after_a_restart(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked(*_: object) -> None:
+        raise StoreError("locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqliteStore, "write", locked)
+        async with start(upstream.port, limits=[limit(max=3)]) as running:
+            for _ in range(2):
+                assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+            assert running.rows() == []
+        async with start(upstream.port, limits=[limit(max=3)]) as running:
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+            assert running.rows() == []
+    async with start(upstream.port, limits=[limit(max=3)]) as running:
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+        async with asyncio.timeout(10):
+            while len(running.rows()) < 3:
+                await asyncio.sleep(0.02)
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+    assert len(upstream.accepted) == 3
