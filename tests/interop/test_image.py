@@ -7,38 +7,18 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.interop.peers import free_port, needs
+from tests.interop.peers import free_port
 from tests.support.client import Client
-from tests.support.image import CannotBuildError, Image, remove
+from tests.support.image import NEEDED, Image
 from tests.support.upstream import ScriptedUpstream
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-pytestmark = [
-    *needs("buildah", "buildah"),
-    *needs("debootstrap", "debootstrap"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="chroot and mounts are root's"),
-    pytest.mark.timeout(900),
-]
+pytestmark = NEEDED
 
 MOST = 120_000_000
 """Octets that the image may have over its base."""
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    directory = tmp_path_factory.mktemp("image")
-    try:
-        yield Image(directory)
-    except CannotBuildError as error:
-        pytest.skip(f"the image cannot be built here now: {error}")
-    finally:
-        remove(directory)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ and mounts live in namespaces of their own, so that nothing is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,9 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["CannotBuildError", "Container", "Image", "base", "remove"]
+import pytest
+
+__all__ = ["NEEDED", "CannotBuildError", "Container", "Image", "base", "remove"]
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = "python3,python3-venv,systemd"
+"""What the base has beside the essential: systemd for the tests of the units."""
 _KEPT_S = 7 * 24 * 3600
 """How long a base that was made once is good for the next run."""
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -41,6 +46,22 @@ exec chroot --userspec="$user" "$root" /usr/bin/env -i "$@"
 """
 
 
+def _missing() -> str:
+    """Say why no image can be built here; empty if it can."""
+    if os.geteuid() != 0:
+        return "chroot and mounts are root's"
+    missing = [name for name in ("buildah", "debootstrap", "unshare") if not shutil.which(name, path=_PATH)]
+    return f"{missing[0]} is not installed: apt-get install {missing[0]}" if missing else ""
+
+
+NEEDED = [
+    pytest.mark.interop,
+    pytest.mark.skipif(bool(_missing()), reason=_missing() or "it can"),
+    pytest.mark.timeout(900),
+]
+"""The marks of a test that uses the image."""
+
+
 class CannotBuildError(Exception):
     """What the build needs cannot be had on this machine now; the text says what."""
 
@@ -49,12 +70,12 @@ def base(directory: Path) -> Path:
     """Return a tar archive of Debian with Python, the release that runs here; made anew once a week."""
     release = _release()
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smtp-relay-record"
-    archive = kept / f"base-{release}.tar"
+    archive = kept / f"base-{release}-{PACKAGES}.tar"
     if archive.exists() and time.time() - archive.stat().st_mtime < _KEPT_S:
         return archive
     root = directory / "base"
-    bootstrap = ["unshare", "--mount", "debootstrap", "--variant=minbase", "--include=python3,python3-venv"]
-    _get([*bootstrap, release, str(root), _mirror(release)], 400)
+    bootstrap = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
+    _get([*bootstrap, f"--include={PACKAGES}", release, str(root), _mirror(release)], 400)
     for leftover in (*root.glob("var/cache/apt/archives/*.deb"), *root.glob("var/lib/apt/lists/*_*")):
         leftover.unlink()
     kept.mkdir(parents=True, exist_ok=True)
@@ -198,7 +219,7 @@ class Image:
     ) -> list[str]:
         variables = [f"{name}={value}" for name, value in {**self.environment, **environment}.items()]
         return [
-            *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _CONTAIN, "contain"),
+            *("unshare", "--mount", "--pid", "--fork", "sh", "-c", _CONTAIN, "contain"),
             *(str(self.root), str(data), str(config or ""), user or self.config["User"]),
             *(*variables, *command),
         ]
@@ -219,8 +240,12 @@ class Container:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # and with it, by --kill-child, what it has started
-        self._process.wait()
+        # Process 1, and with it its namespace. It has another user, which undoes unshare's --kill-child.
+        while self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.2)
 
     def said(self) -> str:
         """Everything that it wrote so far."""
