@@ -15,6 +15,11 @@ COPY relay relay
 RUN /opt/build/bin/pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist . \
     && /opt/build/bin/pip --disable-pip-version-check --python /opt/relay/bin/python3 \
         install --no-cache-dir --no-index --no-deps dist/*.whl
+# What libraries bring for their own tests, for compilers, and for colouring source in a hundred languages.
+RUN cd /opt/relay/lib/python3*/site-packages \
+    && find . -type d \( -name tests -o -name testing \) -prune -exec rm -rf {} + \
+    && find . -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.cpp' \) -delete \
+    && find pygments/lexers -type f ! -name '__init__*' ! -name '_mapping*' -delete
 
 FROM base
 LABEL org.opencontainers.image.title="smtp-relay-record" \

@@ -86,6 +86,9 @@ async def test_a_message_goes_through_it_and_a_stop_drains(
         status = Path(f"/proc/{container.pid}/status").read_text()
         assert "Uid:\t10001\t10001\t10001\t10001" in status
         assert "NSpid:\t" + f"{container.pid}\t1" in status
+        for command in (["relay", "--help"], ["relay", "check"], ["relay", "sends"], ["relay", "schema"]):
+            done = await asyncio.to_thread(image.run, data, environment, command)
+            assert done.returncode == 0, done.stderr
         healthy = await asyncio.to_thread(image.run, data, environment, check)
         assert (healthy.returncode, healthy.stdout) == (0, "ok\n"), healthy.stderr
         async with Client(port) as client:

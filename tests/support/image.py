@@ -131,9 +131,10 @@ class Image:
 
     def __init__(self, directory: Path) -> None:
         """Build it in `directory`."""
+        layered = _run(["stat", "--file-system", "--format", "%T", str(directory)], 30).strip() == "overlayfs"
         self._storage = [
             *("buildah", "--root", str(directory / "storage"), "--runroot", str(directory / "run")),
-            *("--storage-driver", "vfs"),
+            *("--storage-driver", "vfs" if layered else "overlay"),  # overlay on overlay cannot be mounted
         ]
         self.named = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[0]
         self._tag_base(base(directory))
@@ -177,6 +178,10 @@ class Image:
 
     def _buildah(self, *arguments: str) -> str:
         return _run([*self._storage, *arguments], 400)
+
+    def another_root(self) -> Path:
+        """Return a root file system of the image that may be changed."""
+        return self._root("relay-test")
 
     def added(self) -> int:
         """Return by how many octets the image's files exceed the base's."""
@@ -291,5 +296,8 @@ def _octets(root: Path) -> int:
 
 
 def remove(directory: Path) -> None:
-    """Give the disk space back."""
+    """Unmount what is mounted there, and give the disk space back."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        if line.split()[1].startswith(f"{directory}/"):
+            subprocess.run(["umount", "--lazy", line.split()[1]], check=False, timeout=30)
     shutil.rmtree(directory, ignore_errors=True)
