@@ -543,7 +543,7 @@ def test_every_command_that_a_page_names_is_there() -> None:
         text = page.read_text()
         blocks = "\n".join(codes(text, "sh") + codes(text, "console"))
         for command in quoted(without_code(text)) + blocks.splitlines():
-            found = re.match(r"(?:\$ )?(?:\S*/)?relay ([a-z-]+)(?: ([a-z]+))?", command)
+            found = re.match(r"(?:\$ )?(?:\S*/)?relay ([a-z][a-z-]*)(?: ([a-z]+))?", command)
             if found and "systemctl" not in command:
                 name = f"{found[1]} {found[2]}" if found[1] in groups and found[2] else found[1]
                 assert name in known | groups, f"{page.name}: {command}"
