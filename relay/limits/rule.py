@@ -11,7 +11,7 @@ import math
 import re
 import string
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 from uuid import UUID
 
@@ -110,8 +110,16 @@ class Rule:
     by_recipient: bool = field(init=False)
     """Whether it takes the recipients to know what a message counts for."""
 
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        """Return what was found once: a message looks its counts up by this, and 14 fields take a while."""
+        return self._hash
+
     def __post_init__(self) -> None:
         """Say what it takes to decide."""
+        compared = (getattr(self, each.name) for each in fields(self) if each.init)
+        object.__setattr__(self, "_hash", hash(tuple(compared)))
         of_recipients = self.scope in ("recipient", "recipient_domain")
         filtered = self.recipient_domain is not None or self.not_recipient is not None
         object.__setattr__(self, "needs_header", self.task_type is not None or self.not_task_type is not None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.app import Relay
 from tests.integration.test_limits import send
 from tests.support.process import RelayProcess
 from tests.support.upstream import Delay, ScriptedUpstream
@@ -16,6 +17,8 @@ from tests.support.upstream import Delay, ScriptedUpstream
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from tests.support.databases import PostgresDatabase
 
 
 MAXIMUM = 10
@@ -111,3 +114,34 @@ async def test_a_relay_that_is_killed_and_started_again_lets_no_more_through(
     assert (rows, doubts) == (MAXIMUM - 3, 3)
     assert ends == {250: MAXIMUM - 6, 451: 20 - (MAXIMUM - 6)}
     assert len(upstream.accepted) <= MAXIMUM
+
+
+async def test_two_relays_on_one_postgresql(
+    settings_for: Any, upstream: ScriptedUpstream, postgres_database: PostgresDatabase, tmp_path: Path
+) -> None:
+    relays = [
+        Relay(
+            settings_for(
+                upstream.port,
+                records={"url": postgres_database.url, "spool": str(tmp_path / name)},
+                limits=[{"scope": "sender", "max": MAXIMUM, "per": "1d"}],
+            )
+        )
+        for name in ("one", "two")
+    ]
+    started = []
+    try:
+        for relay in relays:
+            await relay.start()
+            started.append(relay)
+        ports = [int(relay.reception.addresses[0].rpartition(":")[2]) for relay in relays]
+        ends = [
+            (await send(ports[number % 2], "a@example.com", ["b@example.org"]))[-1]
+            for number in range(MAXIMUM + 4)
+        ]
+        assert ends == [250] * MAXIMUM + [451] * 4
+        (state,) = await relays[0].limits_now()
+        assert [(key.key, key.used, key.state) for key in state.keys] == [("a@example.com", MAXIMUM, "over")]
+    finally:
+        for relay in reversed(started):
+            await relay.stop()
