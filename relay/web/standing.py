@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from relay.settings.units import format_duration
 from relay.web.shown import number, octets, seconds
 
 __all__ = ["LimitRow", "Standing", "Tile", "UpstreamRow", "limit_row", "standing"]
@@ -105,7 +106,9 @@ def limit_row(limit: Mapping[str, Any]) -> LimitRow:
     write = octets if limit["unit"] == "octets" else number
     unit = "" if limit["unit"] == "octets" else f" {limit['unit']}"
     each = "in all" if limit["scope"] == "all" else f"for each {limit['scope'].replace('_', ' ')}"
-    rule = f"{write(limit['maximum'])}{unit} in {seconds(limit['window_s'])} {each}, {limit['action']}"
+    rule = (
+        f"{write(limit['maximum'])}{unit} in {format_duration(limit['window_s'])} {each}, {limit['action']}"
+    )
     keys = [_key_row(key, limit, write(key["used"])) for key in limit["keys"]]
     return LimitRow(limit["name"], rule, keys)
 

@@ -200,9 +200,9 @@ async def test_limits_are_there_where_there_are_some(start: Any, upstream: Scrip
         for _ in range(2):
             await send(running, ("shop@example.com", ["ann@example.org"], content()))
         text = " ".join(Elements(await get(http, "/")).text.split())
-        assert "orders 2 messages in 60 min for each sender, defer" in text
+        assert "orders 2 messages in 1h for each sender, defer" in text
         assert "shop@example.com 2 100 % over, room in" in text
-        assert "all 100 recipients in 24 h in all, defer nobody room for all" in text
+        assert "all 100 recipients in 1d in all, defer nobody room for all" in text
 
 
 async def test_without_limits_nothing_is_said_of_them(http: aiohttp.ClientSession) -> None:

@@ -135,7 +135,7 @@ def test_a_limit_says_its_rule_and_who_is_near() -> None:
         ],
     }
     row = limit_row(limit)
-    assert row.rule == "1.0 MiB in 60 min for each recipient domain, defer"
+    assert row.rule == "1.0 MiB in 1h for each recipient domain, defer"
     assert [(key.key, key.used, key.tone, key.state) for key in row.keys] == [
         ("example.com", "1.0 MiB", "bad", "over, room in 90 s"),
         ("<>", "879 KiB", "warn", "near"),
