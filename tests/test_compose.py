@@ -58,12 +58,11 @@ def test_what_is_mounted_is_there() -> None:
 
 def test_services_need_services_that_are_there() -> None:
     for service in SERVICES.values():
-        for other in service.get("depends_on", ()):
-            assert other in SERVICES
-            condition = (
-                service["depends_on"][other]["condition"] if isinstance(service["depends_on"], dict) else ""
-            )
-            assert condition != "service_healthy" or "healthcheck" in SERVICES[other]
+        needed = service.get("depends_on", ())
+        assert set(needed) <= set(SERVICES)
+        for other in needed if isinstance(needed, dict) else ():
+            healthy = needed[other]["condition"] == "service_healthy"
+            assert not healthy or "healthcheck" in SERVICES[other]
 
 
 def test_the_relay_takes_its_configuration(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from relay.records.by import By
 from relay.records.filters import Key, SendFilter
 from relay.records.model import Json
+from relay.records.over_time import counts_over_time
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of, sends_by_id
 from relay.records.statistics import MAX_GROUPS, Statistics, counted, statement_of, whole_hours
@@ -179,6 +180,10 @@ class Queries:
         found = await self.reader.read(lambda connection: connection.execute(statement).all())
         counts = counted(found, by, zone, detail=detail)
         return replace(counts, counts=counts.counts[-limit:]) if timed else counts
+
+    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str, list[int]]:
+        """Return how many messages of each task type were sent in each of `slots` slots from `begin` on."""
+        return await self.reader.read(lambda connection: counts_over_time(connection, begin, step, slots))
 
     async def count_in_doubt(self) -> int:
         """Return how many messages are in doubt. Raises StoreError when the store cannot be read."""

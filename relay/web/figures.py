@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -115,16 +114,10 @@ def by_outcome(minutes: Iterable[Mapping[str, Any]], now: datetime) -> Figure:
     return Figure("outcomes", "Messages of the last hour by outcome", begins, timedelta(minutes=1), shown)
 
 
-def by_type(counts: Iterable[tuple[datetime, str, int]], span: Span, now: datetime) -> Figure:
-    """Return what was sent in a span; `counts` has a moment within a slot, a task type, and how many."""
+def by_type(slots: Mapping[str, Sequence[int]], span: Span, now: datetime) -> Figure:
+    """Return what was sent in a span; `slots` has how many of each task type in each slot."""
     begin = span.begin(now)
-    slots: dict[str, list[int]] = {}
-    totals: Counter[str] = Counter()
-    for moment, task_type, messages in counts:
-        at = (moment - begin) // span.step
-        if 0 <= at < span.slots:
-            slots.setdefault(task_type, [0] * span.slots)[at] += messages
-            totals[task_type] += messages
+    totals = {name: sum(counts) for name, counts in slots.items()}
     ordered = sorted(totals, key=lambda name: (-totals[name], name))
     own = ordered if len(ordered) <= _COLOURS else ordered[: _COLOURS - 1]
     series = [Series(name, f"series-{at}", slots[name]) for at, name in enumerate(own, 1)]

@@ -27,7 +27,6 @@ from aiohttp import web
 from relay import __version__
 from relay.asking import AskedError, zone_of
 from relay.provider import accepted_as
-from relay.records.by import By
 from relay.records.errors import MissingStoreError, StoreError
 from relay.records.filters import Key, SendFilter
 from relay.records.queries import InDoubt, Send
@@ -181,17 +180,12 @@ class Page:
 
     async def _types(self, name: str, now: datetime) -> Figure:
         span = SPANS[name]
-        begin = span.begin(now)
-        by = By.DAY if span.hours == 24 else By.HOUR
         try:
-            found = await self._reading.statistics(
-                SendFilter(since=begin), [by, By.TYPE], zone=UTC, limit=20_000
-            )
+            counts = await self._reading.over_time(span.begin(now), span.step, span.slots)
         except MissingStoreError:
-            return by_type([], span, now)
+            counts = {}
         except StoreError as error:
             return Figure("types", "", [], span.step, [], problem=_sentence(error))
-        counts = ((_utc(count.keys[0]), count.keys[1], count.messages) for count in found.counts)
         return by_type(counts, span, now)
 
     async def _limits_now(self) -> list[LimitRow]:
@@ -371,11 +365,6 @@ def _example(listens: Iterable[str]) -> str:
 def _sentence(error: StoreError) -> str:
     text = str(error)
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _utc(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _address(path: str, query: Iterable[tuple[str, str]]) -> str:

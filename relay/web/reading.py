@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import tzinfo
+from datetime import datetime, timedelta, tzinfo
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -85,6 +85,10 @@ class Reading:
         return await self._read(
             lambda queries: queries.statistics(wanted, by, zone=zone, detail=detail, limit=limit)
         )
+
+    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str, list[int]]:
+        """Return how many messages of each type were sent in each slot, see `Queries.over_time`."""
+        return await self._read(lambda queries: queries.over_time(begin, step, slots))
 
     async def count_in_doubt(self) -> int:
         """Return how many messages are in doubt."""
