@@ -67,9 +67,6 @@ def main() -> int:
         ]
     )
     print("\n" + text)
-    if arguments.json:
-        lines = [json.dumps(asdict(result)) for result in results]
-        arguments.json.write_text("\n".join(lines) + "\n", "utf-8")
     if arguments.write:
         PICTURE.write_text(_picture(targets, report.Runs(results)), "utf-8")
         shown = f"![CPU-ms a message, by target]({PICTURE.name})"
@@ -98,7 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--directory", type=Path, help="where databases go; a real disk, or commits cost nothing"
     )
-    parser.add_argument("--json", type=Path, help="write all runs to this file, one JSON object a line")
+    parser.add_argument("--json", type=Path, help="add all runs to this file, one JSON object a line")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 5)
@@ -137,12 +134,15 @@ def _run(
                 result = measure(
                     chosen, TARGETS[target], number, arguments.seconds, directory, postfix=postfix
                 )
-            except RunError as error:
+            except (RunError, OSError, sqlite3.Error) as error:
                 failures.append(f"{case}, {target}, round {number + 1}: {error}")
                 taking_part.remove(target)
                 print(f"  {failures[-1]}", file=sys.stderr, flush=True)
                 continue
             results.append(result)
+            if arguments.json:
+                with arguments.json.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(asdict(result)) + "\n")
             values = ", ".join(f"{name} {value:,.3f}" for name, value in result.values.items())
             print(
                 f"  {case:16}{target:16}round {number + 1}: {values} [{time.monotonic() - began:.0f} s]",

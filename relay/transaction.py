@@ -146,6 +146,10 @@ class Transaction:
         self.concluded = False
         self.on_flow: Callable[[bool], None] = _ignore
         """Called with True when the client must stop sending content, with False when it may go on."""
+        self.on_burst: Callable[[bool], None] = _ignore
+        """Called with True before several replies are given at once, with False behind them."""
+        self.gathering = False
+        """Whether the client has sent more behind the command that is given: `flush` follows."""
         self._services = services
         self._route = route
         self._pool: Pool  # there is one as soon as the account has the upstream's name
@@ -327,6 +331,16 @@ class Transaction:
         if line is not None:
             self._queued.appendleft(Command(_XFORWARD, line, _ignore))
 
+    def flush(self) -> None:
+        """No more is given now: what has gathered goes up."""
+        self.gathering = False
+        if self._connection is not None:
+            self._connection.flush()
+
+    def burst(self, begins: bool) -> None:
+        """Several replies come at once (called by the connection)."""
+        self.on_burst(begins)
+
     def _pump(self) -> None:
         """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
         connection = self._connection
@@ -337,7 +351,8 @@ class Transaction:
             if command.without_auth is not None and "AUTH" not in connection.capabilities:
                 # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
                 line = command.without_auth
-            connection.send(line, command.verb, self._answered)
+            more = self.gathering or (connection.pipelining and bool(self._queued))
+            connection.send(line, command.verb, self._answered, more=more)
 
     def _await_reply_to(self, command: Command) -> None:
         if not self._sent:

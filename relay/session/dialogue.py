@@ -256,6 +256,8 @@ class Dialogue:
                 self._unforeseen(error)
             finally:
                 self._advancing = False
+                if self._transaction is not None:
+                    self._transaction.flush()
         if self._state is COMMANDS and not self._replies.owed:
             if self._eof:
                 self._close()
@@ -301,9 +303,12 @@ class Dialogue:
             self._not_known(verb)
             return True
         self._last_moved = self._loop.time()
-        if self._reception.draining and self._transaction is None:
+        if self._transaction is not None:
+            self._transaction.gathering = self._input.size > 0
+        elif self._reception.draining:
             self._end(answers.DRAINING, "draining")
-        elif (wrong := self._wrong_line(verb, line)) is not None:
+            return True
+        if (wrong := self._wrong_line(verb, line)) is not None:
             self._error(wrong)
         else:
             act(self, argument)
@@ -393,6 +398,8 @@ class Dialogue:
         )
         self._transaction = transaction
         transaction.on_flow = self._on_flow
+        transaction.on_burst = self._replies.burst
+        transaction.gathering = self._input.size > 0
         transaction.binary = mail.binary
         self._content.begin_message()
         without_auth = None if mail.without_auth is None else b"MAIL " + mail.without_auth + b"\r\n"

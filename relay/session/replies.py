@@ -15,18 +15,19 @@ __all__ = ["Replies"]
 class Replies:
     """The replies that a session still owes its client, in order."""
 
-    __slots__ = ("_write", "given", "owed")
+    __slots__ = ("_burst", "_write", "given", "owed")
 
     def __init__(self, write: Callable[[bytes], None], given: Callable[[], None]) -> None:
         """`write` sends to the client; `given` is called when a reply that was owed has become known."""
         self._write = write
+        self._burst = False
         self.given = given
         self.owed: list[_Owed] = []
         """The places that are kept, those whose reply is known and waits for another among them."""
 
     def say(self, reply: Reply) -> None:
         """Give a reply that is known at once; it still waits for those before it."""
-        if self.owed:
+        if self.owed or self._burst:
             self.owe()(reply)
         else:
             self._write(reply.wire)
@@ -37,8 +38,17 @@ class Replies:
         self.owed.append(owed)
         return owed
 
+    def burst(self, begins: bool) -> None:
+        """Several become known one after the other: hold them while they do, then write them in one piece."""
+        self._burst = begins
+        if not begins and self.owed:
+            self.flush()
+            self.given()
+
     def flush(self) -> None:
         """Write what is known from the front on, in one piece."""
+        if self._burst:
+            return
         if len(self.owed) == 1 and (reply := self.owed[0].reply) is not None:
             self.owed.clear()
             self._write(reply.wire)

@@ -49,6 +49,9 @@ class Lessee(Protocol):
     def resume_content(self) -> None:
         """The upstream can take more content."""
 
+    def burst(self, begins: bool) -> None:
+        """Several replies that came at once are given one after the other: that begins, or has ended."""
+
 
 class Owner(Protocol):
     """Who owns the connection: the pool."""
@@ -87,6 +90,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser = ReplyParser()
         self._awaited: deque[_Awaited] = deque()
+        self._unsent: list[bytes] = []
         self._head_since = 0.0
         self._transport: asyncio.Transport | None = None
         self._paused_since: float | None = None
@@ -120,11 +124,30 @@ class Connection(asyncio.Protocol):
 
     # Sending
 
-    def send(self, line: bytes, command: str, answered: Callable[[Reply], None]) -> None:
-        """Send one command line, or the end of data; `answered` is called with its reply."""
+    def send(
+        self, line: bytes, command: str, answered: Callable[[Reply], None], *, more: bool = False
+    ) -> None:
+        """Send one command line, or the end of data; `answered` is called with its reply.
+
+        `more`: another line or `flush` follows at once. uvloop's `write` is a system call, and a pipelined
+        group goes up in one: without it a recipient costs a third more.
+        """
         self.expect(command, answered)
-        if self._transport is not None:
+        if more:
+            self._unsent.append(line)
+        elif self._unsent:
+            self._unsent.append(line)
+            self.flush()
+        elif self._transport is not None:
             self._transport.write(line)
+
+    def flush(self) -> None:
+        """Write the lines behind which more was announced."""
+        if self._unsent:
+            lines = b"".join(self._unsent)
+            self._unsent.clear()
+            if self._transport is not None:
+                self._transport.write(lines)
 
     def expect(self, command: str, answered: Callable[[Reply], None]) -> None:
         """Await one more reply: what calls for it is about to be written."""
@@ -135,6 +158,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, *content: bytes) -> None:
         """Send message content."""
+        self.flush()
         if self._transport is not None:
             self._transport.writelines(content)
 
@@ -173,6 +197,20 @@ class Connection(asyncio.Protocol):
             return
         # What waits for a reply goes up as soon as that is given: octets behind it now answer nothing.
         early = len(replies) >= len(self._awaited) and self._parser.pending
+        lessee = self.lessee if len(replies) > 1 else None
+        if lessee is None:
+            self._give(replies)
+        else:
+            lessee.burst(True)
+            try:
+                self._give(replies)
+            finally:
+                lessee.burst(False)
+        if early and self._transport is not None:
+            self._end(Failure("out of step: octets that answer nothing"))
+
+    def _give(self, replies: list[Reply]) -> None:
+        """Hand each to the command that awaits it, as long as they fit and the connection stands."""
         for reply in replies:
             if not self._awaited:
                 self._end(_unsolicited(reply))
@@ -183,8 +221,6 @@ class Connection(asyncio.Protocol):
             self._answer(reply)
             if self._transport is None:
                 return
-        if early:
-            self._end(Failure("out of step: octets that answer nothing"))
 
     def _ahead(self, replies: list[Reply]) -> bool:
         """Whether the upstream answers what was not asked, so that none of it can be believed.

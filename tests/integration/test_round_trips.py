@@ -75,6 +75,16 @@ async def pipelined(client: Client) -> list[int]:
     return [*codes, (await client.reply()).code]
 
 
+async def with_something_behind_the_recipient(client: Client) -> list[int]:
+    """What the relay answers by itself must not keep back what is before it."""
+    await client.send(MAIL + RCPT + b"NOOP\r\n")
+    codes = [reply.code for reply in await client.replies(3)][:2]
+    codes.append((await client.command(DATA[:-2])).code)
+    await client.send(CONTENT + b".\r\n")
+    return [*codes, (await client.reply()).code]
+
+
+THREE_GROUPS: list[Group] = [(MAIL + RCPT, OK + OK), (DATA, GO_AHEAD), (CONTENT + b".\r\n", OK)]
 TOLD = [250, 250, 354, 250]
 
 
@@ -83,6 +93,7 @@ TOLD = [250, 250, 354, 250]
     [
         pytest.param(a_command_at_a_time, A_COMMAND_AT_A_TIME, TOLD, id="four-a-command-at-a-time"),
         pytest.param(pipelined, PIPELINED, TOLD, id="two-pipelined"),
+        pytest.param(with_something_behind_the_recipient, THREE_GROUPS, TOLD, id="three-with-noop"),
     ],
 )
 async def test_round_trips_of_a_message(start: Any, sends: Any, groups: list[Group], told: list[int]) -> None:

@@ -123,6 +123,9 @@ class Holder:
     def resume_content(self) -> None:
         """It sends none."""
 
+    def burst(self, begins: bool) -> None:
+        """It holds no replies."""
+
 
 class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:

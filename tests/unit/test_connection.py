@@ -25,7 +25,7 @@ class MemoryTransport(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written = b""
+        self.pieces: list[bytes] = []
         self.aborted = False
         self.closed = False
 
@@ -36,7 +36,12 @@ class MemoryTransport(asyncio.Transport):
         """It is never paused."""
 
     def write(self, data: Any) -> None:
-        self.written += data
+        self.pieces.append(bytes(data))
+
+    @property
+    def written(self) -> bytes:
+        """All of it."""
+        return b"".join(self.pieces)
 
     def is_closing(self) -> bool:
         return self.aborted or self.closed
@@ -67,6 +72,7 @@ class Talk:
         self.failures: list[Failure] = []
         self.ends: list[str] = []
         self.flow: list[str] = []
+        self.bursts: list[bool] = []
 
     def command(self, name: str) -> None:
         self.connection.send(b"%b\r\n" % name.encode(), name, lambda reply: self.heard(name, reply))
@@ -92,6 +98,9 @@ class Talk:
 
     def resume_content(self) -> None:
         self.flow.append("resume")
+
+    def burst(self, begins: bool) -> None:
+        self.bursts.append(begins)
 
     def is_over(self) -> bool:
         """Whether it has ended, once for each who must know, and without sending what was buffered."""
@@ -274,6 +283,38 @@ async def test_content_that_is_not_taken_ends_it(talk: Talk) -> None:
     talk.look(REPLY_TIMEOUT + SOON)
     assert talk.is_over()
     assert talk.flow == ["pause", "resume", "pause"]
+
+
+async def test_lines_behind_which_more_comes_go_up_in_one_piece(talk: Talk) -> None:
+    ignored: list[Reply] = []
+    for name in ("mail", "rcpt"):
+        talk.connection.send(b"%b\r\n" % name.encode(), name, ignored.append, more=True)
+    assert talk.transport.pieces == []
+    talk.command("data")
+    assert talk.transport.pieces == [b"mail\r\nrcpt\r\ndata\r\n"]
+    talk.connection.send(b"rset\r\n", "rset", ignored.append, more=True)
+    talk.connection.flush()
+    talk.connection.flush()
+    assert talk.transport.pieces[1:] == [b"rset\r\n"]
+
+
+async def test_content_does_not_overtake_lines(talk: Talk) -> None:
+    ignored: list[Reply] = []
+    talk.connection.send(b"rcpt\r\n", "rcpt", ignored.append, more=True)
+    talk.connection.write(b"content")
+    assert talk.transport.written == b"rcpt\r\ncontent"
+
+
+async def test_replies_that_come_at_once_are_one_burst_however_it_ends(talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(b"250 ok\r\n")
+    assert talk.bursts == []
+    for name in ("rcpt", "rcpt", "rcpt"):
+        talk.command(name)
+    talk.hears(b"250 ok\r\n250 ok\r\n354 out of step\r\n")
+    assert talk.bursts == [True, False]
+    assert talk.answers == [("mail", 250), ("rcpt", 250), ("rcpt", 250)]
+    assert talk.is_over()
 
 
 async def test_quit_closes_after_the_reply(talk: Talk) -> None:

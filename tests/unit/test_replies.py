@@ -29,3 +29,33 @@ def test_a_place_is_filled_once() -> None:
     answer(TWO)
     replies.say(THREE)
     assert written == [ONE.wire, THREE.wire]
+
+
+def test_a_burst_of_replies_is_one_write() -> None:
+    written: list[bytes] = []
+    moved: list[int] = []
+    replies = Replies(written.append, lambda: moved.append(len(replies.owed)))
+    first, second, third = replies.owe(), replies.owe(), replies.owe()
+    replies.burst(True)
+    first(ONE)
+    second(TWO)
+    assert written == []
+    replies.burst(False)
+    assert written == [ONE.wire + TWO.wire]
+    assert moved[-1] == 1
+    third(THREE)
+    assert written[1:] == [THREE.wire]
+
+
+def test_what_is_said_in_a_burst_keeps_its_place() -> None:
+    written: list[bytes] = []
+    replies = Replies(written.append, lambda: None)
+    first = replies.owe()
+    replies.burst(True)
+    first(ONE)
+    replies.say(TWO)
+    replies.burst(False)
+    replies.burst(True)
+    replies.say(THREE)
+    replies.burst(False)
+    assert written == [ONE.wire + TWO.wire, THREE.wire]
