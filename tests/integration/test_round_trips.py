@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.client import Client
+from tests.support.client import Client, bdat
 
 CONTENT = b"From: a@example.test\r\nSubject: x\r\n\r\nhello\r\n"
 MAIL = b"MAIL FROM:<a@example.test>\r\n"
 RCPT = b"RCPT TO:<b@example.test>\r\n"
 DATA = b"DATA\r\n"
+LAST = bdat(CONTENT, last=True)
 OK, GO_AHEAD = b"250 2.0.0 ok\r\n", b"354 go ahead\r\n"
 EHLO = b"250-upstream.test\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 8BITMIME\r\n"
 
@@ -75,6 +76,11 @@ async def pipelined(client: Client) -> list[int]:
     return [*codes, (await client.reply()).code]
 
 
+async def by_bdat(client: Client) -> list[int]:
+    await client.send(MAIL + RCPT + LAST)
+    return [reply.code for reply in await client.replies(3)]
+
+
 async def with_something_behind_the_recipient(client: Client) -> list[int]:
     """What the relay answers by itself must not keep back what is before it."""
     await client.send(MAIL + RCPT + b"NOOP\r\n")
@@ -84,6 +90,8 @@ async def with_something_behind_the_recipient(client: Client) -> list[int]:
     return [*codes, (await client.reply()).code]
 
 
+BDAT: list[Group] = [(MAIL + RCPT, OK + OK), (LAST, OK)]
+"""The chunk goes up when it is known that there is somebody to send it to."""
 THREE_GROUPS: list[Group] = [(MAIL + RCPT, OK + OK), (DATA, GO_AHEAD), (CONTENT + b".\r\n", OK)]
 TOLD = [250, 250, 354, 250]
 
@@ -93,6 +101,7 @@ TOLD = [250, 250, 354, 250]
     [
         pytest.param(a_command_at_a_time, A_COMMAND_AT_A_TIME, TOLD, id="four-a-command-at-a-time"),
         pytest.param(pipelined, PIPELINED, TOLD, id="two-pipelined"),
+        pytest.param(by_bdat, BDAT, [250, 250, 250], id="two-by-bdat"),
         pytest.param(with_something_behind_the_recipient, THREE_GROUPS, TOLD, id="three-with-noop"),
     ],
 )
