@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self, programs: Path, *, settings: Sequence[str] = (), fsync: bool = False) -> None:
         self._settings = [*settings, f"fsync={'on' if fsync else 'off'}"]
-        self.home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+        self.home = Path(tempfile.mkdtemp(prefix="pg-"))
         self.home.chmod(0o755)
         self._user: dict[str, Any] = {}
         if os.geteuid() == 0:

@@ -151,6 +151,7 @@ _INSERT_DOUBTS = """
         size bigint, duration_ms bigint, recipients jsonb, data jsonb
     )
     WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_done.task_id = batch.task_id)
+    ORDER BY task_id  -- else a join decides which of one moment comes first
     ON CONFLICT (task_id) DO NOTHING
 """
 _BATCH = f"WITH new AS ({_INSERT}) {_INSERT_RECIPIENTS}"
