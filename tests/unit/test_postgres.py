@@ -13,6 +13,7 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from sqlalchemy.dialects import postgresql
 
 from relay.records.errors import (
     MissingStoreError,
@@ -25,6 +26,7 @@ from relay.records.model import Record
 from relay.records.queries import SendFilter, open_queries
 from relay.records.retention import Retention
 from relay.records.schema import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE, metadata
+from relay.records.search import page_of_sends
 from relay.records.store import open_store
 from tests.support import postgres
 from tests.support.certificates import Certificates
@@ -132,7 +134,8 @@ STARTER = textwrap.dedent("""
     import asyncio, sys
     from datetime import timedelta
     from relay.records.retention import Retention
-    from relay.records.store import open_store
+    from relay.records.search import page_of_sends
+from relay.records.store import open_store
 
     async def main():
         print("ready", flush=True)
@@ -424,3 +427,43 @@ async def test_the_statements_of_the_page_for_readers_work(cluster, postgres_dat
     finally:
         postgres_database.execute("DROP OWNED BY analyst")
         postgres_database.execute("DROP ROLE analyst")
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"sender": "s7@d7.example"},
+        {"sender": "@d7.example"},
+        {"recipient": "r7@e7.example"},
+        {"recipient": "@e7.example"},
+        {"task_type": "t7"},
+        {"client": "c7"},
+        {"message_id": "m7"},
+        {"task_id": UUID(int=7)},
+        {"since": NOW + timedelta(seconds=29_990)},
+        {},
+    ],
+    ids=str,
+)
+async def test_a_search_reads_an_index_and_not_the_table(postgres_database, wanted):
+    postgres_database.execute(
+        "INSERT INTO task_done (task_id, task_type, sender, sender_domain, client, sent_at, upstream, "
+        "upstream_reply, message_id, size, duration_ms, data) "
+        "SELECT lpad(to_hex(n), 32, '0')::uuid, 't' || n % 1000, 's' || n || '@d' || n % 1000 || '.example', "
+        "'d' || n % 1000 || '.example', 'c' || n % 1000, "
+        "'2026-11-23 07:46+00'::timestamptz + n * interval '1 s', "
+        "'u', '250', 'm' || n, 1, 1, '{}' FROM generate_series(1, 30000) AS n"
+    )
+    postgres_database.execute(
+        "INSERT INTO task_done_recipient SELECT id, 0, 'r' || id || '@e' || id % 1000 || '.example', "
+        "'e' || id % 1000 || '.example', sent_at FROM task_done"
+    )
+    postgres_database.execute("ANALYZE")
+    page = page_of_sends(SendFilter(**wanted), 20)
+    text = page.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
+    plan = "\n".join(line for (line,) in postgres_database.rows(f"EXPLAIN {text}"))
+    assert "Seq Scan" not in plan, plan
+    assert "Index" in plan
