@@ -1,0 +1,105 @@
+"""The units, run by a real systemd: start by socket, watchdog, a bad configuration, several on a port."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.interop.peers import free_port
+from tests.support.booted import CGROUP, Manager
+from tests.support.client import Client
+from tests.support.image import NEEDED, Image
+from tests.support.upstream import ScriptedUpstream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    *NEEDED,
+    pytest.mark.skipif(
+        not (CGROUP / "cgroup.procs").exists(), reason="no cgroup hierarchy of version 1 for systemd here"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def root(image: Image) -> Path:
+    return image.another_root()
+
+
+@pytest.fixture
+def manager(root: Path) -> Iterator[Manager]:
+    found = Manager(root)
+    found.forget()
+    with found:
+        yield found
+
+
+def configure(manager: Manager, upstream: ScriptedUpstream, port: int, more: str = "") -> None:
+    text = f'[[upstreams]]\naddress = "{upstream.address}"\ntls = "none"\n{more}'
+    text += f'[[listeners]]\naddress = "127.0.0.1:{port}"\n[http]\naddress = "127.0.0.1:{free_port()}"\n'
+    (manager.root / "etc/relay/relay.toml").write_text(text)
+
+
+async def send(port: int) -> int:
+    async with Client(port, deadline_s=30.0) as client:
+        await client.ehlo()
+        return (await client.message("a@example.com", ["b@example.org"], b"\r\ntext\r\n"))[-1].code
+
+
+def rows(manager: Manager, name: str = "relay") -> int:
+    file = manager.root / f"var/lib/private/{name}/data/task_done.db"
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+        return int(connection.execute("SELECT count(*) FROM task_done").fetchone()[0])
+
+
+async def test_the_watchdog_starts_it_again(manager: Manager, upstream: ScriptedUpstream) -> None:
+    port = free_port()
+    configure(manager, upstream, port)
+    manager.install("relay.service", WatchdogSec=" WatchdogSec")
+    manager.install("relay.socket", _2525=str(port))
+    soon = manager.units / "relay.service.d/soon.conf"
+    soon.parent.mkdir()
+    soon.write_text("[Service]\nWatchdogSec=3\n")
+    await asyncio.to_thread(manager.systemctl, "daemon-reload")
+    await asyncio.to_thread(manager.systemctl, "start", "relay.socket", "relay.service")
+    await asyncio.to_thread(manager.systemctl, "kill", "--signal=SIGSTOP", "relay.service")
+    await asyncio.to_thread(manager.until, lambda: manager.show("relay.service", "NRestarts") == "1", 90.0)
+    await asyncio.to_thread(manager.until, lambda: manager.show("relay.service", "ActiveState") == "active")
+    assert "Watchdog timeout" in manager.journal()
+    assert await send(port) == 250
+
+
+async def test_a_configuration_that_cannot_be_used_is_not_tried_again(
+    manager: Manager, upstream: ScriptedUpstream
+) -> None:
+    port = free_port()
+    configure(manager, upstream, port, "nonsense = 1\n")
+    manager.install("relay.service")
+    manager.install("relay.socket", _2525=str(port))
+    await asyncio.to_thread(manager.systemctl, "daemon-reload")
+    await asyncio.to_thread(manager.systemctl, "start", "relay.service", check=False)
+    assert manager.show("relay.service", "ExecMainStatus") == "2"
+    assert manager.show("relay.service", "ActiveState") == "failed"
+    assert manager.show("relay.service", "NRestarts") == "0"
+    assert "upstreams.0.nonsense: unknown key" in manager.journal()
+
+
+async def test_several_share_a_port(manager: Manager, upstream: ScriptedUpstream) -> None:
+    port = free_port()
+    configure(manager, upstream, port)
+    manager.install("relay@.service")
+    for name in ("1", "2"):
+        file = manager.root / f"etc/relay/{name}.env"
+        file.write_text(f"RELAY__HTTP__ADDRESS=127.0.0.1:{free_port()}\n")
+    await asyncio.to_thread(manager.systemctl, "daemon-reload")
+    await asyncio.to_thread(manager.systemctl, "start", "relay@1", "relay@2")
+    for _ in range(12):
+        assert await send(port) == 250
+    await asyncio.to_thread(manager.systemctl, "stop", "relay@1", "relay@2")
+    assert rows(manager, "relay-1") + rows(manager, "relay-2") == 12
