@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from relay import maillog
@@ -18,9 +18,12 @@ from relay.records.bound import MAX_REASON, MAX_VERDICT, lines_bound
 from relay.records.model import Doubt, Json, Record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from relay.classify import Classification
     from relay.credentials import Credentials
     from relay.metrics import Metrics
+    from relay.pseudonyms import Pseudonyms
     from relay.reply import Reply
 
 __all__ = ["Account", "Sender", "negative_outcome"]
@@ -69,6 +72,8 @@ class Account:
     """The reply to the end of data that the client was given."""
     client_gone: bool = False
     """Whether the client left before it could be given one."""
+    names: Pseudonyms | None = None
+    """Gives what recipients are called in records and log; None: by their addresses."""
 
     def doubt(self, found: Classification, reason: str) -> Doubt:
         """Return the entry of a message that is in doubt from now on; `reason`: why there is no verdict."""
@@ -76,15 +81,15 @@ class Account:
             task_id=self.task_id,
             client_task_id=found.client_task_id,
             task_type=found.task_type,
-            sender=text(self.envelope.reverse_path),
+            sender=self._told(text(self.envelope.reverse_path)),
             client=self.sender.client,
             since=datetime.now(UTC),
             upstream=self.upstream or "",
-            reason=reason[:MAX_REASON],
+            reason=self._told(reason)[:MAX_REASON],
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),
-            recipients=tuple(text(each.path) for each in self.envelope.accepted),
+            recipients=tuple(self._named(each) for each in self.envelope.accepted),
             data=self._data(found),
         )
 
@@ -97,15 +102,15 @@ class Account:
             task_id=self.task_id,
             client_task_id=found.client_task_id,
             task_type=found.task_type,
-            sender=text(self.envelope.reverse_path),
+            sender=self._told(text(self.envelope.reverse_path)),
             client=self.sender.client,
             sent_at=datetime.now(UTC),
             upstream=self.upstream or "",
-            upstream_reply=_cut(str(verdict)),
+            upstream_reply=_cut(self._told(str(verdict))),
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),
-            recipients=tuple(text(each.path) for each in self.envelope.accepted),
+            recipients=tuple(self._named(each) for each in self.envelope.accepted),
             data=self._data(found),
             doubted=doubted,
         )
@@ -126,20 +131,25 @@ class Account:
             texts += map(str, value) if isinstance(value, list) else (str(value),)
         if self.client_heard is not None:
             octets.append(self.client_heard.wire)
+        if self.names is not None:
+            octets += [bytes(_PSEUDONYM + len(each.path)) for each in self.envelope.recipients]
+            texts.append(" " * MAX_VERDICT)  # what is said of recipients may become longer
         return lines_bound(octets, texts)
 
     def _data(self, found: Classification) -> dict[str, Json]:
         """Everything that has no column of its own."""
         data: dict[str, Json] = {}
         if found.headers:
-            data["headers"] = found.headers
+            data["headers"] = found.headers if self.names is None else _each(found.headers, self._told)
         if found.tags:
             data["tags"] = list(found.tags)
         refused = self.envelope.refused
         if refused:
-            data["refused"] = [{"recipient": text(each.path), "reply": str(each.reply)} for each in refused]
+            data["refused"] = [
+                {"recipient": self._named(each), "reply": self._told(str(each.reply))} for each in refused
+            ]
         if self.client_heard is not None:  # before the verdict: it was late
-            data["client_reply"] = str(self.client_heard)
+            data["client_reply"] = self._told(str(self.client_heard))
         elif self.client_gone:
             data["client_reply"] = None
         if self.sender.address:
@@ -165,14 +175,36 @@ class Account:
         if outcome is Outcome.ACCEPTED:
             metrics.message_out(self.size)
             metrics.message_size(self.size)
-        maillog.transaction(outcome, reply=said, **self._facts())
+        maillog.transaction(outcome, reply=said and self._told(said), **self._facts())
 
     def overdue(self, reason: str) -> None:
         """Write the line of a message that is in doubt while its verdict is still awaited."""
-        maillog.in_doubt(reason=reason, **self._facts())
+        maillog.in_doubt(reason=self._told(reason), **self._facts())
+
+    def _named(self, recipient: Recipient) -> str:
+        address = text(recipient.path)
+        return address if self.names is None else self.names.address(address)
+
+    def _told(self, words: str) -> str:
+        """Return text as records and log may have it."""
+        if self.names is None:
+            return words
+        return self.names.text(words, [text(each.path) for each in self.envelope.recipients])
 
     def _facts(self) -> maillog.Facts:
         """What a line in the log says of the message, whatever became of it."""
+        facts = self._facts_as_they_are()
+        if self.names is None:
+            return facts
+        told, named, recipients = self._told, self._named, self.envelope.recipients
+        facts["sender"] = told(text(self.envelope.reverse_path))
+        facts["recipients"] = [named(each) for each in recipients if not each.negative]
+        facts["refused"] = [(named(each), told(str(each.reply))) for each in self.envelope.refused]
+        if self.client_heard is not None:
+            facts["client_reply"] = told(str(self.client_heard))
+        return facts
+
+    def _facts_as_they_are(self) -> maillog.Facts:
         found, envelope = self.found, self.envelope
         return {
             "task_id": self.task_id,
@@ -192,6 +224,18 @@ class Account:
             "commit_s": self.commit_s,
             "total_s": self.total_s,
         }
+
+
+_PSEUDONYM: Final = 48
+"""Octets that a pseudonym is longer than the address at most."""
+
+
+def _each(value: dict[str, Json], told: Callable[[str], str]) -> dict[str, Json]:
+    """Return kept headers with each text in them told."""
+    return {
+        name: [told(str(item)) for item in found] if isinstance(found, list) else told(str(found))
+        for name, found in value.items()
+    }
 
 
 def _cut(verdict: str) -> str:

@@ -100,7 +100,10 @@ class Relay:
         self.upstreams: Upstreams
         self.reception: Reception
         self._overview = Overview(self.metrics, self.readiness)
-        self._reading = Reading(settings.records.connect_url)
+        names = parts.pseudonyms(settings)
+        self._reading = Reading(
+            settings.records.connect_url, aliases=None if names is None else names.aliases
+        )
         self.web: Web
 
     async def start(self, passed: Sequence[systemd.Inherited] = ()) -> None:
@@ -140,6 +143,7 @@ class Relay:
             max_message_size=settings.server.max_message_size,
             settling=set(),
             running=set(),
+            names=parts.pseudonyms(settings),
         )
         if settings.clients.users_file is not None:
             self.users = Users(settings.clients.users_file)

@@ -23,6 +23,7 @@ from relay.transaction import NO_MAIL, NO_RECIPIENTS, Command, Transaction
 
 if TYPE_CHECKING:
     from relay.account import Sender
+    from relay.envelope import Recipient
     from relay.limits.limits import Limits
     from relay.transaction import Services
     from relay.upstream import xforward
@@ -121,7 +122,7 @@ class LimitedTransaction(Transaction):
         if recipient is None or self._broken is not None:
             go_on(command)
             return
-        name = text(recipient.path)
+        name = self._counted_as(recipient)
 
         def heard(reply: Reply) -> None:
             if not reply.positive:
@@ -139,6 +140,11 @@ class LimitedTransaction(Transaction):
                 answer(refusal)
 
         self._decide(partial(self._claim.at_rcpt, name), then)
+
+    def _counted_as(self, recipient: Recipient) -> str:
+        """Return a recipient as the records have it, which is what limits are counted from."""
+        address, names = text(recipient.path), self._services.names
+        return address if names is None else names.address(address)
 
     def data(self, answer: Answer) -> None:
         """Send DATA; where the header section decides, say 354 ourselves."""
@@ -273,7 +279,7 @@ class LimitedTransaction(Transaction):
                 self._refuse(refusal)
             go_on()
 
-        recipients = [text(each.path) for each in self.envelope.accepted]
+        recipients = [self._counted_as(each) for each in self.envelope.accepted]
         self._claim.at_end(recipients, self.body.size, then)
 
     def _outcome_without_data(self) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.classify import Classifier
+from relay.pseudonyms import Pseudonyms
 from relay.records.retention import Retention
 from relay.session.tls import Certificate
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from relay.settings import Settings
 
-__all__ = ["certificate", "classifier", "retention", "task_types"]
+__all__ = ["certificate", "classifier", "pseudonyms", "retention", "task_types"]
 
 
 def certificate(settings: Settings) -> Certificate | None:
@@ -41,6 +42,14 @@ def task_types(settings: Settings) -> Sequence[str]:
     named = [settings.task_type.default, *settings.retention.by_type]
     named += [rule.type for rule in settings.task_type.rules]
     return list(dict.fromkeys(named))
+
+
+def pseudonyms(settings: Settings) -> Pseudonyms | None:
+    """Return what gives recipients their pseudonyms, None where they are kept by their addresses."""
+    key = settings.records.recipients_key
+    if settings.records.recipients != "hashed" or key is None:
+        return None
+    return Pseudonyms(key.get_secret_value())
 
 
 def retention(settings: Settings) -> Retention:

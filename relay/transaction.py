@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from relay.classify import Classification, Classifier
     from relay.limits.limits import Limits
     from relay.metrics import Metrics
+    from relay.pseudonyms import Pseudonyms
     from relay.records.journal import Journal
     from relay.records.recorder import Recorder
     from relay.upstream.pool import Pool
@@ -104,6 +105,8 @@ class Services:
     """Keeps the tasks of transactions alive."""
     limits: Limits | None = None
     """Rate limits, if there are any."""
+    names: Pseudonyms | None = None
+    """Gives recipients their pseudonyms; None: they are kept by their addresses."""
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, since what becomes of it could not be kept; else None."""
@@ -155,7 +158,7 @@ class Transaction:
         self._pool: Pool  # there is one as soon as the account has the upstream's name
         self._untried: tuple[Pool, ...] = ()
         self._client = client
-        self._account = Account(self.task_id, sender, None, self.envelope)
+        self._account = Account(self.task_id, sender, None, self.envelope, names=services.names)
         self._loop = asyncio.get_running_loop()
         self._began = self._asked = self._loop.time()
         self._connection: Connection | None = None

@@ -22,7 +22,7 @@ LAYERS = [
     {"transaction", "auth", "asking"},
     {"limits"},
     {"upstream", "records", "account", "history"},
-    {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings"},
+    {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings", "pseudonyms"},
     {"limits.rule"},
     {"records.bound", "records.identity", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials", "provider"},

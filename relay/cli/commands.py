@@ -17,6 +17,7 @@ import typer
 from relay import __version__
 from relay.cli.configuration import ConfigOption, configured, find, loader
 from relay.cli.failure import CommandError
+from relay.cli.forget import forget
 from relay.cli.health import health
 from relay.cli.limits import limits
 from relay.cli.migrate import migrate_store
@@ -201,6 +202,7 @@ def schema() -> int:
 app.command()(health)
 app.add_typer(sends, name="sends")
 app.command()(stats)
+app.command()(forget)
 app.command()(limits)
 app.command(name="migrate-store")(migrate_store)
 app.add_typer(user, name="user")

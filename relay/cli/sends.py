@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, tzinfo
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,6 +21,8 @@ from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from relay.cli.rows import Row
     from relay.records.queries import Queries, SendFilter
     from relay.settings import Settings
@@ -118,8 +121,7 @@ def search(
     }
     if follow and (in_doubt or until is not None):
         raise _mistake("--follow", f"does not go with {'--in-doubt' if in_doubt else '--until'}")
-    wanted, place = asked(given, zone)
-    settings = configured_to_read(config, os.environ)
+    wanted, place, settings = asked(given, zone, config)
 
     from relay.cli.rows import writer
     from relay.records.queries import InDoubt, Send
@@ -152,8 +154,7 @@ def show(
     output: Annotated[Format, typer.Option("--format", help="table: for people; json; csv.")] = Format.TABLE,
 ) -> int:
     """Show everything about one send, or one message in doubt."""
-    wanted, place = asked({"task_id": task_id}, zone)
-    settings = configured_to_read(config, os.environ)
+    wanted, place, settings = asked({"task_id": task_id}, zone, config)
 
     from relay.cli.rows import details, writer
     from relay.records.queries import InDoubt, Send
@@ -171,8 +172,10 @@ def show(
     return 0
 
 
-def asked(given: dict[str, str | None], zone: str | None) -> tuple[SendFilter, tzinfo | None]:
-    """Return the filter that the values of options make, and the zone of times; raise BadParameter."""
+def asked(
+    given: dict[str, str | None], zone: str | None, config: Path | None
+) -> tuple[SendFilter, tzinfo | None, Settings]:
+    """Return the filter that the values of options make, the zone of times, and the settings."""
     from relay.asking import AskedError, filter_of, zone_of
 
     try:
@@ -186,7 +189,13 @@ def asked(given: dict[str, str | None], zone: str | None) -> tuple[SendFilter, t
         raise _mistake(f"--{error.field.replace('_', '-')}", f"takes {error.takes}") from None
     if wanted.since is not None and wanted.until is not None and wanted.since >= wanted.until:
         raise _mistake("--until", "takes a time after that of --since")
-    return wanted, place
+    settings = configured_to_read(config, os.environ)
+    if wanted.recipient is not None and settings.records.recipients_key is not None:
+        from relay.pseudonyms import Pseudonyms
+
+        names = Pseudonyms(settings.records.recipients_key.get_secret_value())
+        wanted = replace(wanted, aliases=names.aliases(wanted.recipient))
+    return wanted, place, settings
 
 
 def reading(settings: Settings, work: Callable[[Queries], Awaitable[T]]) -> T:

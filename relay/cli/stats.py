@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured_to_read
+from relay.cli.configuration import ConfigOption
 from relay.cli.sends import Format, asked, reading
 from relay.records.by import By
 
@@ -69,8 +69,7 @@ def stats(
         "since": since,
         "until": until,
     }
-    wanted, place = asked(given, zone)
-    settings = configured_to_read(config, os.environ)
+    wanted, place, settings = asked(given, zone, config)
 
     from relay.records.statistics import MAX_GROUPS
 

@@ -22,6 +22,9 @@ RESTART: Final = (
     "records.password",
     "records.relay",
     "records.spool",
+    "records.recipients",
+    "records.recipients_key",
+    "records.recipients_key_file",
     "server.reuse_port",
 )
 """Store and spool hold what is under way; the kernel wants to know about a shared port when it is bound."""

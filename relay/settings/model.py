@@ -506,7 +506,11 @@ class RecordSettings(_Section):
     headers: tuple[HeaderName, ...] = ("Message-ID",)
     """Message headers that are kept with the row."""
     recipients: Literal["plain", "hashed"] = "plain"
-    """How recipients are kept. In this version: plain."""
+    """How recipients are kept and logged. hashed: as keyed pseudonyms, their domains as they are."""
+    recipients_key_file: Path | None = None
+    """File with the key of the pseudonyms, the same for all relays on one database."""
+    recipients_key: SecretStr | None = Field(default=None, validate_default=True)
+    """The key itself. Better: recipients_key_file."""
 
     @property
     def shown_url(self) -> str:
@@ -554,11 +558,16 @@ class RecordSettings(_Section):
             raise ValueError("must name a directory of its own")
         return value
 
-    @field_validator("recipients")
+    @field_validator("recipients_key")
     @classmethod
-    def _no_hashes(cls, value: str) -> str:
-        if value == "hashed":
-            raise ValueError(f'{_NOT_YET}: hashed recipients (keep "plain")')
+    def _key_for_hashes(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        hashed = info.data.get("recipients") == "hashed"
+        if hashed and value is None and info.data.get("recipients_key_file") is None:
+            raise ValueError('is missing: recipients = "hashed" needs recipients_key_file')
+        if value is not None and len(value.get_secret_value()) < SHORTEST_TOKEN:
+            raise ValueError(
+                f"is shorter than {SHORTEST_TOKEN} characters: make one with openssl rand -hex 32"
+            )
         return value
 
 

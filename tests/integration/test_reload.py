@@ -471,7 +471,6 @@ OF_A_LOGIN = {
 
 ONE_VALUE = {
     "server.received_header",
-    "records.recipients",
     "limits",
 }
 """Keys that have no other value in this version."""

@@ -1,0 +1,46 @@
+"""Changes a PostgreSQL database as a command does, beside the relays that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from relay.records.postgres.database import connect, explained
+
+__all__ = ["PostgresEraser"]
+
+T = TypeVar("T")
+
+
+class PostgresEraser:
+    """A PostgreSQL database that is changed; see `relay.records.forgetting.Eraser`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._engine = create_async_engine(
+            "postgresql+asyncpg://", async_creator=lambda: connect(url), poolclass=NullPool
+        )
+
+    async def write(self, work: Callable[[sa.Connection], T], *, undo: bool) -> T:
+        """Run `work` in one transaction, which `undo` takes back."""
+        try:
+            async with self._engine.connect() as connection:
+                result = await connection.run_sync(work)
+                if undo:
+                    await connection.rollback()
+                else:
+                    await connection.commit()
+                return result
+        except sa.exc.DBAPIError as error:
+            cause = error.orig.__cause__ if error.orig is not None else None
+            raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
+        except OSError as error:
+            raise explained(error, self._url) from error
+
+    async def close(self) -> None:
+        """Close what is open. What was erased leaves the files with the next vacuum."""
+        await self._engine.dispose()

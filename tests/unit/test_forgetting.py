@@ -1,0 +1,183 @@
+"""A person is erased from the records, on both databases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from relay.cli import main
+from relay.records.filters import SendFilter
+from relay.records.forgetting import GONE, forget, mentions, open_eraser
+from relay.records.model import Doubt, Record
+from relay.records.queries import open_queries
+from relay.records.retention import Retention
+from relay.records.spool import encode
+from relay.records.store import open_store
+
+ANN = "ann@example.org"
+NOW = datetime(2026, 11, 23, 7, 46, tzinfo=UTC)
+ROW = Record(
+    task_id=UUID(int=1),
+    task_type="mention",
+    sender="shop@example.com",
+    client="app",
+    sent_at=NOW,
+    upstream="primary",
+    upstream_reply="250 ok",
+    size=1000,
+    duration_ms=10,
+    recipients=("bob@example.net",),
+    data={"tags": ["a"]},
+)
+ROWS = [
+    replace(ROW, sender="Ann@Example.org"),
+    replace(ROW, recipients=("ANN@example.org",)),
+    replace(ROW, recipients=("bob@example.net", ANN, "cat@example.net"), upstream_reply=f"250 <{ANN}> ok"),
+    replace(
+        ROW, data={"refused": [{"recipient": ANN, "reply": "550"}, {"recipient": "z@x", "reply": "550"}]}
+    ),
+    replace(ROW, data={"headers": {"To": f"Ann <{ANN}>, bob"}, "client_reply": None}),
+    replace(ROW, sender="bounce+ann=example.org@shop.example"),
+    replace(ROW, client=ANN),
+    replace(ROW, recipients=("joann@example.org", "ann@example.org.uk", "ann@other")),
+]
+DOUBT = Doubt(
+    since=NOW,
+    reason=f"closed after {ANN}",
+    **{name: getattr(ROW, name) for name in ("task_type", "sender", "client", "upstream", "size")},
+    **{name: getattr(ROW, name) for name in ("duration_ms", "data")},
+    recipients=("bob@example.net",),
+    task_id=UUID(int=99),
+)
+DOUBTS = [
+    replace(DOUBT, task_id=UUID(int=101)),
+    replace(DOUBT, task_id=UUID(int=102), recipients=(ANN,), reason="closed"),
+    replace(DOUBT, task_id=UUID(int=103), recipients=(ANN, "bob@example.net"), reason="closed"),
+    replace(DOUBT, task_id=UUID(int=104), reason="closed"),
+]
+
+
+async def contents(url: str) -> tuple[dict[int, Any], dict[int, Any]]:
+    queries = await open_queries(url)
+    try:
+        sends = await queries.page(SendFilter(), 200)
+        doubts = await queries.page_of_doubts(SendFilter(), 200)
+    finally:
+        await queries.close()
+    return (
+        {UUID(each.task_id).int: each for each in sends},
+        {UUID(each.task_id).int: each for each in doubts},
+    )
+
+
+@pytest.fixture
+async def url(database: Any) -> str:
+    store = await open_store(database.url, Retention(None))
+    await store.write([replace(row, task_id=UUID(int=at)) for at, row in enumerate(ROWS, 1)])
+    await store.write(DOUBTS)
+    await store.close()
+    return str(database.url)
+
+
+async def erase(url: str, *names: str, dry_run: bool = False) -> tuple[int, int, int]:
+    eraser = await open_eraser(url)
+    try:
+        done = await forget(eraser, names, dry_run=dry_run)
+    finally:
+        await eraser.close()
+    return done.deleted, done.changed, done.doubts
+
+
+async def test_a_person_is_gone_and_the_others_stay(url: str) -> None:
+    before = await contents(url)
+    assert await erase(url, ANN, dry_run=True) == (3, 4, 3)
+    assert await contents(url) == before
+
+    assert await erase(url, ANN) == (3, 4, 3)
+
+    sends, doubts = await contents(url)
+    assert sorted(sends) == [3, 4, 5, 6, 8]
+    assert sends[3].recipients == ("bob@example.net", "cat@example.net")
+    assert sends[3].upstream_reply == f"250 <{GONE}> ok"
+    assert sends[4].data == {"refused": [{"recipient": "z@x", "reply": "550"}]}
+    assert sends[5].data == {"headers": {"To": f"Ann <{GONE}>, bob"}, "client_reply": None}
+    assert sends[6].sender == f"bounce+{GONE}@shop.example"
+    assert sends[8] == before[0][8]
+    assert sorted(doubts) == [101, 103, 104]
+    assert doubts[101].reason == f"closed after {GONE}"
+    assert doubts[103].recipients == ("bob@example.net",)
+    assert doubts[104] == before[1][104]
+    assert await erase(url, ANN) == (0, 0, 0)
+
+
+async def test_a_pseudonym_is_a_name_too(url: str) -> None:
+    assert await erase(url, "nobody@x", "cat@example.net") == (0, 1, 0)
+    assert (await contents(url))[0][3].recipients == ("bob@example.net", ANN)
+
+
+async def test_many_rows_go_in_batches(database: Any) -> None:
+    store = await open_store(database.url, Retention(None))
+    for begin in range(0, 1500, 500):
+        await store.write(
+            [replace(ROW, task_id=UUID(int=n + 1), recipients=(ANN,)) for n in range(begin, begin + 500)]
+        )
+    await store.close()
+    assert await erase(database.url, ANN) == (1500, 0, 0)
+
+
+async def test_what_is_deleted_is_not_left_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    store = await open_store(f"sqlite:///{path}", Retention(None))
+    await store.write(
+        [replace(ROW, task_id=UUID(int=1), recipients=(ANN,)), replace(ROW, task_id=UUID(int=2))]
+    )
+    await store.close()
+    assert ANN.encode() in path.read_bytes()
+    await erase(f"sqlite:///{path}", ANN)
+    left = b"".join(each.read_bytes() for each in tmp_path.iterdir())
+    assert ANN.encode() not in left
+
+
+def test_a_mention_anywhere_is_found() -> None:
+    assert mentions({"recipients": ["x", ["ANN@example.org"]]}, [ANN])
+    assert not mentions({"recipients": ["joann@example.org"], "n": 1}, [ANN])
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import asyncio
+
+    monkeypatch.chdir(tmp_path)
+    Path("relay.toml").write_text('[[upstreams]]\naddress = "smtp.example.com:587"\n')
+
+    async def write() -> None:
+        store = await open_store("sqlite:///data/task_done.db", Retention(None))
+        await store.write([replace(row, task_id=UUID(int=at)) for at, row in enumerate(ROWS, 1)])
+        await store.close()
+
+    command = ["forget", "<Ann@example.org>", "--config", "relay.toml"]
+    assert main(command) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert not Path("data").exists()
+    asyncio.run(write())
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out == (
+        "3 sends would be deleted, 4 others would be changed\n"
+        "0 messages in doubt would be deleted or changed\n"
+    )
+    assert main(command) == 0
+    assert "3 sends deleted, 4 others changed" in capsys.readouterr().out
+    for wrong in ("", "@example.org", "a*@example.org"):
+        assert main(["forget", wrong, "--config", "relay.toml"]) == 2
+    spool = Path("data/spool")
+    spool.mkdir()
+    (spool / "rejected.jsonl").write_bytes(encode(replace(ROW, recipients=(ANN,)), "a reason"))
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "1 row in the spool data/spool name the address" in captured.err
