@@ -634,7 +634,7 @@ def test_examples_of_settings_do_what_is_said(
     monkeypatch.chdir(tmp_path)
     for name in {"upstream_password", *re.findall(r'"/run/secrets/(\w+)"', toml)}:
         secret = Path(name)
-        secret.write_text("sesame\n")
+        secret.write_text("sesame-0123456789\n")
         secret.chmod(0o600)
     Certificates().write_server(tmp_path, "relay.example.com")
     text = toml.replace("/run/secrets/", "").replace("/etc/relay/", "")
