@@ -41,12 +41,12 @@ class Envelope:
     @property
     def accepted(self) -> list[Recipient]:
         """The recipients that the upstream took."""
-        return [recipient for recipient in self.recipients if recipient.accepted]
+        return [each for each in self.recipients if each.reply is not None and each.reply.positive]
 
     @property
     def refused(self) -> list[Recipient]:
         """The recipients that got a negative reply."""
-        return [recipient for recipient in self.recipients if recipient.negative]
+        return [each for each in self.recipients if each.reply is not None and not each.reply.positive]
 
 
 def text(octets: bytes) -> str:

@@ -239,7 +239,7 @@ class Facts(TypedDict):
 
 def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts]) -> None:
     """The one line of a message; `reply` is the upstream's last word."""
-    fields = _message_fields(outcome.value, reply, facts)
+    fields = _message_fields(outcome, reply, facts)
     level = _LEVEL_OF[outcome]
     if level in _current.direct and (line := _plain_line("message", level, fields)) is not None:
         getattr(_current.output, level)(line)
@@ -250,7 +250,6 @@ def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts])
 def in_doubt(*, reason: str, **facts: Unpack[Facts]) -> None:
     """The verdict on a message is overdue: it is still awaited, and the message's line comes with it."""
     fields = _message_fields(None, None, facts)
-    del fields["outcome"], fields["reply"]
     _current.log.warning("in doubt", fields=fields | {"reason": reason, "awaited": True})
 
 
@@ -273,11 +272,17 @@ def found_in_journal(doubt: Doubt) -> None:
     _current.log.warning("in doubt", fields=fields)
 
 
+_MAY_BE_NONE: Final = (
+    *("outcome", "refused", "refused_count", "task_type", "message_id", "upstream", "reply"),
+    *("client_reply", "wait_s", "upstream_s", "commit_s", "client_gone"),
+)
+
+
 def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> dict[str, Any]:
+    """Return what is known, in one value instead of twenty: each of structlog's layers copies keywords."""
     recipients, refused = facts["recipients"], facts["refused"]
     refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
-    # One value instead of twenty: each of structlog's layers copies its keywords.
-    return {
+    fields = {
         "outcome": outcome,
         "task_id": facts["task_id"],
         "client": facts["client"],
@@ -299,6 +304,10 @@ def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> di
         "total_s": facts["total_s"],
         "client_gone": facts["client_gone"] or None,
     }
+    for key in _MAY_BE_NONE:
+        if fields[key] is None:
+            del fields[key]
+    return fields
 
 
 # ---------------------------------------------------------------------------------------------- users
@@ -469,6 +478,7 @@ class _Output:
         self._waiting: list[bytes] = []
         self._size = 0
         self._due: asyncio.AbstractEventLoop | None = None  # will flush; one that was closed never does
+        self._thread = 0  # in which it runs
         # Libraries log in threads of their own, and in finalizers, which may run in the midst of a flush.
         self._lock = threading.RLock()
 
@@ -476,6 +486,12 @@ class _Output:
         with self._lock:
             self._waiting.append(line + b"\n")
             self._size += len(line)
+            due = self._due
+            if due is not None and self._thread == threading.get_ident() and due.is_running():
+                # The loop is known; to ask for it costs a system call (CPython 3.11).
+                if self._size >= MAX_WAITING:
+                    self.flush()
+                return
             try:
                 loop = asyncio.get_running_loop()
             except RuntimeError:
@@ -484,7 +500,7 @@ class _Output:
             if self._size >= MAX_WAITING:
                 self.flush()
             elif self._due is not loop:
-                self._due = loop
+                self._due, self._thread = loop, threading.get_ident()
                 loop.call_soon(self.flush)
 
     def line_at_once(self, line: bytes) -> None:
@@ -523,17 +539,18 @@ def _plain_line(event: str, level: str, fields: Mapping[str, Any]) -> bytes | No
     """
     line = {"time": datetime.now(UTC), "level": level, "event": event, **fields}
     try:
-        for key, value in fields.items():
-            if value is None:
-                del line[key]
-            elif value.__class__ is float:
-                line[key] = round(value * 1e6) / 1e6  # as round(value, 6), in a fifth of its time
+        for key in _SECONDS:
+            if key in fields:
+                line[key] = round(fields[key] * 1e6) / 1e6  # as round(value, 6), in a fifth of its time
         found = orjson.dumps(line, default=_text, option=orjson.OPT_UTC_Z)
     except (TypeError, ValueError, OverflowError):  # a lone surrogate, a number that is none
         return None
     if len(found) > MAX_TEXT or not found.isascii() or b"\\" in found or b"\x7f" in found:
         return None
     return None if b"/" in found and b"://" in found else found  # a slash is found sooner
+
+
+_SECONDS: Final = ("wait_s", "upstream_s", "commit_s", "total_s")
 
 
 def _text(value: object) -> str:

@@ -40,11 +40,13 @@ class Reply:
     `code` is the three-digit code; `wire` the octets as they go to a client: every line, CRLF included.
     """
 
-    __slots__ = ("code", "wire")
+    __slots__ = ("code", "positive", "wire")
 
     def __init__(self, code: int, wire: bytes) -> None:
         self.code = code
         self.wire = wire
+        self.positive = code < 300
+        """Positive completion (2yz)."""
 
     @classmethod
     def own(cls, code: int, detail: str, text: str) -> Reply:
@@ -66,11 +68,6 @@ class Reply:
         """Return this reply under another code of the same class, text and enhanced code unchanged."""
         lines = self.wire.split(b"\r\n")[:-1]
         return Reply(code, b"".join(b"%d%s\r\n" % (code, line[3:]) for line in lines))
-
-    @property
-    def positive(self) -> bool:
-        """Positive completion (2yz)."""
-        return self.code < 300
 
     @property
     def transient(self) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from relay import maillog
@@ -107,6 +107,8 @@ class Services:
     """Rate limits, if there are any."""
     names: Pseudonyms | None = None
     """Gives recipients their pseudonyms; None: they are kept by their addresses."""
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    """Here, since to ask for it costs a system call (CPython 3.11)."""
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, since what becomes of it could not be kept; else None."""
@@ -127,6 +129,46 @@ class Command:
 
 class Transaction:
     """One mail transaction."""
+
+    # More attributes than a class can share the names of between its objects' dicts (CPython 3.11: 30).
+    __slots__ = (
+        "_account",
+        "_answer_verdict",
+        "_asked",
+        "_began",
+        "_broken",
+        "_broken_as",
+        "_client",
+        "_connection",
+        "_data_reply",
+        "_doubted",
+        "_leasing",
+        "_loop",
+        "_mail_refused",
+        "_mail_reply",
+        "_overdue",
+        "_pool",
+        "_promised",
+        "_queued",
+        "_route",
+        "_sent",
+        "_services",
+        "_slot",
+        "_untried",
+        "_unwritten",
+        "_unwritten_size",
+        "_upstream_since",
+        "_verdict",
+        "_verdict_due",
+        "binary",
+        "body",
+        "concluded",
+        "envelope",
+        "on_flow",
+        "over",
+        "settling",
+        "task_id",
+    )
 
     def __init__(
         self,
@@ -159,7 +201,7 @@ class Transaction:
         self._untried: tuple[Pool, ...] = ()
         self._client = client
         self._account = Account(self.task_id, sender, None, self.envelope, names=services.names)
-        self._loop = asyncio.get_running_loop()
+        self._loop = services.loop
         self._began = self._asked = self._loop.time()
         self._connection: Connection | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -167,6 +209,7 @@ class Transaction:
         self._sent: deque[Command] = deque()
         self._upstream_since = 0.0  # the first of them went up, or content could not
         self._mail_reply: Reply | None = None
+        self._mail_refused = False
         self._data_reply: Reply | None = None
         self._broken: Reply | None = None
         self._broken_as = Outcome.UNAVAILABLE
@@ -227,7 +270,7 @@ class Transaction:
                 command.recipient.reply = self._broken
             command.answer(self._broken)
             return
-        if not self._chosen:  # DATA, and no recipient had a route
+        if self._account.upstream is None:  # DATA, and no recipient had a route
             command.answer(NO_RECIPIENTS)
             return
         self._queued.append(command)
@@ -237,10 +280,6 @@ class Transaction:
     def refused(self) -> bool:
         """Whether the client has heard MAIL refused: there is no transaction to go on with."""
         return self._mail_refused and not self._route.by_recipient
-
-    @property
-    def _mail_refused(self) -> bool:
-        return self._mail_reply is not None and not self._mail_reply.positive
 
     @property
     def contested(self) -> bool:
@@ -362,12 +401,6 @@ class Transaction:
             self._upstream_since = self._loop.time()
         self._sent.append(command)
 
-    def _next_answered(self) -> Command:
-        command = self._sent.popleft()
-        if not self._sent:
-            self._waited_for_upstream()
-        return command
-
     def _waited_for_upstream(self) -> None:
         """The upstream has given what it was waited for, or will not."""
         self._account.replies_s += self._loop.time() - self._upstream_since
@@ -376,37 +409,49 @@ class Transaction:
 
     def _answered(self, reply: Reply) -> None:
         if reply.code == 421:
-            # RFC 5321 3.8: the upstream closes. Our own session with the client goes on, so it hears 451.
-            self._cut("upstream said 421")
-            if self.settling:  # to a chunk before the last one, which is up as well
-                self._connection = None
-                self._sent.popleft().answer(reply.recoded(451))
-                self._verdict_failed(Failure("upstream said 421", reply))
-            else:
-                self._go_on_without(reply.recoded(451))
+            self._upstream_closes(reply)
             return
-        command = self._next_answered()
-        if command.verb == "mail":
-            self._mail_answered(reply)
-        elif command.verb == _XFORWARD:
-            self._introduction_answered(reply)
-        elif command.recipient is not None:
+        command = self._sent.popleft()
+        if not self._sent:
+            self._waited_for_upstream()
+        if command.recipient is not None:
             if self._mail_refused and self._route.by_recipient:
                 reply = cast("Reply", self._mail_reply)  # the client has not heard it
             command.recipient.reply = reply
+        elif command.verb == "mail":
+            self._mail_answered(reply)
         elif command.verb == "data":
             reply = self._data_answered(reply)
-        elif command.verb == "bdat" and not reply.positive and self._data_reply is None:
-            self._data_reply = reply  # later ones only follow from it (RFC 3030 2)
-        self.over = self.refused and not self._sent and not self._queued
-        if self._mail_refused and self._route.by_recipient and not self._sent:
-            self._drop_lease()
+        else:
+            self._other_answered(command.verb, reply)
+        if self._mail_refused and not self._sent:
+            self._none_left()
         command.answer(reply)
-        self._pump()
+        if self._queued:
+            self._pump()
 
-    def _introduction_answered(self, reply: Reply) -> None:
-        """Go on whatever the upstream says to XFORWARD, as Postfix does; the client has no part in it."""
-        if not reply.positive and self._connection is not None:
+    def _none_left(self) -> None:
+        """MAIL was refused, and all that was sent behind it has been answered."""
+        self.over = self.refused and not self._queued
+        if self._route.by_recipient:
+            self._drop_lease()
+
+    def _upstream_closes(self, reply: Reply) -> None:
+        """RFC 5321 3.8: 421 ends the upstream's session. Ours with the client goes on, so it hears 451."""
+        self._cut("upstream said 421")
+        if self.settling:  # to a chunk before the last one, which is up as well
+            self._connection = None
+            self._sent.popleft().answer(reply.recoded(451))
+            self._verdict_failed(Failure("upstream said 421", reply))
+        else:
+            self._go_on_without(reply.recoded(451))
+
+    def _other_answered(self, verb: str, reply: Reply) -> None:
+        if verb == "bdat":
+            if not reply.positive and self._data_reply is None:
+                self._data_reply = reply  # later ones only follow from it (RFC 3030 2)
+        elif not reply.positive and self._connection is not None:
+            # Go on whatever the upstream says to XFORWARD, as Postfix does; the client has no part in it.
             self._pool.xforward_refused(self._connection, reply)
 
     def _mail_answered(self, reply: Reply) -> None:
@@ -414,6 +459,7 @@ class Transaction:
         self._pool.answered()
         if reply.positive:
             return
+        self._mail_refused = True
         held = self._route.by_recipient
         if held:  # MAIL was answered before: this is the answer to all that depends on it
             self._broken, self._broken_as = reply, negative_outcome(reply)
@@ -444,7 +490,8 @@ class Transaction:
     def _max_size(self) -> int:
         """The smaller of the relay's and the upstream's limit, in octets; 0: none."""
         upstream = self._connection.capabilities.size if self._connection is not None else None
-        return min((size for size in (self._services.max_message_size, upstream) if size), default=0)
+        own = self._services.max_message_size
+        return min(own, upstream) if own and upstream else own or upstream or 0
 
     # Failures before the end of data
 
@@ -489,6 +536,7 @@ class Transaction:
         for command in waiting:
             if command.verb == "mail":
                 self._mail_reply = reply
+                self._mail_refused = not reply.positive
             elif command.recipient is not None:
                 command.recipient.reply = reply
         self.over = self.refused
@@ -838,7 +886,7 @@ class Transaction:
             return self._broken_as
         if not self._chosen and self.envelope.recipients:
             return Outcome.UNAVAILABLE
-        if self._mail_reply is not None and not self._mail_reply.positive:
+        if self._mail_reply is not None and self._mail_refused:
             return negative_outcome(self._mail_reply)
         refused = self.envelope.refused
         if refused and len(refused) == len(self.envelope.recipients):

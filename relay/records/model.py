@@ -1,4 +1,8 @@
-"""What is kept of messages, as values: those that were accepted, and those of which that is not known."""
+"""What is kept of messages, as values: those that were accepted, and those of which that is not known.
+
+Nobody changes one that is made. That `Record` and `Doubt` are not frozen is for the message path alone: a
+frozen object sets each field by a call, and two of them are made for each message.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ __all__ = ["Doubt", "Entry", "Json", "Record", "Settled", "signed"]
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One message that the upstream accepted.
 
@@ -37,7 +41,7 @@ class Record:
     """Whether a `Doubt` of this message may be kept already: its entry then goes. Not a column."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Doubt:
     """One message whose end of data went up, and of which nobody knows whether the upstream accepted it.
 

@@ -116,6 +116,7 @@ class Recorder:
         self._turn = asyncio.Lock()  # held for each batch, and for the step that goes back to the store
         self._closing = False
         self._hurry: asyncio.Future[None]  # done: do not wait for the store any longer; made by `start`
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._writer: asyncio.Task[None] | None = None
         self._replayer: asyncio.Task[None] | None = None
         # The store's side.
@@ -155,7 +156,9 @@ class Recorder:
         What is returned is done once the entry is durable, or is in the log because neither store nor spool
         took it. It never raises; to cancel it does not take the entry back.
         """
-        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._loop is None:  # asked for once: it costs a system call (CPython 3.11)
+            self._loop = asyncio.get_running_loop()
+        kept: asyncio.Future[None] = self._loop.create_future()
         if self._writer is None or self._writer.done():
             self._lose([entry])
             kept.set_result(None)

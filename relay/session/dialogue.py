@@ -210,9 +210,13 @@ class Dialogue:
 
     def take(self, octets: bytes) -> None:
         """Take input: commands or content, as the state says."""
-        if self._state is SECURING:
+        state = self._state
+        if state is COMMANDS or state is CONTENT:  # nearly always
             self._input.feed(octets)
-        elif self._state is AWAITS_354:
+            self.advance()
+        elif state is SECURING:
+            self._input.feed(octets)
+        elif state is AWAITS_354:
             self._out_of_step()
         elif not self.over:
             self._input.feed(octets)
@@ -269,17 +273,16 @@ class Dialogue:
 
     def _step(self) -> bool:
         """Take one command line or block of content; False when nothing can be taken now."""
-        if self._state is CONTENT:
+        state = self._state
+        if state is COMMANDS:
+            if self._wire.choked or self._slowed or len(self._replies.owed) >= MAX_OWED:
+                return False
+            return self._take_command()
+        if state is CONTENT:
             return self._take_content()
-        if self._state is CHALLENGED:
+        if state is CHALLENGED:
             return self._take_response()
-        if self._state is CHUNK:
-            return self._take_chunk()
-        if self._state is not COMMANDS or self._wire.choked:
-            return False
-        if self._slowed or len(self._replies.owed) >= MAX_OWED:
-            return False
-        return self._take_command()
+        return state is CHUNK and self._take_chunk()
 
     def _take_command(self) -> bool:
         """Act on the next command line; False if it is not complete, or must wait for replies before it."""
@@ -699,7 +702,9 @@ class Dialogue:
             if not self._replies.owed:
                 self._close()
             return
-        self.advance()
+        # Most replies are given while no input waits; then there is nothing to act on but an end.
+        if self._input.size or self._holding or self._eof or self._reception.draining:
+            self.advance()
 
     # Errors and ends
 

@@ -9,6 +9,7 @@ octets from a client that has gone are not acted on.
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from aiosmtpd import smtp
@@ -35,6 +36,13 @@ WRITE_TIMEOUT = 60.0
 """Seconds after which a client that does not read its replies is cut off."""
 
 
+@lru_cache(maxsize=1024)
+def _address_of(host: str) -> tuple[Address, str]:
+    """Return a peer's address, and how it is written; to find out takes as long as two commands."""
+    address = client_address(host) or LOCAL
+    return address, str(address)
+
+
 class Session(smtp.SMTP):
     """One client session.
 
@@ -44,7 +52,7 @@ class Session(smtp.SMTP):
 
     def __init__(self, reception: Reception, listener: ListenerSettings) -> None:
         self.loop = reception.loop
-        self.transport: asyncio.BaseTransport | None = None
+        self.transport: asyncio.Transport | None = None
         self.choked = False
         self._reception = reception
         self._listener = listener
@@ -59,10 +67,10 @@ class Session(smtp.SMTP):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Find out who it is, then greet the client or turn it away."""
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
         peername = transport.get_extra_info("peername")
-        peer = (client_address(peername[0]) or LOCAL) if peername else LOCAL  # a unix socket has no name
-        self._client = str(peer) if peername else "unix"
+        # A unix socket has no name.
+        peer, self._client = _address_of(peername[0]) if peername else (LOCAL, "unix")
         self._reception.enter(self, self._listener.address)
         if not self._listener.proxy_protocol:
             self._admit(peer, peername[1] if peername else None)
@@ -119,10 +127,10 @@ class Session(smtp.SMTP):
 
     def data_received(self, data: bytes) -> None:
         """Give what the client sent to the dialogue; before that, to the PROXY header."""
-        if self._handshake is not None:
-            self._handshake += data
-        elif self._dialogue is not None:
+        if self._dialogue is not None and self._handshake is None:
             self._dialogue.take(data)
+        elif self._handshake is not None:
+            self._handshake += data
         elif self._header is not None:
             self._take_header(self._header, data)
 
@@ -205,17 +213,16 @@ class Session(smtp.SMTP):
     def write(self, octets: bytes) -> None:
         """Send to the client."""
         if self.transport is not None:
-            cast("asyncio.Transport", self.transport).write(octets)
+            self.transport.write(octets)
 
     def hold(self, pause: bool) -> None:
         """Stop reading from the client, or go on."""
         if self.transport is None:
             return
-        transport = cast("asyncio.Transport", self.transport)
         if pause:
-            transport.pause_reading()
+            self.transport.pause_reading()
         else:
-            transport.resume_reading()
+            self.transport.resume_reading()
 
     def close(self) -> None:
         """Close after what has been written."""
@@ -226,7 +233,7 @@ class Session(smtp.SMTP):
     def cut(self) -> None:
         """Drop the connection; what has not gone out is not sent any more."""
         if self.transport is not None:
-            cast("asyncio.Transport", self.transport).abort()
+            self.transport.abort()
 
     # What the reception asks for
 

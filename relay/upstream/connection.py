@@ -60,13 +60,6 @@ class Owner(Protocol):
         """The connection is gone."""
 
 
-@dataclass(slots=True)
-class _Awaited:
-    command: str
-    answered: Callable[[Reply], None]
-    since: float
-
-
 class Connection(asyncio.Protocol):
     """A connection that is open, greeted, secured and logged in, and speaks pipelined SMTP from here on."""
 
@@ -89,7 +82,8 @@ class Connection(asyncio.Protocol):
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._parser = ReplyParser()
-        self._awaited: deque[_Awaited] = deque()
+        self._awaited: deque[tuple[str, Callable[[Reply], None], float]] = deque()
+        """The commands that are up, each with who is told of its reply, and since when."""
         self._unsent: list[bytes] = []
         self._head_since = 0.0
         self._transport: asyncio.Transport | None = None
@@ -154,7 +148,7 @@ class Connection(asyncio.Protocol):
         now = self._loop.time()
         if not self._awaited:
             self._head_since = now
-        self._awaited.append(_Awaited(command, answered, now))
+        self._awaited.append((command, answered, now))
 
     def write(self, *content: bytes) -> None:
         """Send message content."""
@@ -215,8 +209,9 @@ class Connection(asyncio.Protocol):
             if not self._awaited:
                 self._end(_unsolicited(reply))
                 return
-            if not _fits(reply, self._awaited[0].command):
-                self._end(Failure(f"out of step: {reply.code} to {self._awaited[0].command}"))
+            command = self._awaited[0][0]
+            if not _fits(reply, command):
+                self._end(Failure(f"out of step: {reply.code} to {command}"))
                 return
             self._answer(reply)
             if self._transport is None:
@@ -235,23 +230,23 @@ class Connection(asyncio.Protocol):
     @property
     def _awaits_verdict(self) -> bool:
         """Whether the end of data is up, with nothing but chunks that are not answered before it."""
-        return bool(self._awaited) and self._awaited[-1].command == "end_of_data"
+        return bool(self._awaited) and self._awaited[-1][0] == "end_of_data"
 
     def _answer_what_fits(self, replies: list[Reply]) -> None:
         for reply in replies:
-            if not self._awaited or not _fits(reply, self._awaited[0].command):
+            if not self._awaited or not _fits(reply, self._awaited[0][0]):
                 return
             self._answer(reply)
 
     def _answer(self, reply: Reply) -> None:
-        awaited = self._awaited.popleft()
+        command, answered, since = self._awaited.popleft()
         now = self._loop.time()
-        if awaited.command in REPLY_COMMANDS:
-            self._metrics.reply(awaited.command, now - awaited.since)
+        if command in REPLY_COMMANDS:
+            self._metrics.reply(command, now - since)
         self._head_since = now
         if reply.code == 421:
             self.usable = False
-        awaited.answered(reply)
+        answered(reply)
 
     def eof_received(self) -> None:
         """The upstream will send no more: what is awaited will not come."""
@@ -278,7 +273,7 @@ class Connection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """End the connection if a wait has lasted longer than its limit (RFC 5321 4.5.3.2)."""
         if self._awaited:
-            command = self._awaited[0].command
+            command = self._awaited[0][0]
             if now - self._head_since > self._limit(command):
                 self._end(Failure(f"no reply to {command} in time"))
                 return

@@ -82,6 +82,7 @@ class Pool:
         self.xforward = upstream.xforward
         """Whether the upstream is to be told who the clients are."""
         self._settings = upstream
+        self._loop = asyncio.get_running_loop()
         self._dialer = dialer
         self._key = secrets.token_bytes(32)
         self._open: set[Connection] = set()
@@ -171,7 +172,7 @@ class Pool:
         self.metrics.drained(value=False)
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self._loop.time()
 
     # Leasing
 
@@ -190,7 +191,7 @@ class Pool:
 
     def _take(self, client: str, identity: bytes | None) -> Connection | None:
         idle = self._idle.get(identity)
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         while idle:
             connection = idle.pop()
             self._forget_if_empty(identity)
@@ -252,7 +253,7 @@ class Pool:
             connection.quit()
 
     def _back(self, connection: Connection) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if self._closing or self._worn(connection, now):
             connection.quit()
             return

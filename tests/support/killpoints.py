@@ -114,7 +114,7 @@ def _verdict(passed: Passed) -> None:
     answer = Connection._answer
 
     def wrapped(connection: Connection, reply: Reply) -> None:
-        if connection._awaited[0].command == "end_of_data":
+        if connection._awaited[0][0] == "end_of_data":
             passed()
         answer(connection, reply)
 

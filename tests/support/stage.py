@@ -99,6 +99,7 @@ def services_for(stage: Stage) -> Services:
         max_message_size=MAX_SIZE,
         settling=set(),
         running=set(),
+        loop=stage.loop,
     )
 
 
