@@ -239,7 +239,7 @@ class Facts(TypedDict):
 
 def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts]) -> None:
     """The one line of a message; `reply` is the upstream's last word."""
-    fields = _message_fields(outcome, reply, facts)
+    fields = _known(_message_fields(outcome, reply, facts))
     level = _LEVEL_OF[outcome]
     if level in _current.direct and (line := _plain_line("message", level, fields)) is not None:
         getattr(_current.output, level)(line)
@@ -249,7 +249,7 @@ def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts])
 
 def in_doubt(*, reason: str, **facts: Unpack[Facts]) -> None:
     """The verdict on a message is overdue: it is still awaited, and the message's line comes with it."""
-    fields = _message_fields(None, None, facts)
+    fields = _known(_message_fields(None, None, facts))
     _current.log.warning("in doubt", fields=fields | {"reason": reason, "awaited": True})
 
 
@@ -282,7 +282,7 @@ def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> di
     """Return what is known, in one value instead of twenty: each of structlog's layers copies keywords."""
     recipients, refused = facts["recipients"], facts["refused"]
     refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
-    fields = {
+    return {
         "outcome": outcome,
         "task_id": facts["task_id"],
         "client": facts["client"],
@@ -304,6 +304,10 @@ def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> di
         "total_s": facts["total_s"],
         "client_gone": facts["client_gone"] or None,
     }
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not known."""
     for key in _MAY_BE_NONE:
         if fields[key] is None:
             del fields[key]
