@@ -164,6 +164,8 @@ class Transaction:
         "body",
         "concluded",
         "envelope",
+        "gathering",
+        "on_burst",
         "on_flow",
         "over",
         "settling",
