@@ -79,8 +79,13 @@ def test_a_token_instead_of_none_is_one_change() -> None:
 def test_what_takes_a_restart_keeps_its_value(key: str) -> None:
     values: dict[str, Any] = {"url": "sqlite:///other.db", "spool": "other", "reuse_port": True}
     values |= {"relay": "another", "password": "sesame", "password_file": "password"}
+    values |= {"recipients": "hashed", "recipients_key": "fedcba9876543210", "recipients_key_file": "key"}
     section, _, name = key.partition(".")
-    base = {"url": "postgresql://relay@db/relay"} if section == "records" else {}
+    base = (
+        {"url": "postgresql://relay@db/relay", "recipients_key": "0123456789abcdef"}
+        if section == "records"
+        else {}
+    )
     before = settings(**{section: base})
     changes = compare(before, settings(**{section: base | {name: values[name]}, "log": {"level": "debug"}}))
     assert changes.restart == (key,)
