@@ -16,12 +16,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from importlib import resources
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
-import jinja2
 from aiohttp import web
 
 from relay import __version__
@@ -37,6 +37,9 @@ from relay.web.overview import Overview
 from relay.web.reading import Reading
 from relay.web.shown import FILTERS, octets, seconds, visible
 from relay.web.standing import LimitRow, limit_row, standing
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["Page"]
 
@@ -115,16 +118,6 @@ class Page:
         self._limits = limits
         self._kept = _Kept()
         self._static = _static_files()
-        self._templates = jinja2.Environment(
-            loader=jinja2.DictLoader(_template_files()),
-            auto_reload=False,
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            finalize=visible,
-        )
-        self._templates.filters.update(FILTERS)
 
     def routes(self) -> Iterable[web.AbstractRouteDef]:
         """Return the routes."""
@@ -291,6 +284,23 @@ class Page:
         if found is None:
             raise web.HTTPNotFound
         return _answer(request, *found)
+
+    @cached_property
+    def _templates(self) -> Environment:
+        """Made for the first who looks: a start has no time for it."""
+        import jinja2
+
+        environment = jinja2.Environment(
+            loader=jinja2.DictLoader(_template_files()),
+            auto_reload=False,
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=visible,
+        )
+        environment.filters.update(FILTERS)
+        return environment
 
     def _problem(self, request: web.Request, status: int, title: str, text: str) -> web.Response:
         return self._html(request, "problem.html", status=status, here="", title=title, text=text)

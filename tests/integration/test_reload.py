@@ -285,6 +285,66 @@ async def goes_by_the_name(world: World) -> None:
     assert await asks_api(world, Host="other.example.com") == 421
 
 
+async def is_limited_at(world: World, command: int, code: int = 451, said: str = "") -> None:
+    """The first message passes; the same again is refused at the command with this number."""
+    await world.send()
+    replies = await world.session.message("a@example.test", ["b@example.test"], CONTENT)
+    assert replies[command].code == code
+    assert said in replies[command].text
+
+
+async def is_limited_at_mail(world: World) -> None:
+    await is_limited_at(world, 0)
+
+
+async def is_limited_at_rcpt(world: World) -> None:
+    await is_limited_at(world, 1)
+
+
+async def is_limited_at_the_end(world: World) -> None:
+    await is_limited_at(world, -1)
+
+
+async def is_rejected_at_mail(world: World) -> None:
+    await is_limited_at(world, 0, 550)
+
+
+async def says_whose_limit_it_is(world: World) -> None:
+    await is_limited_at(world, 0, said="Rate limit mine (")
+
+
+async def says_another_window(world: World) -> None:
+    await is_limited_at(world, 0, said="1 messages in 2h")
+
+
+async def takes_no_such_message(world: World) -> None:
+    replies = await world.session.message("a@example.test", ["b@example.test"], CONTENT)
+    assert replies[-1].code == 550
+
+
+async def is_not_limited(world: World) -> None:
+    for _ in range(3):
+        await world.send()
+
+
+async def defers_while_it_cannot_count(world: World) -> None:
+    limits = world.running.relay.reception.services.limits
+    assert limits is not None
+    assert [rule.on_error for rule in limits.rules] == ["defer"]  # shown in test_limits.py
+
+
+def limited(**keys: Any) -> dict[str, Any]:
+    return {"limits": [{"scope": "all", "max": 1, "per": "1h"} | keys]}
+
+
+def many(**keys: Any) -> dict[str, Any]:
+    return {"limits": [{"scope": "all", "per": "1h"} | keys]}
+
+
+def excepting(**keys: Any) -> dict[str, Any]:
+    return limited(exceptions=keys)
+
+
 async def logs_for_people(world: World) -> None:
     await world.send()
     assert "message outcome=accepted" in world.lines()
@@ -437,6 +497,30 @@ CASES: dict[str, Case] = {
     "retention.by_type": Case({"retention": {"by_type": {"unclassified": "never"}}}, keeps_rows_for_ever),
     "expiry.interval": Case({"expiry": {"interval": "7s"}}, expires_every_7_s),
     "expiry.batch_size": Case({"expiry": {"batch_size": 9}}, expires_9_rows_at_once),
+    "limits.scope": Case(limited(scope="recipient"), is_limited_at_rcpt, limited()),
+    "limits.task_type": Case(
+        limited(task_type="unclassified"), is_limited_at_the_end, limited(task_type="mention")
+    ),
+    "limits.sender": Case(limited(sender="a@*"), is_limited_at_mail, limited(sender="other@*")),
+    "limits.recipient_domain": Case(
+        limited(recipient_domain="example.test"), is_limited_at_rcpt, limited(recipient_domain="other.test")
+    ),
+    "limits.max": Case(limited(), is_limited_at_mail, limited(max=1000)),
+    "limits.max_recipients": Case(many(max_recipients=1), is_limited_at_mail, limited(max=1000)),
+    "limits.max_bytes": Case(many(max_bytes="1B"), takes_no_such_message, limited(max=1000)),
+    "limits.per": Case(limited(per="2h"), says_another_window, limited()),
+    "limits.action": Case(limited(action="reject"), is_rejected_at_mail, limited()),
+    "limits.on_error": Case(limited(on_error="defer"), defers_while_it_cannot_count, limited()),
+    "limits.exceptions": Case(excepting(sender="a@*"), is_not_limited, limited()),
+    "limits.exceptions.sender": Case(excepting(sender="a@*"), is_not_limited, excepting(sender="other@*")),
+    "limits.exceptions.recipient": Case(
+        excepting(recipient="b@*"), is_not_limited, excepting(recipient="other@*")
+    ),
+    "limits.exceptions.client": Case(excepting(client="127.*"), is_not_limited, excepting(client="10.*")),
+    "limits.exceptions.task_type": Case(
+        excepting(task_type="unclassified"), is_not_limited, excepting(task_type="mention")
+    ),
+    "limits.name": Case(limited(name="mine"), says_whose_limit_it_is, limited()),
     "http.address": Case({"http": {"address": "127.0.0.2:0"}}, answers_http_elsewhere),
     "http.token": Case({"http": {"token": TOKEN_OF_THE_API}}, asks_for_the_token),
     "http.token_file": Case(
@@ -469,10 +553,7 @@ OF_A_LOGIN = {
 }
 """What the relay logs in with: an upstream as it would be configured."""
 
-ONE_VALUE = {
-    "server.received_header",
-    "limits",
-}
+ONE_VALUE = {"server.received_header"}
 """Keys that have no other value in this version."""
 
 

@@ -176,6 +176,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     ),
     "limits_not_counted": maillog.limits_not_counted,
     "limits_counted_again": lambda _: maillog.limits_counted_again(),
+    "retention_differs": lambda text: maillog.retention_differs([text]),
     "retention_changed": lambda _: maillog.retention_changed(6),
     "retention_shortened": lambda _: maillog.retention_shortened(7),
 }
