@@ -134,8 +134,7 @@ STARTER = textwrap.dedent("""
     import asyncio, sys
     from datetime import timedelta
     from relay.records.retention import Retention
-    from relay.records.search import page_of_sends
-from relay.records.store import open_store
+    from relay.records.store import open_store
 
     async def main():
         print("ready", flush=True)
