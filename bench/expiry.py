@@ -157,7 +157,7 @@ async def _measure(directory: Path, recipients: int, arguments: argparse.Namespa
     path = directory / "task_done.db"
     rows = max(1, arguments.rows // recipients)
     began = time.monotonic()
-    await _make_backlog(path, rows, recipients)
+    await make_backlog(path, rows, recipients)
     print(
         f"\n{rows:,} expired rows, {recipients} recipients each, {_mib(path):,.0f} MiB "
         f"(made in {time.monotonic() - began:.0f} s); {arguments.sessions} sessions",
@@ -261,7 +261,7 @@ class _LogFile:
 # The backlog
 
 
-async def _make_backlog(path: Path, rows: int, recipients: int) -> None:
+async def make_backlog(path: Path, rows: int, recipients: int) -> None:
     """Make the file as the relay does, and fill it with rows that expired within the last days."""
     await (await open_store(f"sqlite:///{path}", RETENTION)).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:

@@ -158,7 +158,14 @@ class Server:
         self.sql(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
         return name
 
-    def sql(self, statement: str, database: str = "postgres", *, user: str = USER) -> list[list[str]]:
+    def sql(
+        self,
+        statement: str,
+        database: str = "postgres",
+        *,
+        user: str = USER,
+        seconds: float = START_TIMEOUT,
+    ) -> list[list[str]]:
         """Run a statement by psql; return its rows as text."""
         done = subprocess.run(
             [
@@ -168,7 +175,7 @@ class Server:
             capture_output=True,
             text=True,
             check=False,
-            timeout=START_TIMEOUT,
+            timeout=seconds,
         )
         assert done.returncode == 0, done.stderr
         return [line.split("\x1f") for line in done.stdout.splitlines()]
