@@ -1,0 +1,88 @@
+"""PostgreSQL is away when a relay starts, and then there with a mistake: rows wait, and come in order."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import postgres
+from tests.support.client import Client
+from tests.support.databases import Cluster, PostgresDatabase
+from tests.support.process import RelayProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.upstream import ScriptedUpstream
+
+BOUND_S = 40.0
+RULES = "host all keeper 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+
+
+@pytest.fixture
+def own_database() -> Iterator[PostgresDatabase]:
+    """An empty database on a server that a test may stop and configure."""
+    programs = postgres.directory_of(postgres.NEWEST)
+    assert programs is not None
+    with postgres.Server(programs) as server:
+        cluster = Cluster(server)
+        yield cluster.database(empty=True)
+        cluster.close()
+
+
+async def send(client: Client, number: int) -> None:
+    replies = await client.message(f"{number}@example.com", ["b@example.test"], b"Subject: x\r\n\r\nx\r\n")
+    assert replies[-1].code == 250
+
+
+async def ready_says(relay: RelayProcess, text: str) -> None:
+    """Return once the relay is ready, and says this of its records."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            status, said = await relay.get("/readyz")
+            assert status == 200, said
+            if text in said:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_away_at_the_start_and_then_a_wrong_password(
+    tmp_path: Path, upstream: ScriptedUpstream, own_database: PostgresDatabase
+) -> None:
+    server = own_database.server
+    server.sql("ALTER ROLE relay PASSWORD 'another'")
+    server.sql("CREATE ROLE keeper LOGIN SUPERUSER")
+    (server.data / "pg_hba.conf").write_text(RULES)
+    password = tmp_path / "password"
+    password.write_text("sesame\n")
+    password.chmod(0o600)
+    await asyncio.to_thread(server.stop)
+    records = {"url": own_database.url, "password_file": str(password), "commit_timeout": "1s"}
+    async with RelayProcess(tmp_path, upstream.port, records=records) as relay:
+        await relay.start()
+        async with Client(relay.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            for number in range(3):
+                await send(client, number)
+            await ready_says(relay, "cannot be reached")
+
+            await asyncio.to_thread(server.start)
+            await ready_says(relay, "password authentication failed")
+            await ready_says(relay, "change records.password_file")
+            for number in range(3, 6):
+                await send(client, number)
+            assert await relay.metric("records_spooled") == 6
+
+            await asyncio.to_thread(server.sql, "ALTER ROLE relay PASSWORD 'sesame'", user="keeper")
+            await relay.until("records_spooled", 0, timeout_s=BOUND_S)
+            await send(client, 6)
+        assert await relay.terminate() == 0
+        said = relay.log_file.read_text()
+    assert "rows go to the spool" in said
+    assert "sesame" not in said
+    rows = server.sql("SELECT sender FROM task_done ORDER BY id", own_database.name, user="keeper")
+    assert rows == [[f"{number}@example.com"] for number in range(7)]
