@@ -50,6 +50,15 @@ def test_expiry_to_the_end_of_a_small_backlog(tmp_path: Path) -> None:
     assert shown.count("0 expired ones left: ok") == 2
 
 
+def test_both_databases_side_by_side(tmp_path: Path) -> None:
+    small = ["--table", "3000", "--expired", "20000", "--messages", "60", "--rounds", "1", "--seconds", "0.1"]
+    shown = run("stores", "--parts", "table", "expiry", "relays", *small, "--directory", str(tmp_path))
+    assert shown.count("into one of 3,000 rows") == 2
+    assert shown.count("of 20,000 expired rows deleted beside two writers") == 2
+    assert shown.count(" relay(s): ") == 4
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_counts_messages_and_rows_and_makes_tables(tmp_path: Path) -> None:
     cases = ["keep", "recipients-10", "waiting-pipelined"]
     short = ["--rounds", "1", "--seconds", "0.1", "--ends", "own", "--directory", str(tmp_path)]
