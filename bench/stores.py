@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import socket
 import sqlite3
@@ -64,17 +65,18 @@ class Places:
 
 
 def record() -> Record:
+    """Return a row of a sender and to a recipient that the big table has, anywhere in its indexes."""
     return Record(
         task_id=uuid7(),
         task_type="mention",
-        sender="alice@example.com",
+        sender=f"sender{random.randrange(1000)}@bench.test",
         client="127.0.0.1",
         sent_at=datetime.now(UTC),
         upstream="primary",
         upstream_reply="250 2.0.0 Ok: queued as 4F3A",
         size=4096,
         duration_ms=12,
-        recipients=("bob@example.net",),
+        recipients=(f"recipient{random.randrange(100_000)}@example.test",),
         message_id=f"<{uuid7()}@example.com>",
         data={"headers": {"Message-ID": "<x@example.com>"}},
     )
