@@ -1,4 +1,4 @@
-"""The units, run by a real systemd: start by socket, watchdog, a bad configuration, several on a port."""
+"""The units, run by a real systemd: start by socket, secrets and rights, watchdog, several on a port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.interop.peers import free_port
 from tests.support.booted import CGROUP, Manager
 from tests.support.client import Client
 from tests.support.image import NEEDED, Image
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Command, ScriptedUpstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +56,30 @@ def rows(manager: Manager, name: str = "relay") -> int:
     file = manager.root / f"var/lib/private/{name}/data/task_done.db"
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
         return int(connection.execute("SELECT count(*) FROM task_done").fetchone()[0])
+
+
+async def test_a_password_that_only_root_can_read(manager: Manager, upstream: ScriptedUpstream) -> None:
+    """The relay has it, logs in with it, and has no other rights than it needs."""
+    port = free_port()
+    upstream.users = {"relay": "sesame"}
+    configure(manager, upstream, port, 'username = "relay"\n')
+    password = manager.root / "etc/relay/upstream_password"
+    password.write_text("sesame\n")
+    password.chmod(0o600)
+    for unit in ("relay.service", "relay.socket", "relay.service.d/password.conf"):
+        manager.install(unit, _2525=str(port))
+    await asyncio.to_thread(manager.systemctl, "daemon-reload")
+    await asyncio.to_thread(manager.systemctl, "start", "relay.socket", "relay.service")
+    assert await send(port) == 250
+    assert any(command.verb == "AUTH" for command in upstream.log if isinstance(command, Command))
+    assert rows(manager) == 1
+
+    main = manager.show("relay.service", "MainPID")
+    status = manager.run("cat", f"/proc/{main}/status")
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    assert "Uid:\t0\t" not in status
 
 
 async def test_the_watchdog_starts_it_again(manager: Manager, upstream: ScriptedUpstream) -> None:

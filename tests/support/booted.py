@@ -56,6 +56,7 @@ exec unshare --cgroup --mount --pid --ipc --uts --fork sh -ec '
     cd "$root"
     pivot_root . before
     umount -l /before
+    mount --make-rshared /
     exec /usr/bin/env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
         /lib/systemd/systemd --system --unit=test.target --log-target=journal
 ' boot "$root"

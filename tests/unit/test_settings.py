@@ -68,6 +68,8 @@ def test_the_defaults_are_those_of_the_contract(file: Path) -> None:
         "when_unavailable": "spool",
         "headers": ["Message-ID"],
         "recipients": "plain",
+        "recipients_key_file": None,
+        "recipients_key": None,
     }
     assert effective["retention"] == {"default": "30d", "by_type": {}}
     assert effective["expiry"] == {"interval": "1h", "batch_size": 5000}
