@@ -73,7 +73,7 @@ class PostgresReader:
             cause = error.orig.__cause__ if error.orig is not None else None
             if self._time_limit is not None and isinstance(cause, asyncpg.QueryCanceledError):
                 raise SlowReadError(
-                    f"takes longer than {limit:g} s; ask for less, such as a shorter time"
+                    f"takes longer than {limit:g} s; ask for less, such as a shorter time (since)"
                 ) from error
             raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
         except OSError as error:

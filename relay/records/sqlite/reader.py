@@ -106,7 +106,7 @@ class SqliteReader:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_INTERRUPT:
                 raise SlowReadError(
-                    f"takes longer than {self._time_limit:g} s; ask for less, such as a shorter time"
+                    f"takes longer than {self._time_limit:g} s; ask for less, such as a shorter time (since)"
                 ) from error
             if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
                 raise StoreError(
