@@ -114,6 +114,7 @@ class Wire:
         else:
             context.verify_mode = ssl.CERT_NONE
         self._socket.settimeout(CONNECT_TIMEOUT)
+        self._socket.getpeername()  # raises where it was reset: `wrap_socket` would leave that open
         self._socket = context.wrap_socket(self._socket)
 
     def described(self) -> dict[str, object]:

@@ -211,6 +211,10 @@ async def log_is_a_directory(path: Path) -> None:
 
 
 AS_0001 = f"""
+    DROP VIEW task_done_by_hour;
+    DROP VIEW task_done_by_type;
+    DROP VIEW task_done_by_sender;
+    DROP VIEW task_done_by_recipient_domain;
     DROP INDEX ix_task_done_sent_at;
     DROP TABLE IF EXISTS task_in_doubt;
     UPDATE {VERSION_TABLE} SET version_num = '0001';

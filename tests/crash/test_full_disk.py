@@ -130,7 +130,7 @@ async def settled(relay: RelayProcess, applications: Storm) -> None:
     assert figures.rows == figures.accepted == figures.told_yes
     assert not [line for line in log if line["event"] in ("row lost", "unforeseen")]
     assert relay.errors() == ""
-    assert {path.name for path in relay.spool.iterdir()} <= {"lock", "journal"}
+    assert {path.name for path in relay.spool.iterdir()} <= {"lock", "journal", "relay_id"}
 
 
 @pytest.mark.timeout(4 * PATIENCE_S)

@@ -104,7 +104,7 @@ async def test_a_send_is_told_whole(client: aiohttp.ClientSession) -> None:
         "message_id": "<1@example.com>",
         "size": 1000,
         "duration_ms": 10,
-        "data": {"tags": ["a"]},
+        "data": {"relay": "relay.test", "tags": ["a"]},
         "recipients": ["bob@example.net", "carol@example.org"],
         "state": "accepted",
         "provider_id": "4F3A",

@@ -29,6 +29,11 @@ LONG = "1h"
 SHORT = "50ms"
 
 
+def threads() -> set[threading.Thread]:
+    """All but the event loop's own, which end with it."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+
+
 class Stopping:
     """A relay that a test starts, begins to stop, and sees end."""
 
@@ -41,7 +46,7 @@ class Stopping:
 
     async def start(self) -> Running:
         self._before = asyncio.all_tasks()
-        self._threads = threading.active_count()
+        self._threads = threads()
         await self.relay.start()
         self.running = Running(self.relay, self._database)
         return self.running
@@ -65,7 +70,7 @@ class Stopping:
         await upstream.wait_for(lambda: not upstream.open_connections)
         ours = {task for connection in upstream.connections if (task := connection.task) is not None}
         await eventually(lambda: not (asyncio.all_tasks() - self._before - ours), lambda: asyncio.all_tasks())
-        await eventually(lambda: threading.active_count() <= self._threads, lambda: threading.enumerate())
+        await eventually(lambda: threads() <= self._threads, threads)
 
 
 @pytest.fixture

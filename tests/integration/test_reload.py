@@ -704,6 +704,11 @@ async def test_a_key_that_takes_a_restart_keeps_its_value_and_the_others_change(
 ) -> None:
     values = {"url": f"sqlite:///{tmp_path / 'new.db'}", "spool": str(tmp_path / "new"), "reuse_port": True}
     values |= {"relay": "another", "password": SecretStr("sesame"), "password_file": tmp_path / "password"}
+    values |= {
+        "recipients": "hashed",
+        "recipients_key": SecretStr("sesame" * 3),
+        "recipients_key_file": tmp_path,
+    }
     section, _, name = key.partition(".")
     async with relay() as running, Client(running.port) as session:
         await session.ehlo()

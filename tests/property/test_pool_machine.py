@@ -146,7 +146,11 @@ class PoolMachine(RuleBasedStateMachine):
             }
         )
         metrics = Metrics(upstreams=["primary"], listeners=[], task_types=[])
-        self.pool = Pool(upstream, self.dialer, metrics.upstreams["primary"])  # type: ignore[arg-type]
+
+        async def made() -> Pool:
+            return Pool(upstream, self.dialer, metrics.upstreams["primary"])  # type: ignore[arg-type]
+
+        self.pool = self.loop.run_until_complete(made())
         self.asked: list[asyncio.Task[Connection]] = []
         self.who: dict[object, tuple[str, Credentials | None]] = {}
         """By task: the client that asks, and its credentials."""

@@ -58,11 +58,18 @@ def sends_again_after_a_lost_verdict() -> None:
     def said(connection: Any) -> list[bytes]:
         return connection.__dict__.setdefault("said", [])  # type: ignore[no-any-return]
 
-    def sent(connection: Connection, line: bytes, command: str, answered: Callable[[Reply], None]) -> None:
+    def sent(
+        connection: Connection,
+        line: bytes,
+        command: str,
+        answered: Callable[[Reply], None],
+        *,
+        more: bool = False,
+    ) -> None:
         if command == "mail":
             said(connection).clear()
         said(connection).append(line)
-        send(connection, line, command, answered)
+        send(connection, line, command, answered, more=more)
 
     def written(connection: Connection, *content: bytes) -> None:
         said(connection).append(b"".join(content))

@@ -17,7 +17,6 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
 __all__ = ["alembic_config", "upgrade", "upgrade_postgres"]
@@ -60,6 +59,8 @@ async def upgrade_postgres(connect: Callable[[], Awaitable[Any]], version: str =
     `connect` makes connections to it. Of many processes that come at once, one works and the others wait for
     its lock, which ends with its transaction. Raises asyncpg's errors.
     """
+    from sqlalchemy.ext.asyncio import create_async_engine  # needs greenlet, which comes with the extra alone
+
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
