@@ -1,4 +1,4 @@
-"""The units, run by a real systemd: start by socket, secrets and rights, watchdog, several on a port."""
+"""The units, run by a real systemd: what they promise about rights, secrets, reload, restart and watchdog."""
 
 from __future__ import annotations
 
@@ -80,6 +80,41 @@ async def test_a_password_that_only_root_can_read(manager: Manager, upstream: Sc
     assert "NoNewPrivs:\t1" in status
     assert "Seccomp:\t2" in status
     assert "Uid:\t0\t" not in status
+
+
+async def test_reload_and_restart_lose_nobody(manager: Manager, upstream: ScriptedUpstream) -> None:
+    """A reload keeps the process; over a restart every connection is taken, by the old relay or the new."""
+    port = free_port()
+    configure(manager, upstream, port)
+    for unit in ("relay.service", "relay.socket"):
+        manager.install(unit, _2525=str(port))
+    await asyncio.to_thread(manager.systemctl, "daemon-reload")
+    await asyncio.to_thread(manager.systemctl, "start", "relay.socket", "relay.service")
+    assert manager.show("relay.service", "StatusText") == f"listening on 127.0.0.1:{port}"
+    main = manager.show("relay.service", "MainPID")
+
+    configure(manager, upstream, port, "max_connections = 7\n")
+    await asyncio.to_thread(manager.systemctl, "reload", "relay.service")
+    await asyncio.to_thread(manager.until, lambda: '"event":"reloaded"' in manager.journal())
+    assert manager.show("relay.service", "ActiveState") == "active"
+    assert manager.show("relay.service", "MainPID") == main
+
+    restarted = asyncio.create_task(asyncio.to_thread(manager.systemctl, "restart", "relay.service"))
+    heard: list[int] = []
+    while not restarted.done() or len(heard) < 3:
+        async with Client(port, deadline_s=60.0) as client:  # a refused connection is an error here
+            heard.append((await client.reply()).code)
+    await restarted
+    # One after the other: at most one can come to the old relay in the moment in which it begins to drain.
+    assert sorted(heard)[:-1] == [220] * (len(heard) - 1), heard
+    assert heard[-1] == 220
+    assert manager.show("relay.service", "MainPID") != main
+    assert await send(port) == 250
+
+    await asyncio.to_thread(manager.systemctl, "stop", "relay.socket", "relay.service")
+    assert manager.show("relay.service", "ExecMainStatus") == "0"
+    assert manager.show("relay.service", "Result") == "success"
+    assert rows(manager) == 1
 
 
 async def test_the_watchdog_starts_it_again(manager: Manager, upstream: ScriptedUpstream) -> None:
