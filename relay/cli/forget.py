@@ -43,8 +43,10 @@ def forget(
     settings = configured(find(config, os.environ))
     names = [wanted, *_pseudonyms(settings, wanted)]
     try:
-        done = asyncio.run(_forget(settings, names, dry_run=dry_run))
+        # Before and after: a row that gets into the store meanwhile may come behind the look at its place.
         left = _waiting(settings, names)
+        done = asyncio.run(_forget(settings, names, dry_run=dry_run))
+        left = max(left, _waiting(settings, names))
     except (StoreError, SpoolError) as error:
         raise CommandError([f"relay: {error}"]) from None
     would = "would be " if dry_run else ""
