@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import report, table
+from bench import reading, report, table
 from bench.cases import CASES
 from bench.ends import await_count
 from bench.errors import RunError
@@ -180,3 +180,10 @@ def test_a_full_table_is_one_that_the_relay_takes_as_its_own(tmp_path: Path) -> 
         assert len(first) == len(last) == len("2026-11-23 07:46:00.123456")
         indexes = database.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
         assert {name for (name,) in indexes} >= {"ix_task_done_sent_at", "ix_task_done_recipient_recipient"}
+
+
+def test_every_answer_beside_its_bare_query() -> None:
+    command = [sys.executable, "-m", "bench.reading", "--rows", "5000", "--times", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `/")]
+    assert [line.split("`")[1] for line in rows] == list(reading.ANSWERS)
