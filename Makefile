@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
 
-test: $(VENV)/dev ## set up and run the tests
-	@$(BIN)/pytest
+test: $(VENV)/dev ## set up and run the tests, in two processes
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/dev ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check

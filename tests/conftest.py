@@ -31,6 +31,20 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+_ONE_OF_A_KIND = {
+    *("test_readme.py", "test_cli.py", "test_demo.py"),  # the port of the built-in upstream
+    *("test_install.py", "test_image.py", "test_systemd.py"),  # the image; the first needs that port as well
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process where several run them, and the files that share something."""
+    for item in items:
+        item.add_marker(
+            pytest.mark.xdist_group("one" if item.path.name in _ONE_OF_A_KIND else str(item.path))
+        )
+
+
 @pytest.fixture(autouse=True)
 def nothing_from_before() -> Iterator[None]:
     """Lines of the log go to this test's output, and its clients are gone when it ends."""
