@@ -129,7 +129,7 @@ def test_what_the_manager_hears(manager: tuple[socket.socket, str]) -> None:
     supervisor.ready("nobody hears this")
 
 
-@pytest.mark.parametrize("process", ["", str(os.getpid())])
+@pytest.mark.parametrize("process", ["", str(os.getpid())], ids=["anybody", "this process"])
 def test_the_watchdog_hears_of_us_at_half_its_time(process: str, manager: tuple[socket.socket, str]) -> None:
     heard, name = manager
     supervisor = Supervisor.of({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "4000000", "WATCHDOG_PID": process})
