@@ -37,8 +37,10 @@ _ONE_OF_A_KIND = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process where several run them, and the files that share something."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     for item in items:
         item.add_marker(
             pytest.mark.xdist_group("one" if item.path.name in _ONE_OF_A_KIND else str(item.path))

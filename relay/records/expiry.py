@@ -80,6 +80,7 @@ class ExpiryLoop:
         self._busy_pause = busy_pause
         self._run: _Run | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending = False
 
     def start(self) -> None:
         """Start the loop; call it once, in the event loop that the store was opened in."""
@@ -92,6 +93,7 @@ class ExpiryLoop:
         """End the loop. A batch that is under way is finished, the rest is left for the next start."""
         if not self._tasks:
             return
+        self._ending = True
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
@@ -100,6 +102,8 @@ class ExpiryLoop:
     async def _run_again_and_again(self) -> None:
         while True:
             busy = not await self.run_once()
+            if self._ending:  # the store failed as the run was cancelled, and that is what came out of it
+                return
             await asyncio.sleep(min(self._interval, self._busy_pause) if busy else self._interval)
 
     async def run_once(self) -> bool:

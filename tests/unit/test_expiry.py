@@ -453,6 +453,24 @@ async def test_stop_in_the_middle_of_a_run_leaves_the_rest(store, database, make
     assert lease(database) == []
 
 
+@only_sqlite
+async def test_stop_while_the_store_fails_waits_for_no_interval(store, database, make_loop):
+    """The lease cannot be given back: that error comes out of the run instead of its cancellation."""
+    await store.write([record(number, NOW) for number in range(1000)])
+    loop, metrics, reports = make_loop(3600)
+    loop.start()
+    while not metrics.rows:
+        await asyncio.sleep(0)
+    with closing(sqlite3.connect(database.path)) as raw:
+        raw.execute(
+            "CREATE TRIGGER broken BEFORE DELETE ON task_done_state "
+            "BEGIN SELECT raise(FAIL, 'on purpose'); END"
+        )
+        raw.commit()
+    await asyncio.wait_for(loop.stop(), 60)
+    assert "on purpose" in str(reports.errors.get_nowait())
+
+
 async def test_stop_without_start(make_loop):
     loop, metrics, _ = make_loop(1)
     await loop.stop()
