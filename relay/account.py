@@ -158,28 +158,32 @@ class Account:
 
     def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:
         """Count the transaction and write its line; `said`: the upstream's last word, or why it said none."""
-        upstream = "none" if outcome is Outcome.REFUSED or self.upstream is None else self.upstream
-        recipients: dict[Outcome, int] = {}
-        for each in self.envelope.recipients:
-            end = _recipient_outcome(each, outcome)
-            recipients[end] = recipients.get(end, 0) + 1
-        metrics.upstreams[upstream].transaction(outcome, self.total_s, recipients)
-        metrics.upstreams[upstream].waits(
-            total=self.total_s,
-            connection=self.waited_s,
-            upstream=self.replies_s + self.upstream_s,
-            record=self.commit_s,
+        upstream = metrics.upstreams[
+            "none" if outcome is Outcome.REFUSED or self.upstream is None else self.upstream
+        ]
+        refused = self.envelope.refused
+        for each in refused:
+            upstream.recipient(_recipient_outcome(each, outcome))
+        upstream.finished(
+            (
+                outcome,
+                len(self.envelope.recipients) - len(refused),
+                self.total_s,
+                self.waited_s,
+                self.replies_s + self.upstream_s,
+                self.commit_s,
+                self.received,
+            )
         )
-        if self.received:
-            metrics.message_in(self.received)
         if outcome is Outcome.ACCEPTED:
-            metrics.message_out(self.size)
-            metrics.message_size(self.size)
-        maillog.transaction(outcome, reply=said and self._told(said), **self._facts())
+            metrics.accepted(self.size)
+        if said is not None and self.names is not None:
+            said = self._told(said)
+        maillog.transaction(outcome, self._facts(outcome, said, refused))
 
     def overdue(self, reason: str) -> None:
         """Write the line of a message that is in doubt while its verdict is still awaited."""
-        maillog.in_doubt(reason=self._told(reason), **self._facts())
+        maillog.in_doubt(self._told(reason), self._facts(None, None, self.envelope.refused))
 
     def _named(self, recipient: Recipient) -> str:
         address = text(recipient.path)
@@ -191,39 +195,57 @@ class Account:
             return words
         return self.names.text(words, [text(each.path) for each in self.envelope.recipients])
 
-    def _facts(self) -> maillog.Facts:
+    def _facts(self, outcome: Outcome | None, reply: str | None, refused: list[Recipient]) -> maillog.Facts:
         """What a line in the log says of the message, whatever became of it."""
-        facts = self._facts_as_they_are()
-        if self.names is None:
-            return facts
-        told, named, recipients = self._told, self._named, self.envelope.recipients
-        facts["sender"] = told(text(self.envelope.reverse_path))
-        facts["recipients"] = [named(each) for each in recipients if not each.negative]
-        facts["refused"] = [(named(each), told(str(each.reply))) for each in self.envelope.refused]
-        if self.client_heard is not None:
-            facts["client_reply"] = told(str(self.client_heard))
-        return facts
-
-    def _facts_as_they_are(self) -> maillog.Facts:
         found, envelope = self.found, self.envelope
-        return {
+        others = envelope.recipients
+        if refused:
+            others = [each for each in others if not each.negative]
+        facts: maillog.Facts = {
+            "outcome": outcome,
             "task_id": self.task_id,
             "client": self.sender.client,
             "listener": self.sender.listener,
             "sender": envelope.reverse_path,
-            "recipients": [each.path for each in envelope.recipients if not each.negative],
-            "refused": [(each.path, str(each.reply)) for each in envelope.refused],
-            "task_type": found.task_type if found is not None else None,
-            "message_id": found.message_id if found is not None else None,
-            "size": self.size,
-            "upstream": self.upstream,
-            "client_reply": str(self.client_heard) if self.client_heard is not None else None,
-            "client_gone": self.client_gone,
-            "wait_s": self.waited_s,
-            "upstream_s": self.upstream_s,
-            "commit_s": self.commit_s,
-            "total_s": self.total_s,
+            "recipients": [each.path for each in others],
+            "recipient_count": len(others),
         }
+        if refused:
+            facts["refused"] = [{"recipient": each.path, "reply": str(each.reply)} for each in refused]
+            facts["refused_count"] = len(refused)
+        if found is not None:
+            facts["task_type"] = found.task_type
+            if found.message_id is not None:
+                facts["message_id"] = found.message_id
+        facts["size"] = self.size
+        if self.upstream is not None:
+            facts["upstream"] = self.upstream
+        if reply is not None:
+            facts["reply"] = reply
+        if self.client_heard is not None:
+            facts["client_reply"] = str(self.client_heard)
+        facts["wait_s"] = self.waited_s
+        facts["upstream_s"] = self.upstream_s
+        facts["commit_s"] = self.commit_s
+        facts["total_s"] = self.total_s
+        if self.client_gone:
+            facts["client_gone"] = True
+        if self.names is not None:
+            self._tell_by_pseudonyms(facts, others, refused)
+        return facts
+
+    def _tell_by_pseudonyms(
+        self, facts: maillog.Facts, others: list[Recipient], refused: list[Recipient]
+    ) -> None:
+        told, named = self._told, self._named
+        facts["sender"] = told(text(self.envelope.reverse_path))
+        facts["recipients"] = [named(each) for each in others]
+        if refused:
+            facts["refused"] = [
+                {"recipient": named(each), "reply": told(str(each.reply))} for each in refused
+            ]
+        if self.client_heard is not None:
+            facts["client_reply"] = told(str(self.client_heard))
 
 
 _PSEUDONYM: Final = 48

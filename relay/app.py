@@ -521,6 +521,7 @@ class Relay:
             now = loop.time()
             try:
                 self._supervisor.alive(now)
+                self.metrics.settle()
                 self.reception.sweep(now, now - looked)
                 self.upstreams.sweep(now)
                 self.reread()

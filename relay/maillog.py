@@ -20,9 +20,9 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Final, TypedDict, Unpack
+from typing import Any, BinaryIO, Final, Required, TypedDict
 from uuid import UUID
 
 import orjson
@@ -211,46 +211,63 @@ def certificate_refused(reason: str) -> None:
     _current.log.error("certificate refused", reason=reason)
 
 
-class Facts(TypedDict):
-    """What is known of a message.
+class Refusal(TypedDict):
+    """A recipient that the upstream did not take, and its reply."""
 
-    `recipients` are those that the upstream accepted, `refused` the others, each with its reply;
-    `client_reply` is what the client was told. Times in seconds: waiting for a connection, from the end of
-    data to the upstream's reply, making the row durable, and from MAIL to now. None is left out.
+    recipient: Wire
+    reply: Wire
+
+
+class Facts(TypedDict, total=False):
+    """What is known of a message, in the order of its line; what is not known is left out.
+
+    `recipients` are those that the upstream accepted, `refused` the others; `reply` is the upstream's last
+    word, `client_reply` what the client was told. Times in seconds: waiting for a connection, from the end of
+    data to the upstream's reply, making the row durable, and from MAIL to now.
     """
 
-    task_id: UUID | str
-    client: str
-    listener: str
-    sender: Wire
-    recipients: Sequence[Wire]
-    refused: Sequence[tuple[Wire, Wire]]
-    task_type: str | None
-    message_id: Wire | None
+    outcome: Outcome | None
+    task_id: Required[UUID | str]
+    client: Required[str]
+    listener: Required[str]
+    sender: Required[Wire]
+    recipients: Required[Sequence[Wire]]
+    recipient_count: Required[int]
+    refused: Sequence[Refusal]
+    refused_count: int
+    task_type: str
+    message_id: Wire
     size: int
-    upstream: str | None
-    client_reply: Wire | None
-    client_gone: bool
-    wait_s: float | None
-    upstream_s: float | None
-    commit_s: float | None
+    upstream: str
+    reply: Wire
+    client_reply: Wire
+    wait_s: float
+    upstream_s: float
+    commit_s: float
     total_s: float
+    client_gone: bool
 
 
-def transaction(outcome: Outcome, *, reply: Wire | None, **facts: Unpack[Facts]) -> None:
-    """The one line of a message; `reply` is the upstream's last word."""
-    fields = _known(_message_fields(outcome, reply, facts))
-    level = _LEVEL_OF[outcome]
-    if level in _current.direct and (line := _plain_line("message", level, fields)) is not None:
-        getattr(_current.output, level)(line)
+def transaction(outcome: Outcome, facts: Facts) -> None:
+    """The one line of a message, made of its facts."""
+    _bound(facts)
+    level, write = _current.direct[outcome]
+    if write is not None and (line := _plain_line(level, facts)) is not None:
+        write(line)
     else:
-        getattr(_current.log, level)("message", fields=fields)
+        getattr(_current.log, level)("message", fields=facts)
 
 
-def in_doubt(*, reason: str, **facts: Unpack[Facts]) -> None:
+def in_doubt(reason: str, facts: Facts) -> None:
     """The verdict on a message is overdue: it is still awaited, and the message's line comes with it."""
-    fields = _known(_message_fields(None, None, facts))
-    _current.log.warning("in doubt", fields=fields | {"reason": reason, "awaited": True})
+    _bound(facts)
+    _current.log.warning("in doubt", fields={**facts, "reason": reason, "awaited": True})
+
+
+def _bound(facts: Facts) -> None:
+    facts["recipients"] = facts["recipients"][:MAX_ITEMS]
+    if "refused" in facts:
+        facts["refused"] = facts["refused"][:MAX_ITEMS]
 
 
 def found_in_journal(doubt: Doubt) -> None:
@@ -270,48 +287,6 @@ def found_in_journal(doubt: Doubt) -> None:
         "awaited": False,
     }
     _current.log.warning("in doubt", fields=fields)
-
-
-_MAY_BE_NONE: Final = (
-    *("outcome", "refused", "refused_count", "task_type", "message_id", "upstream", "reply"),
-    *("client_reply", "wait_s", "upstream_s", "commit_s", "client_gone"),
-)
-
-
-def _message_fields(outcome: str | None, reply: Wire | None, facts: Facts) -> dict[str, Any]:
-    """Return what is known, in one value instead of twenty: each of structlog's layers copies keywords."""
-    recipients, refused = facts["recipients"], facts["refused"]
-    refusals = [{"recipient": recipient, "reply": answer} for recipient, answer in refused[:MAX_ITEMS]]
-    return {
-        "outcome": outcome,
-        "task_id": facts["task_id"],
-        "client": facts["client"],
-        "listener": facts["listener"],
-        "sender": facts["sender"],
-        "recipients": recipients[:MAX_ITEMS],
-        "recipient_count": len(recipients),
-        "refused": refusals or None,
-        "refused_count": len(refused) or None,
-        "task_type": facts["task_type"],
-        "message_id": facts["message_id"],
-        "size": facts["size"],
-        "upstream": facts["upstream"],
-        "reply": reply,
-        "client_reply": facts["client_reply"],
-        "wait_s": facts["wait_s"],
-        "upstream_s": facts["upstream_s"],
-        "commit_s": facts["commit_s"],
-        "total_s": facts["total_s"],
-        "client_gone": facts["client_gone"] or None,
-    }
-
-
-def _known(fields: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is not known."""
-    for key in _MAY_BE_NONE:
-        if fields[key] is None:
-            del fields[key]
-    return fields
 
 
 # ---------------------------------------------------------------------------------------------- users
@@ -535,26 +510,25 @@ class _Output:
                 _current.log.error("log lines lost", lines=lost)
 
 
-def _plain_line(event: str, level: str, fields: Mapping[str, Any]) -> bytes | None:
-    """Return the JSON line of fields that need no cleaning, None if one might.
+def _plain_line(level: str, facts: Facts) -> bytes | None:
+    """Return the JSON line of a message whose values need no cleaning, None if one might.
 
     One look at the whole line instead of one at each value: if it is ASCII without an escape, a DEL and a
     URL, so is each value, and none is longer than all.
     """
-    line = {"time": datetime.now(UTC), "level": level, "event": event, **fields}
+    line = {"time": datetime.now(UTC), "level": level, "event": "message", **facts}
     try:
-        for key in _SECONDS:
-            if key in fields:
-                line[key] = round(fields[key] * 1e6) / 1e6  # as round(value, 6), in a fifth of its time
-        found = orjson.dumps(line, default=_text, option=orjson.OPT_UTC_Z)
-    except (TypeError, ValueError, OverflowError):  # a lone surrogate, a number that is none
+        # As round(value, 6), in a fifth of its time.
+        line["wait_s"] = round(facts["wait_s"] * 1e6) / 1e6
+        line["upstream_s"] = round(facts["upstream_s"] * 1e6) / 1e6
+        line["commit_s"] = round(facts["commit_s"] * 1e6) / 1e6
+        line["total_s"] = round(facts["total_s"] * 1e6) / 1e6
+        found = orjson.dumps(line, bytes.decode, orjson.OPT_UTC_Z)
+    except (TypeError, ValueError, OverflowError):  # no UTF-8, a lone surrogate, a number that is none
         return None
     if len(found) > MAX_TEXT or not found.isascii() or b"\\" in found or b"\x7f" in found:
         return None
     return None if b"/" in found and b"://" in found else found  # a slash is found sooner
-
-
-_SECONDS: Final = ("wait_s", "upstream_s", "commit_s", "total_s")
 
 
 def _text(value: object) -> str:
@@ -703,8 +677,8 @@ class _Current:
 
     output: _Output
     log: structlog.typing.FilteringBoundLogger
-    direct: Collection[str]
-    """Levels whose plain lines need no logger: written, and as JSON."""
+    direct: Mapping[Outcome, tuple[str, Callable[[bytes], None] | None]]
+    """The level of a message's line, and what writes it without a logger, if it is to be JSON."""
 
 
 _current: Final = _Current()
@@ -719,7 +693,11 @@ def _use(render: Any, level: str, stream: BinaryIO | None) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
     ).bind()
-    _current.direct = _LEVELS[_LEVELS.index(level) :] if render is _json else ()
+    written = _LEVELS[_LEVELS.index(level) :] if render is _json else ()
+    _current.direct = {
+        outcome: (of_it, getattr(_current.output, of_it) if of_it in written else None)
+        for outcome, of_it in _LEVEL_OF.items()
+    }
 
 
 def _flush() -> None:

@@ -14,7 +14,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from relay.metrics import REPLY_COMMANDS
 from relay.reply import MalformedReplyError, Reply, ReplyParser
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Connection(asyncio.Protocol):
         logged in, or as the relay's own account.
         """
         self._owner = owner
-        self._metrics = metrics
+        self._replied = metrics.replied
         self._loop = asyncio.get_running_loop()
         self._parser = ReplyParser()
         self._awaited: deque[tuple[str, Callable[[Reply], None], float]] = deque()
@@ -241,8 +240,9 @@ class Connection(asyncio.Protocol):
     def _answer(self, reply: Reply) -> None:
         command, answered, since = self._awaited.popleft()
         now = self._loop.time()
-        if command in REPLY_COMMANDS:
-            self._metrics.reply(command, now - since)
+        replied = self._replied.get(command)
+        if replied is not None:
+            replied(now - since)
         self._head_since = now
         if reply.code == 421:
             self.usable = False

@@ -58,3 +58,17 @@ async def test_an_upstream_that_is_lost_was_waited_for_until_then(
         found = waits(running)
 
     assert found["upstream"] >= WAIT_S * 0.9
+
+
+async def test_what_is_noted_for_a_scrape_does_not_wait_for_one(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.message("a@example.test", ["b@example.test"], b"text\r\n")
+        primary = running.relay.metrics.upstreams["primary"]
+        async with asyncio.timeout(10):
+            while not any(primary.counts().answers):
+                await asyncio.sleep(0.05)
+        assert sum(primary.counts().outcomes) == 1
+        assert not primary._finished

@@ -932,4 +932,5 @@ class Stage:
 
 
 def _counts() -> list[float]:
+    METRICS.settle()
     return [counter.value for counter in _COUNTERS]

@@ -22,7 +22,7 @@ def metrics() -> Metrics:
 
 def sent(metrics: Metrics, outcome: Outcome, times: int = 1, upstream: str = "primary") -> None:
     for _ in range(times):
-        metrics.upstreams[upstream].transaction(outcome, 0.01, {outcome: 1})
+        metrics.upstreams[upstream].finished((outcome, 1, 0.01, 0, 0, 0, 0))
 
 
 def test_each_minute_has_what_was_counted_in_it(metrics: Metrics) -> None:
@@ -111,7 +111,7 @@ def test_an_upstream_that_came_later_is_counted(metrics: Metrics) -> None:
 
 def test_quantiles_are_as_fine_as_their_bounds(metrics: Metrics) -> None:
     for seconds in (0.003,) * 50 + (0.04,) * 45 + (400.0,) * 5:
-        metrics.upstreams["primary"].reply("end_of_data", seconds)
+        metrics.upstreams["primary"].replied["end_of_data"](seconds)
     answers = metrics.counts()["primary"].answers
     assert quantile(answers, 0.5) == 0.005
     assert 0.025 < (quantile(answers, 0.9) or 0) <= 0.05

@@ -68,29 +68,34 @@ def log() -> Log:
 
 
 def facts(**changed: Any) -> Any:
+    """Return the facts of a message, in the order of its line; a change to None leaves one out."""
     fields: dict[str, Any] = {
+        "outcome": Outcome.ACCEPTED,
         "task_id": TASK_ID,
         "client": "127.0.0.1",
         "listener": "127.0.0.1:2525",
         "sender": b"app@example.com",
         "recipients": [b"one@example.org", b"two@example.org"],
-        "refused": [(b"bad@example.org", b"550 5.1.1 unknown")],
+        "recipient_count": 2,
+        "refused": [{"recipient": b"bad@example.org", "reply": b"550 5.1.1 unknown"}],
+        "refused_count": 1,
         "task_type": "mention",
         "message_id": "<1@example.com>",
         "size": 4123,
         "upstream": "primary",
+        "reply": b"250 2.0.0 Ok: queued as 4F12",
         "client_reply": b"250 2.0.0 Ok: queued as 4F12",
         "wait_s": 0.0000123456,
         "upstream_s": 0.25,
         "commit_s": 0.001,
         "total_s": 0.3,
-        "client_gone": False,
+        "client_gone": None,
     }
-    return fields | changed
+    return {name: value for name, value in (fields | changed).items() if value is not None}
 
 
 def say_transaction(outcome: Outcome = Outcome.ACCEPTED, **changed: Any) -> None:
-    maillog.transaction(outcome, **facts(**{"reply": b"250 2.0.0 Ok: queued as 4F12"} | changed))
+    maillog.transaction(outcome, facts(**changed, outcome=outcome))
 
 
 def record(**changed: Any) -> Record:
@@ -142,7 +147,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "transaction": lambda text: say_transaction(
         sender=text,
         recipients=[text] * 3,
-        refused=[(text, text)],
+        refused=[{"recipient": text, "reply": text}],
         message_id=text,
         reply=text,
         task_type=text,
@@ -163,7 +168,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "user_not_checked": lambda text: maillog.user_not_checked(text, text, text),
     "xforward_refused": lambda text: maillog.xforward_refused(text, text, text),
     "in_doubt": lambda text: maillog.in_doubt(
-        reason=text, **facts(sender=text.encode(), recipients=[text.encode()], client_reply=text)
+        text, facts(sender=text.encode(), recipients=[text.encode()], client_reply=text)
     ),
     "found_in_journal": lambda text: maillog.found_in_journal(doubt(sender=text, recipients=(text,))),
     "row_lost": lambda text: maillog.row_lost(record(sender=text, data={text: text}), text),
@@ -207,7 +212,9 @@ def test_no_text_from_the_wire_breaks_a_line(text: str | bytes) -> None:
         log = Log()
         maillog.configure(log_format, "debug", log.stream)
         maillog.upstream_failed("primary", "192.0.2.1", text)
-        say_transaction(sender=text, recipients=[text], refused=[(text, text)], reply=text)
+        say_transaction(
+            sender=text, recipients=[text], refused=[{"recipient": text, "reply": text}], reply=text
+        )
         assert len(log.lines()) == 2
         assert not any(UNWANTED.search(line) for line in log.lines())
 
@@ -226,7 +233,13 @@ def test_a_value_reads_the_same_in_a_message_and_elsewhere(text: str | bytes) ->
     log = Log()
     maillog.configure("json", "debug", log.stream)
     maillog.upstream_failed("primary", "192.0.2.1", text)
-    say_transaction(sender=text, recipients=[text], refused=[(text, text)], message_id=text, reply=text)
+    say_transaction(
+        sender=text,
+        recipients=[text],
+        refused=[{"recipient": text, "reply": text}],
+        message_id=text,
+        reply=text,
+    )
     plain, message = map(json.loads, log.lines())
     expected = plain["reason"]
     assert [message[key] for key in ("sender", "message_id", "reply")] == [expected] * 3
@@ -286,15 +299,14 @@ def test_what_is_not_there_is_left_out(log: Log) -> None:
         Outcome.REFUSED,
         sender=b"",
         recipients=[],
-        refused=[],
+        recipient_count=0,
+        refused=None,
+        refused_count=None,
         task_type=None,
         message_id=None,
         upstream=None,
         reply=None,
         client_reply=None,
-        wait_s=None,
-        upstream_s=None,
-        commit_s=None,
         client_gone=True,
     )
     entry = log.json()
@@ -302,7 +314,8 @@ def test_what_is_not_there_is_left_out(log: Log) -> None:
     assert entry["client_gone"] is True
     assert set(entry) == {
         *("time", "level", "event", "outcome", "task_id", "client", "listener", "sender"),
-        *("recipients", "recipient_count", "size", "total_s", "client_gone"),
+        *("recipients", "recipient_count", "size", "wait_s", "upstream_s", "commit_s", "total_s"),
+        "client_gone",
     }
 
 
@@ -342,7 +355,11 @@ def test_octets_that_are_no_utf8_are_escaped(log: Log) -> None:
 def test_long_values_and_lists_are_cut(log: Log) -> None:
     recipients = [b"%d@example.org" % number for number in range(1000)]
     say_transaction(
-        recipients=recipients, refused=[(each, b"550") for each in recipients], reply=b"x" * 60_000
+        recipients=recipients,
+        recipient_count=1000,
+        refused=[{"recipient": each, "reply": b"550"} for each in recipients],
+        refused_count=1000,
+        reply=b"x" * 60_000,
     )
     entry = log.json()
     assert entry["recipients"] == [f"{number}@example.org" for number in range(20)]
@@ -446,7 +463,9 @@ def test_a_row_that_only_the_log_has_is_there_whole(log: Log) -> None:
 
 
 def test_what_is_in_doubt_and_awaited_has_all_that_a_message_has(log: Log) -> None:
-    maillog.in_doubt(reason="no answer", **facts(client_reply="451 4.4.2 see id", upstream_s=0.0))
+    maillog.in_doubt(
+        "no answer", facts(outcome=None, reply=None, client_reply="451 4.4.2 see id", upstream_s=0.0)
+    )
     say_transaction(client_reply="451 4.4.2 see id", upstream_s=0.0)
     awaited, message = map(json.loads, log.lines())
     assert (awaited["event"], awaited["level"]) == ("in doubt", "warning")

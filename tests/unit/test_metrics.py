@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from itertools import product
+from typing import Any
 
 import aiohttp
 import pytest
@@ -137,9 +138,8 @@ async def test_times_reach_300_seconds_and_sizes_64_mebibytes(scrape: Scrape, ac
 
 async def test_a_transaction_moves_its_own_series_only(metrics: Metrics, scrape: Scrape) -> None:
     before = await scrape(TEXT)
-    metrics.upstreams["primary"].transaction(
-        Outcome.ACCEPTED, 0.3, {Outcome.ACCEPTED: 2, Outcome.REJECTED: 1}
-    )
+    metrics.upstreams["primary"].finished((Outcome.ACCEPTED, 2, 0.3, 0.0, 0.0, 0.0, 1000))
+    metrics.upstreams["primary"].recipient(Outcome.REJECTED)
     after = await scrape(TEXT)
     moved = {
         (name, dict(labels)["outcome"]): value - before[name, labels]
@@ -159,7 +159,7 @@ async def test_a_transaction_moves_its_own_series_only(metrics: Metrics, scrape:
 
 async def test_a_transaction_without_an_upstream_counts_as_none(metrics: Metrics, scrape: Scrape) -> None:
     nowhere = metrics.upstreams["none"]
-    nowhere.transaction(Outcome.REFUSED, 0.001, {Outcome.REFUSED: 3})
+    nowhere.finished((Outcome.REFUSED, 3, 0.001, 0.0, 0.0, 0.0, 0))
     nowhere.up(True)
     nowhere.connections(1, 2, 3)
     series = await scrape(TEXT)
@@ -169,10 +169,57 @@ async def test_a_transaction_without_an_upstream_counts_as_none(metrics: Metrics
     assert not any(name.startswith("smtp_relay_upstream_") for name in named_none)
 
 
+async def test_the_waits_of_transactions_add_up(metrics: Metrics, scrape: Scrape) -> None:
+    primary = metrics.upstreams["primary"]
+    primary.finished((Outcome.ACCEPTED, 1, 4.0, 0.5, 1.0, 0.25, 0))
+    primary.finished((Outcome.ABORTED, 0, 2.0, 1.5, 1.0, 0.0, 0))  # waits that overlap leave the client none
+    series = await scrape(TEXT)
+    found = {
+        whom: labelled(series, "transaction_wait_seconds_total", upstream="primary", waited_for=whom)
+        for whom in WAITED_FOR
+    }
+    assert found == {"client": 2.25, "connection": 2.0, "upstream": 2.0, "record": 0.25}
+
+
+def noted(metrics: Metrics) -> int:
+    """Return how many values wait to be counted."""
+    waiting: list[list[Any]] = [metrics._recorded, *(each._finished for each in metrics.upstreams.values())]
+    waiting += [histogram._fresh for histogram in metrics._series._histograms]
+    return sum(map(len, waiting))
+
+
+def note_a_message(metrics: Metrics, seconds: float) -> None:
+    primary = metrics.upstreams["primary"]
+    for command in ("mail", "rcpt", "data", "end_of_data"):
+        primary.replied[command](seconds)
+    primary.waited(seconds)
+    primary.finished((Outcome.ACCEPTED, 1, seconds, 0.0, 0.0, 0.0, 100))
+    metrics.accepted(100)
+    metrics.row_recorded("mention")
+    metrics.committed(1, seconds)
+
+
+def test_what_is_noted_is_counted_once_and_does_not_stay(metrics: Metrics) -> None:
+    settled = Metrics(upstreams=UPSTREAMS, listeners=["127.0.0.1:2525"], task_types=["mention", "digest"])
+    for number in range(100):
+        note_a_message(metrics, number / 64)
+        note_a_message(settled, number / 64)
+        settled.settle()
+        assert noted(settled) == 0
+    assert noted(metrics) == 1000
+    scrapes = [
+        [line for line in each.exposition(None)[0].splitlines() if b"smtp_relay_" in line]
+        for each in (metrics, settled, metrics)
+    ]
+    assert noted(metrics) == 0
+    assert scrapes[0] == scrapes[1] == scrapes[2]
+    assert b'smtp_relay_upstream_wait_seconds_count{upstream="primary"} 100.0' in scrapes[0]
+
+
 async def test_the_upstream_instruments_move(metrics: Metrics, scrape: Scrape) -> None:
     spare = metrics.upstreams["spare"]
     for command in REPLY_COMMANDS:
-        spare.reply(command, 0.02)
+        spare.replied[command](0.02)
     for outcome in CONNECT_OUTCOMES:
         spare.connected(outcome)
     spare.waited(0.5)
@@ -201,9 +248,8 @@ async def test_the_client_instruments_move(metrics: Metrics, scrape: Scrape, acc
         metrics.rejected(reason)
     for outcome in AUTH_OUTCOMES:
         metrics.auth(outcome)
-    metrics.message_in(1000)
-    metrics.message_out(900)
-    metrics.message_size(5000)
+    metrics.upstreams["primary"].finished((Outcome.ACCEPTED, 1, 0.1, 0.0, 0.0, 0.0, 1000))
+    metrics.accepted(900)
     series = await scrape(accept)
     assert labelled(series, "client_sessions") == 1
     assert labelled(series, "client_sessions_total", listener="127.0.0.1:2525") == 2
@@ -213,7 +259,8 @@ async def test_the_client_instruments_move(metrics: Metrics, scrape: Scrape, acc
         assert labelled(series, "auth_total", outcome=outcome) == 1
     assert labelled(series, "message_bytes_total", direction="in") == 1000
     assert labelled(series, "message_bytes_total", direction="out") == 900
-    assert labelled(series, "message_size_bytes_sum") == 5000
+    assert labelled(series, "message_size_bytes_sum") == 900
+    assert labelled(series, "message_size_bytes_bucket", le="1024.0") == 1
 
 
 async def test_the_record_and_expiry_instruments_move(metrics: Metrics, scrape: Scrape) -> None:
@@ -274,8 +321,8 @@ async def test_scrapes_amid_counting_agree_with_themselves(
     async def count() -> None:
         while not enough.is_set():
             for seconds in (0.25, 64, 512):  # sums of these are exact
-                primary.transaction(Outcome.ACCEPTED, seconds, {Outcome.ACCEPTED: 2})
-                primary.reply("rcpt", seconds)
+                primary.finished((Outcome.ACCEPTED, 2, seconds, 0.0, 0.0, 0.0, 0))
+                primary.replied["rcpt"](seconds)
                 metrics.committed(3, seconds)
             await asyncio.sleep(0)
 
