@@ -275,8 +275,12 @@ class Transaction:
         if self._account.upstream is None:  # DATA, and no recipient had a route
             command.answer(NO_RECIPIENTS)
             return
-        self._queued.append(command)
-        self._pump()
+        connection = self._connection
+        if connection is not None and not self._queued and (connection.pipelining or not self._sent):
+            self._send(connection, command)
+        else:
+            self._queued.append(command)
+            self._pump()
 
     @property
     def refused(self) -> bool:
@@ -389,14 +393,16 @@ class Transaction:
         """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
         connection = self._connection
         while connection is not None and self._queued and (connection.pipelining or not self._sent):
-            command = self._queued.popleft()
-            self._await_reply_to(command)
-            line = command.line
-            if command.without_auth is not None and "AUTH" not in connection.capabilities:
-                # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
-                line = command.without_auth
-            more = self.gathering or (connection.pipelining and bool(self._queued))
-            connection.send(line, command.verb, self._answered, more=more)
+            self._send(connection, self._queued.popleft())
+
+    def _send(self, connection: Connection, command: Command) -> None:
+        self._await_reply_to(command)
+        line = command.line
+        if command.without_auth is not None and "AUTH" not in connection.capabilities:
+            # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
+            line = command.without_auth
+        more = self.gathering or (connection.pipelining and bool(self._queued))
+        connection.send(line, command.verb, self._answered, more=more)
 
     def _await_reply_to(self, command: Command) -> None:
         if not self._sent:

@@ -28,7 +28,7 @@ from relay.session.commands import (
     parse_rcpt,
 )
 from relay.session.content import Content
-from relay.session.lines import EndlessLineError, Lines, NotCrlfError
+from relay.session.lines import USUAL, EndlessLineError, Lines, NotCrlfError
 from relay.session.login import Login
 from relay.session.replies import Replies
 from relay.transaction import refused_at_mail
@@ -140,6 +140,7 @@ class Dialogue:
         "_slowed",
         "_smtputf8",
         "_state",
+        "_tls_first",
         "_transaction",
         "_wire",
         "may_relay",
@@ -168,6 +169,7 @@ class Dialogue:
         self._local = local
         self._login = Login(reception.doorkeeper)
         self._secured = False
+        self._tls_first = listener.tls == "required"
         self._loop: asyncio.AbstractEventLoop = reception.loop
         self._state = SECURING if listener.tls == "implicit" else COMMANDS
         self._replies = Replies(wire.write, self._moved)
@@ -201,6 +203,7 @@ class Dialogue:
     def secured(self) -> None:
         """Go on within TLS: as a new session after STARTTLS (RFC 3207 4.2), as one that begins otherwise."""
         self._secured = True
+        self._tls_first = False
         self._last_moved = self._loop.time()
         self._state = COMMANDS
         self._greeted = False
@@ -211,9 +214,10 @@ class Dialogue:
     def take(self, octets: bytes) -> None:
         """Take input: commands or content, as the state says."""
         state = self._state
-        if state is COMMANDS or state is CONTENT:  # nearly always
-            self._input.feed(octets)
-            self.advance()
+        if state is COMMANDS:
+            if not self._take_alone(octets):
+                self._input.feed(octets)
+                self.advance()
         elif state is SECURING:
             self._input.feed(octets)
         elif state is AWAITS_354:
@@ -221,6 +225,26 @@ class Dialogue:
         elif not self.over:
             self._input.feed(octets)
             self.advance()
+
+    def _take_alone(self, octets: bytes) -> bool:
+        """Act on a command that comes alone, with nothing before it to wait for; False if it does not.
+
+        So it is with clients that do not pipeline. `advance` would do the same, and takes twice as long.
+        """
+        if self._input.size or self._replies.owed or self._tls_first or self._slowed or self._wire.choked:
+            return False
+        if self._holding or self._eof or self._reception.draining:
+            return False
+        line = USUAL.fullmatch(octets)
+        act = self._VERBS.get(line[1].upper()) if line is not None else None
+        if line is None or act is None:
+            return False
+        self._last_moved = self._loop.time()
+        try:
+            act(self, line[2] or b"")
+        except Exception as error:
+            self._unforeseen(error)
+        return True
 
     def end_of_input(self) -> None:
         """The client will send no more; what is under way is still answered."""
@@ -251,25 +275,32 @@ class Dialogue:
         """Act on the input as far as can be done now."""
         if self._advancing:
             return
-        if self._input.size:
+        waiting = self._input
+        if waiting.size:
             self._advancing = True
             try:
-                while self._input.size and self._step():
+                while waiting.size and self._step():
                     pass
             except Exception as error:
                 self._unforeseen(error)
             finally:
                 self._advancing = False
-                if self._transaction is not None:
+                if self._transaction is not None and self._transaction.gathering:
                     self._transaction.flush()
+        if self._eof or self._reception.draining:
+            self._end_if_idle()
+        if (self._flow_paused or waiting.size > MAX_INPUT) is not self._holding:
+            self._regulate()
+
+    def _end_if_idle(self) -> None:
+        """No more is to come, from the client or at all: end where nothing is under way that can be ended."""
         if self._state is COMMANDS and not self._replies.owed:
             if self._eof:
                 self._close()
-            elif self._reception.draining and self._transaction is None:
+            elif self._transaction is None:
                 self._end(answers.DRAINING, "draining")
         elif self._eof and (self._state is CONTENT or self._state is CHUNK):
             self._close()  # FIN came before the 354, or while BDAT waited: the content is not complete
-        self._regulate()
 
     def _step(self) -> bool:
         """Take one command line or block of content; False when nothing can be taken now."""
@@ -286,18 +317,15 @@ class Dialogue:
 
     def _take_command(self) -> bool:
         """Act on the next command line; False if it is not complete, or must wait for replies before it."""
-        try:
-            line = self._input.next()
-        except NotCrlfError:
-            self._end(answers.NOT_CRLF, "out_of_step")
-            return False
-        except EndlessLineError:
-            self._end(answers.ENDLESS_LINE, "out_of_step")
-            return False
-        if line is None:
-            return False
-        verb, _, argument = line.partition(b" ")
-        verb = verb.upper()
+        usual = None if self._tls_first else self._input.usual()
+        if usual is not None:
+            line, verb, argument = None, usual[1].upper(), usual[2] or b""
+        else:
+            line = self._next_line()
+            if line is None:
+                return False
+            verb, _, argument = line.partition(b" ")
+            verb = verb.upper()
         if self._replies.owed and self._must_wait(verb):
             self._input.back()
             return False
@@ -307,15 +335,26 @@ class Dialogue:
             return True
         self._last_moved = self._loop.time()
         if self._transaction is not None:
-            self._transaction.gathering = self._input.size > 0
+            if self._input.size:
+                self._transaction.gathering = True
         elif self._reception.draining:
             self._end(answers.DRAINING, "draining")
             return True
-        if (wrong := self._wrong_line(verb, line)) is not None:
+        if line is not None and (wrong := self._wrong_line(verb, line)) is not None:
             self._error(wrong)
         else:
             act(self, argument)
         return True
+
+    def _next_line(self, *, exchange: bool = False) -> bytes | None:
+        """Return the next line, None as long as it is not complete; what is none ends the session."""
+        try:
+            return self._input.next(exchange=exchange)
+        except NotCrlfError:
+            self._end(answers.NOT_CRLF, "out_of_step")
+        except EndlessLineError:
+            self._end(answers.AUTH_LINE_TOO_LONG if exchange else answers.ENDLESS_LINE, "out_of_step")
+        return None
 
     def _wrong_line(self, verb: bytes, line: bytes) -> Reply | None:
         """Why a line of a known verb is not acted on, whatever it says."""
@@ -325,7 +364,7 @@ class Dialogue:
             return answers.LINE_TOO_LONG
         if not is_text(line):
             return answers.CONTROLS
-        if not self._secured and self._listener.tls == "required" and verb not in _BEFORE_TLS:
+        if self._tls_first and verb not in _BEFORE_TLS:
             return answers.TLS_FIRST
         return None
 
@@ -572,14 +611,7 @@ class Dialogue:
 
     def _take_response(self) -> bool:
         """Take the client's next line in the exchange; False if it is not complete."""
-        try:
-            line = self._input.next(exchange=True)
-        except NotCrlfError:
-            self._end(answers.NOT_CRLF, "out_of_step")
-            return False
-        except EndlessLineError:
-            self._end(answers.AUTH_LINE_TOO_LONG, "out_of_step")
-            return False
+        line = self._next_line(exchange=True)
         if line is None:
             return False
         self._last_moved = self._loop.time()

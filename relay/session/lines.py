@@ -7,12 +7,20 @@ commands where the other sees one. The octets are walked by offset, not copied l
 
 from __future__ import annotations
 
-__all__ = ["MAX_AUTH_LINE", "MAX_LINE", "EndlessLineError", "Lines", "NotCrlfError"]
+import re
+
+__all__ = ["MAX_AUTH_LINE", "MAX_LINE", "USUAL", "EndlessLineError", "Lines", "NotCrlfError"]
 
 MAX_LINE = 2048
 """Octets after which a line without end is no command line, whatever follows."""
 MAX_AUTH_LINE = 12288
 """Octets of AUTH and of the lines of its exchange, CRLF included (RFC 4954 section 4)."""
+
+
+USUAL = re.compile(rb"([A-Za-z]{4})(?: ([ -~]{0,505}))?\r\n")
+"""A line such as nearly all are, its verb and its argument: four letters, printable ASCII, no longer than any
+may be (RFC 5321 4.5.3.1.4). Nothing of what makes a line wrong in itself is left to look at.
+"""
 
 
 class NotCrlfError(Exception):
@@ -41,6 +49,14 @@ class Lines:
         self._at = 0
         self.size = len(self._octets)
 
+    def usual(self) -> re.Match[bytes] | None:
+        """Return the next line if it is such as nearly all are; else None, and `next` is to look."""
+        found = USUAL.match(self._octets, self._at)
+        if found is not None:
+            self._before, self._at = self._at, found.end()
+            self.size = len(self._octets) - self._at
+        return found
+
     def next(self, *, exchange: bool = False) -> bytes | None:
         """Return the next line without its CRLF, or None as long as it is not complete.
 
@@ -60,7 +76,7 @@ class Lines:
         return line
 
     def back(self) -> None:
-        """Put the line that `next` returned last back: it has to wait."""
+        """Put the line that was returned last back: it has to wait."""
         self._at = self._before
         self.size = len(self._octets) - self._at
 

@@ -15,22 +15,22 @@ __all__ = ["Replies"]
 class Replies:
     """The replies that a session still owes its client, in order."""
 
-    __slots__ = ("_burst", "_write", "given", "owed")
+    __slots__ = ("bursting", "given", "owed", "write")
 
     def __init__(self, write: Callable[[bytes], None], given: Callable[[], None]) -> None:
         """`write` sends to the client; `given` is called when a reply that was owed has become known."""
-        self._write = write
-        self._burst = False
+        self.write = write
+        self.bursting = False
         self.given = given
         self.owed: list[_Owed] = []
         """The places that are kept, those whose reply is known and waits for another among them."""
 
     def say(self, reply: Reply) -> None:
         """Give a reply that is known at once; it still waits for those before it."""
-        if self.owed or self._burst:
+        if self.owed or self.bursting:
             self.owe()(reply)
         else:
-            self._write(reply.wire)
+            self.write(reply.wire)
 
     def owe(self) -> Callable[[Reply], None]:
         """Keep the place of a reply that is not known yet; call the result with it."""
@@ -40,18 +40,14 @@ class Replies:
 
     def burst(self, begins: bool) -> None:
         """Several become known one after the other: hold them while they do, then write them in one piece."""
-        self._burst = begins
+        self.bursting = begins
         if not begins and self.owed:
             self.flush()
             self.given()
 
     def flush(self) -> None:
         """Write what is known from the front on, in one piece."""
-        if self._burst:
-            return
-        if len(self.owed) == 1 and (reply := self.owed[0].reply) is not None:
-            self.owed.clear()
-            self._write(reply.wire)
+        if self.bursting:
             return
         known = 0
         for owed in self.owed:
@@ -61,7 +57,7 @@ class Replies:
         if known:
             wire = b"".join(owed.reply.wire for owed in self.owed[:known] if owed.reply is not None)
             del self.owed[:known]
-            self._write(wire)
+            self.write(wire)
 
 
 class _Owed:
@@ -72,7 +68,13 @@ class _Owed:
         self.reply: Reply | None = None
 
     def __call__(self, reply: Reply) -> None:
-        if self.reply is None:
-            self.reply = reply
-            self._replies.flush()
-            self._replies.given()
+        if self.reply is not None:
+            return
+        self.reply = reply
+        replies = self._replies
+        if len(replies.owed) == 1 and not replies.bursting:  # of a client that does not pipeline each one
+            replies.owed.clear()
+            replies.write(reply.wire)
+        else:
+            replies.flush()
+        replies.given()

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from relay.reply import MalformedReplyError, Reply, ReplyParser
+from relay.reply import USUAL_SIZE, MalformedReplyError, Reply, ReplyParser, usual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +26,9 @@ __all__ = ["Connection", "Failure", "Lessee", "Owner"]
 
 QUIT_TIMEOUT = 5.0
 """Seconds that the reply to QUIT is waited for before the connection is cut."""
+
+_UNLIKE = "end_of_data"
+"""The command whose replies differ from each other as a rule, by what the upstream calls the message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take replies, and hand each to the command that awaits it."""
+        awaited = self._awaited
+        if awaited and awaited[0][0] != _UNLIKE and len(data) <= USUAL_SIZE and not self._parser.pending:
+            reply = usual(data)
+            if reply is not None and self._answer(reply):
+                return
         try:
             replies = self._parser.feed(data)
         except MalformedReplyError as error:
@@ -208,11 +216,9 @@ class Connection(asyncio.Protocol):
             if not self._awaited:
                 self._end(_unsolicited(reply))
                 return
-            command = self._awaited[0][0]
-            if not _fits(reply, command):
-                self._end(Failure(f"out of step: {reply.code} to {command}"))
+            if not self._answer(reply):
+                self._end(Failure(f"out of step: {reply.code} to {self._awaited[0][0]}"))
                 return
-            self._answer(reply)
             if self._transport is None:
                 return
 
@@ -233,20 +239,24 @@ class Connection(asyncio.Protocol):
 
     def _answer_what_fits(self, replies: list[Reply]) -> None:
         for reply in replies:
-            if not self._awaited or not _fits(reply, self._awaited[0][0]):
+            if not self._awaited or not self._answer(reply):
                 return
-            self._answer(reply)
 
-    def _answer(self, reply: Reply) -> None:
-        command, answered, since = self._awaited.popleft()
-        now = self._loop.time()
+    def _answer(self, reply: Reply) -> bool:
+        """Hand it to the command that awaits one; False if it cannot answer that (RFC 5321 4.3.2)."""
+        command, answered, since = self._awaited[0]
+        code = reply.code
+        if code < 400 and (code >= 300) != (command == "data"):
+            return False
+        self._awaited.popleft()
+        self._head_since = now = self._loop.time()
         replied = self._replied.get(command)
         if replied is not None:
             replied(now - since)
-        self._head_since = now
-        if reply.code == 421:
+        if code == 421:
             self.usable = False
         answered(reply)
+        return True
 
     def eof_received(self) -> None:
         """The upstream will send no more: what is awaited will not come."""
@@ -302,11 +312,6 @@ class Connection(asyncio.Protocol):
     def __repr__(self) -> str:
         state = "leased" if self.lessee else "idle"
         return f"<Connection {state if self._transport else 'ended'}, {self.transactions} transactions>"
-
-
-def _fits(reply: Reply, command: str) -> bool:
-    """Whether a reply of this class can answer the command (RFC 5321 4.3.2)."""
-    return reply.code >= 400 or (300 <= reply.code < 400) == (command == "data")
 
 
 def _unsolicited(reply: Reply) -> Failure:
