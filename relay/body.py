@@ -19,6 +19,7 @@ from relay.content import Fault, Header, clean, far_beyond
 
 __all__ = ["Body"]
 
+_DOT = b"\r\n."
 _END_OF_DATA = b"\r\n.\r\n"
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
@@ -35,11 +36,11 @@ class Body:
 
     __slots__ = (
         "_after_stray_lf",
+        "_begun",
         "_header",
         "_held",
         "_max_size",
         "_normalize",
-        "_unsent",
         "ended",
         "fault",
         "received",
@@ -54,7 +55,7 @@ class Body:
         # The CRLF of the DATA command stands before the first line (RFC 5321 4.1.1.4): the content is
         # looked at as if it began with one, which is not sent.
         self._held = b"\r\n"
-        self._unsent = 2
+        self._begun = False
         self._after_stray_lf = False
         self._header = Header()
         self.ended = False
@@ -84,36 +85,42 @@ class Body:
         """Return the octets that may go upstream after `block` has arrived; may be empty."""
         self.received += len(block)
         data = self._held + block
-        end = data.find(_END_OF_DATA) if b"." in data else -1  # a lone octet is sought at memory's speed
+        # Most often the first dot that begins a line ends the message: one search says where, and that no
+        # line is stuffed. 3.6 us for 4 KiB; to look for the end and to count dots took 6.2 (CPython 3.11).
+        dot = data.find(_DOT) if b"." in data else -1  # a lone octet is sought at memory's speed
+        end = dot if dot < 0 or data.startswith(_END_OF_DATA, dot) else data.find(_END_OF_DATA, dot + 3)
         if end >= 0:
             content = data[: end + 2]
             self.rest = data[end + 5 :]
-            self._held = b""
             self.ended = True
         else:
-            held = _begun(data)
+            held = _beginning(data)
             content = data[: len(data) - held]
             self._held = data[len(data) - held :]
         if self.fault is not None or not content:
             return b""
-        return self._pass(content)
+        return self._pass(content, dot != end)
 
-    def _pass(self, content: bytes) -> bytes:
+    def _pass(self, content: bytes, dotted: bool) -> bytes:
+        """Return what may go up of `content`; `dotted`: whether lines of it may begin with a dot."""
         if self._after_stray_lf or not clean(content):
             if b"\0" in content:
                 return self._fail(Fault.NUL)
             if not self._normalize:
                 return self._fail(Fault.STRAY_NEWLINE)
             content = self._mended(content)
-        stuffing = content.count(b"\r\n.") if b"." in content else 0
-        self.size += len(content) - stuffing - self._unsent
-        if self._unsent:
-            content = content[self._unsent :]
-            self._unsent = 0
-        if not self._header.complete:
-            self._header.keep(content)
+            dotted = True
+        if dotted:
+            self.size -= content.count(_DOT)
+        if not self._begun:
+            self._begun = True
+            content = content[2:]
+        self.size += len(content)
+        header = self._header
+        if not header.complete:
+            header.keep(content)
             if self.ended:
-                self._header.end()
+                header.end()
         if self._max_size and self.size > self._max_size:
             return self._fail(Fault.TOO_LARGE)
         return content
@@ -139,8 +146,10 @@ class Body:
         return b""
 
 
-def _begun(data: bytes) -> int:
+def _beginning(data: bytes) -> int:
     """Return how many octets at the end of `data` may be the beginning of the end of data."""
+    if not data.endswith((b"\r", b"\n", b".")):
+        return 0
     for length in (4, 3, 2, 1):
         if data.endswith(_END_OF_DATA[:length]):
             return length

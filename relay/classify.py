@@ -83,13 +83,12 @@ class Classifier:
     ) -> None:
         self._typed = [(_key(name), _READERS.get(name.lower(), _one_value)) for name in headers]
         self._default = default
-        self._id = _key(id_header) if id_header else None
+        self._id = _key(id_header) if id_header else b""
         self._rules = [(_sender_pattern(sender), task_type) for sender, task_type in rules]
         self._keep = [(name, _key(name)) for name in keep]
-        keys = {_MESSAGE_ID, _RECEIVED, *(key for key, _ in self._typed), *(key for _, key in self._keep)}
-        names = b"|".join(map(re.escape, keys | {self._id} if self._id else keys))
-        # RFC 5322 4.5: the obsolete form has white space before the colon.
-        self._wanted = re.compile(rb"\r\n(%b)[ \t]*:" % names)
+        self._type_keys = {key for key, _ in self._typed}
+        keys = {_MESSAGE_ID, _RECEIVED, *self._type_keys, *(key for _, key in self._keep)}
+        self._wanted = _fields_named(keys | {self._id} if self._id else keys).findall
         self._keeps_received = any(key == _RECEIVED for _, key in self._keep)
 
     def classify(self, header: bytes, sender: bytes) -> Classification:
@@ -100,27 +99,21 @@ class Classifier:
         fields, received = self._fields(header)
         task_type = ""
         tags: list[str] = []
-        for key, read in self._typed:
-            if key in fields:
-                found, labels = read(fields[key])
-                task_type = task_type or found
-                tags += labels
-        if len(tags) > 1:
-            tags = list(dict.fromkeys(tags))[:MAX_TAGS]
-
+        if not self._type_keys.isdisjoint(fields):
+            task_type, tags = self._by_header(fields)
         kept: dict[str, Json] = {}
         for name, key in self._keep:
             if key in fields:
-                texts: list[Json] = [_text(value) for value in fields[key]]
-                kept[name] = texts[0] if len(texts) == 1 else texts
-
+                values = fields[key]
+                kept[name] = _text(values[0]) if len(values) == 1 else [_text(value) for value in values]
+        ids = fields.get(_MESSAGE_ID)
         return Classification(
-            task_type=task_type or self._by_rule(sender) or self._default,
-            client_task_id=self._client_task_id(fields),
-            message_id=_text(fields[_MESSAGE_ID][0]) or None if _MESSAGE_ID in fields else None,
-            headers=kept,
-            tags=tags,
-            received=received,
+            task_type or self._by_rule(sender) or self._default,
+            self._client_task_id(fields) if self._id in fields else None,
+            (_text(ids[0]) or None) if ids else None,
+            kept,
+            tags,
+            received,
         )
 
     def _fields(self, header: bytes) -> tuple[dict[bytes, list[bytes]], int]:
@@ -130,17 +123,30 @@ class Classifier:
             section = section.replace(b"\r\n.", b"\r\n")
         fields: dict[bytes, list[bytes]] = {}
         received = 0
-        # One search for the names; splitting at every line costs three times as much.
-        for match in self._wanted.finditer(section.lower()):
-            key = match[1]
+        # One search for names and values; splitting at every line costs three times as much.
+        for name, folded in self._wanted(section):
+            key = name.lower()
             if key == _RECEIVED:
                 received += 1
                 if not self._keeps_received:
                     continue
-            values = fields.setdefault(key, [])
-            if len(values) < MAX_REPEATS:
-                values.append(_value(section, match.end()))
+            value = folded.replace(b"\r\n", b"").strip(b" \t")
+            if key not in fields:
+                fields[key] = [value]
+            elif len(fields[key]) < MAX_REPEATS:
+                fields[key].append(value)
         return fields, received
+
+    def _by_header(self, fields: dict[bytes, list[bytes]]) -> tuple[str, list[str]]:
+        """Return the type that a header gives, and all tags."""
+        task_type = ""
+        tags: list[str] = []
+        for key, read in self._typed:
+            if key in fields:
+                found, labels = read(fields[key])
+                task_type = task_type or found
+                tags += labels
+        return task_type, list(dict.fromkeys(tags))[:MAX_TAGS] if len(tags) > 1 else tags
 
     def at_mail(self, sender: bytes) -> str | None:
         """Return the type as far as the reverse-path tells; None: it takes a header, and that is to come.
@@ -157,7 +163,7 @@ class Classifier:
         return next(matching, None)
 
     def _client_task_id(self, fields: dict[bytes, list[bytes]]) -> str | None:
-        for value in fields.get(self._id, ()) if self._id else ():
+        for value in fields[self._id]:
             label = _label(_decoded(value), MAX_ID)
             if label:
                 return label
@@ -172,13 +178,14 @@ _MESSAGE_ID: Final = _key("Message-ID")
 _RECEIVED: Final = _key("Received")
 
 
-def _value(section: bytes, start: int) -> bytes:
-    """Return the unfolded value of the field whose colon ends at `start` (RFC 5322 2.2.3)."""
-    end = section.find(b"\r\n", start)
-    while end >= 0 and section[end + 2 : end + 3] in (b" ", b"\t"):
-        end = section.find(b"\r\n", end + 2)
-    value = section[start:] if end < 0 else section[start:end]
-    return value.replace(b"\r\n", b"").strip(b" \t")
+def _fields_named(keys: set[bytes]) -> re.Pattern[bytes]:
+    """Return what finds the fields of these lower-case names: each as written, its value still folded."""
+    first = b"".join(sorted({re.escape(letter) for key in keys for letter in (key[:1], key[:1].upper())}))
+    names = b"|".join(map(re.escape, sorted(keys)))
+    # RFC 5322 4.5: the obsolete form has white space before the colon. 2.2.3: a line that begins with white
+    # space goes on with the value. Nothing is tried twice, however long a value is.
+    value = rb"[^\r]*+(?:\r(?!\n(?![ \t]))[^\r]*+)*+"
+    return re.compile(rb"\r\n(?=[%b])(?i:(%b))[ \t]*:(%b)" % (first, names, value))
 
 
 def _sender_pattern(pattern: str) -> re.Pattern[str]:

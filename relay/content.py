@@ -37,31 +37,39 @@ def clean(content: bytes) -> bool:
 class Header:
     """The header section of a message, kept as its content passes."""
 
-    __slots__ = ("_kept", "complete")
+    __slots__ = ("_kept", "complete", "octets")
 
     def __init__(self) -> None:
-        # A line end stands before the first line, so that an empty line ends also an empty header section.
-        self._kept = bytearray(b"\r\n")
+        self._kept: bytearray | None = None
         self.complete = False
         """Whether the header section has passed, or as much of it as is kept."""
-
-    @property
-    def octets(self) -> bytes:
-        """The header section as it went upstream, at most MAX_HEADER octets, without the empty line."""
-        return bytes(self._kept[2:])
+        self.octets = b""
+        """Once complete: the header section as it went upstream, at most MAX_HEADER octets, without the empty
+        line."""
 
     def keep(self, content: bytes) -> None:
         """Keep of the next `content` what belongs to the header section; only as long as not `complete`."""
         kept = self._kept
+        if kept is None:
+            # In one piece, as it comes nearly always: 1.0 us, and 2.9 on the way below (CPython 3.11).
+            end = content.find(b"\r\n\r\n", 0, MAX_HEADER)
+            if end > 0 and not content.startswith(b"\r\n"):
+                self.octets = content[:end]
+                self.complete = True
+                return
+            # A line end stands before the first line, so that an empty line ends also an empty section.
+            kept = self._kept = bytearray(b"\r\n")
         start = max(0, len(kept) - 3)
         kept += content[: MAX_HEADER + 2 - len(kept)]
         end = kept.find(b"\r\n\r\n", start)
         if end >= 0:
             del kept[max(end, 2) :]
-            self.complete = True
+            self.end()
         elif len(kept) >= MAX_HEADER + 2:
-            self.complete = True
+            self.end()
 
     def end(self) -> None:
         """The message has ended: what was kept is all there is."""
-        self.complete = True
+        if not self.complete:
+            self.octets = bytes(self._kept[2:]) if self._kept is not None else b""
+            self.complete = True
