@@ -223,6 +223,41 @@ async def test_a_thousand_recipients(store, database):
 
 
 @pytest.mark.parametrize(
+    "recipients",
+    [
+        ("twice@x", "other@Y", "twice@x", "twice@x"),
+        ("", "0", "$", "[1]", '{"a":1}', "null", '"'),
+        ('"a\\b"@x', "\x01@\x7f", "ü@Ü", "🦉@🦉", "a\tb@x", "twice@x", "TWICE@X", "\u2028@x"),
+    ],
+)
+async def test_recipients_keep_their_order_and_their_text(store, database, recipients):
+    await store.write([record(1, recipients=recipients), record(2, recipients=recipients[::-1])])
+    found = "SELECT recipient, recipient_domain FROM task_done_send WHERE task_id = '{}' ORDER BY ordinal"
+    given = [(each, domain_of(each)) for each in recipients]
+    assert rows(database, found.format(UUID(int=1))) == given
+    assert rows(database, found.format(UUID(int=2))) == given[::-1]
+
+
+async def test_batches_of_any_size(store, database):
+    sizes = [*range(1, 10), 500, 1023, 1024, 1025, 2500]
+    number = 0
+    for size in sizes:
+        await store.write([record(number + at) for at in range(size)])
+        number += size
+    assert await store.count() == number == sum(sizes)
+    assert rows(database, "SELECT count(*) FROM task_done_recipient") == [(number,)]
+
+
+async def test_a_batch_larger_than_the_recorders_is_kept_whole_or_not_at_all(store):
+    batch = [record(number) for number in range(2500)]
+    with pytest.raises(RejectedRecordError):
+        await store.write([*batch, record(2500, upstream=None)])
+    assert await store.count() == 0
+    await store.write(batch)
+    assert await store.count() == len(batch)
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         {"sender": "\udc80@example.com"},

@@ -35,6 +35,7 @@ __all__ = [
     "check_columns",
     "connect",
     "explained",
+    "in_transaction",
     "interrupt",
     "on_thread",
     "path_of",
@@ -131,24 +132,7 @@ class Database:
 
     async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` as `run` does, within one transaction: durable on return, undone whole on any error."""
-
-        def whole(raw: sqlite3.Connection) -> T:
-            # IMMEDIATE: the lock is taken at once, so that no other process can write between our reading
-            # and our writing (a deferred transaction would then fail without waiting).
-            raw.execute("BEGIN IMMEDIATE")
-            try:
-                result = work(raw)
-                raw.execute("COMMIT")
-            except BaseException:
-                # SQLite itself has ended the transaction after some errors (a full disk); if even this
-                # fails, the first error is the one to tell.
-                with contextlib.suppress(sqlite3.Error):
-                    if raw.in_transaction:
-                        raw.execute("ROLLBACK")
-                raise
-            return result
-
-        return await self.statement(whole)
+        return await self.statement(lambda raw: in_transaction(raw, work))
 
     async def statement(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work`, which writes with one statement, a transaction of its own, or sees to its own."""
@@ -174,6 +158,24 @@ class Database:
             return
         self._closed = True
         await self._connection.close()
+
+
+def in_transaction(raw: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Run `work` within one transaction: durable on return, undone whole on any error."""
+    # IMMEDIATE: the lock is taken at once, so that no other process can write between our reading and our
+    # writing (a deferred transaction would then fail without waiting).
+    raw.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(raw)
+        raw.execute("COMMIT")
+    except BaseException:
+        # SQLite itself has ended the transaction after some errors (a full disk); if even this fails, the
+        # first error is the one to tell.
+        with contextlib.suppress(sqlite3.Error):
+            if raw.in_transaction:
+                raw.execute("ROLLBACK")
+        raise
+    return result
 
 
 def explained(error: sqlite3.Error, path: Path, busy_timeout: float) -> StoreError:

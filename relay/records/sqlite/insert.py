@@ -1,14 +1,14 @@
 """A batch of entries into SQLite: one statement, a transaction of its own, whatever the batch holds.
 
-Rules. The whole batch is made into JSON before SQLite sees anything of it, so that a value that can never be
-stored is found first. What takes the batch apart are triggers of temporary views, which belong to the
-connection and not to the file.
+Rules. What takes the batch apart are triggers of a temporary view, which belong to the connection and not to
+the file. The view has a row for each entry, and one more for each doubt that ends.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from functools import cache
 
 import orjson
 
@@ -17,13 +17,25 @@ from relay.records.errors import RejectedRecordError
 from relay.records.model import Doubt, Entry, Record, signed
 from relay.records.retention import Retention
 from relay.records.schema import utc_text
+from relay.records.sqlite.database import in_transaction
 
 __all__ = ["insert_entries", "prepare"]
+
+_AT_ONCE = 1024
+"""Rows of the view in one statement: two for each entry of the recorder's largest batch. SQLite takes no more
+than 32,766 values."""
+_COLUMNS = (
+    *("kind", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "moment"),
+    *("expires_at", "upstream", "said", "message_id", "size", "duration_ms", "recipients", "data"),
+)
+_NOTHING = (0,) * len(_COLUMNS)
+"""A row that no trigger takes. Not NULL: the sqlite3 module looks for an adapter of each None."""
+_SEND, _DOUBT, _END = 1, 2, 3
 
 
 def prepare(raw: sqlite3.Connection) -> None:
     """Make what takes a batch apart; temporary, so it belongs to this connection and not to the file."""
-    for statement in (_BATCH_VIEW, _BATCH_TRIGGER, _MIXED_VIEW, _MIXED_TRIGGER):
+    for statement in (_VIEW, *_TRIGGERS):
         raw.execute(statement)
 
 
@@ -32,68 +44,86 @@ def insert_entries(
 ) -> None:
     """Insert the entries with one statement, however many they are: a transaction of its own.
 
-    The whole batch goes to SQLite as JSON, and a trigger of this connection takes it apart. Each statement,
-    BEGIN and COMMIT among them, lets go of the interpreter lock and asks for it again, `executemany` for
-    every row; that costs up to 5 ms each time when the event loop is busy, which is when batches are big.
-    Measured for 500 rows beside a loop that never rests: `executemany` 0.8 s, two statements 0.07 s; in the
-    whole relay under load one statement takes 5 % less CPU for a message than BEGIN, two and COMMIT.
-
-    A batch of records alone, none of them doubted, is by far the most frequent one: it does not look at
-    `task_in_doubt`.
+    Each statement, BEGIN and COMMIT among them, lets go of the interpreter lock and asks for it again,
+    `executemany` for every row; that costs up to 5 ms each time when the event loop is busy, which is when
+    batches are big. Measured for 500 rows beside a loop that never rests: `executemany` 0.8 s, two statements
+    0.07 s; in the whole relay under load one statement takes 5 % less CPU for a message than BEGIN, two and
+    COMMIT. Values are bound as they are: a batch as one JSON text costs a lone message 88,000 instructions
+    more, of nine each 12,000 (docs/benchmarks.md).
     """
-    rows = []
-    recipients = []
-    doubts = []
+    rows: list[object] = []
+    doubts: list[object] = []
     ended = []
     try:
-        for record in entries:
-            if type(record) is not Record:
-                if isinstance(record, Doubt):
-                    doubts.append(_doubt_row(record, retention, relay))
-                else:
-                    ended.append(record.task_id)
-                continue
-            if record.doubted:
-                ended.append(record.task_id)
-            sent_at = utc_text(record.sent_at)
-            expires_at = retention.expires_at(record.task_type, record.sent_at)
-            rows.append(
-                (
-                    record.task_id,
-                    record.client_task_id,
-                    record.task_type,
-                    record.sender,
-                    domain_of(record.sender),
-                    record.client,
-                    sent_at,
-                    None if expires_at is None else utc_text(expires_at),
-                    record.upstream,
-                    record.upstream_reply,
-                    record.message_id,
-                    record.size,
-                    record.duration_ms,
-                    signed(record.data, relay),
-                )
-            )
-            for ordinal, recipient in enumerate(record.recipients):
-                recipients.append((record.task_id, ordinal, recipient, domain_of(recipient), sent_at))
-        batch = orjson.dumps(rows).decode(), orjson.dumps(recipients).decode()
-        doubtful = (orjson.dumps(doubts).decode(), orjson.dumps(ended).decode()) if doubts or ended else None
-    except (TypeError, ValueError) as error:  # no time zone, a lone surrogate, an integer beyond 64 bits
+        for entry in entries:
+            if type(entry) is Record:
+                rows += _send_row(entry, retention, relay)
+                if entry.doubted:
+                    ended.append(entry.task_id)
+            elif type(entry) is Doubt:
+                doubts += _doubt_row(entry, retention, relay)
+            else:
+                ended.append(entry.task_id)
+        # In this order, so that the one within the batch does not matter: nobody doubts a message again.
+        rows += doubts
+        for task_id in ended:
+            rows += (_END, str(task_id), *_NOTHING[2:])
+        _execute(raw, rows)
+    # No time zone, a lone surrogate, an integer beyond 64 bits: all values are bound before SQLite begins.
+    except (TypeError, ValueError, OverflowError) as error:
         raise RejectedRecordError(f"a value that cannot be stored: {error}") from error
-    if doubtful is None:
-        raw.execute("INSERT INTO task_done_batch (sends, recipients) VALUES (?, ?)", batch)
-    else:
-        raw.execute(
-            "INSERT INTO task_done_mixed (sends, recipients, doubts, ended) VALUES (?, ?, ?, ?)",
-            batch + doubtful,
-        )
+
+
+def _execute(raw: sqlite3.Connection, rows: list[object]) -> None:
+    width = len(_COLUMNS)
+    count = len(rows) // width
+    if count > _AT_ONCE:  # none of the recorder's
+        in_transaction(raw, lambda raw: _execute_in_steps(raw, rows, _AT_ONCE * width))
+        return
+    # Few statements serve batches of every size, so that each is compiled once.
+    size = 1 << (count - 1).bit_length()
+    rows += _NOTHING * (size - count)
+    raw.execute(_insert(size), rows)
+
+
+def _execute_in_steps(raw: sqlite3.Connection, rows: list[object], step: int) -> None:
+    for begin in range(0, len(rows), step):
+        _execute(raw, rows[begin : begin + step])
+
+
+@cache
+def _insert(size: int) -> str:
+    row = f"({', '.join('?' * len(_COLUMNS))})"
+    return f"INSERT INTO task_done_batch VALUES {', '.join([row] * size)}"  # noqa: S608
+
+
+def _send_row(record: Record, retention: Retention, relay: str) -> tuple[object, ...]:
+    expires_at = retention.expires_at(record.task_type, record.sent_at)
+    return (
+        _SEND,
+        str(record.task_id),
+        record.client_task_id,
+        record.task_type,
+        record.sender,
+        domain_of(record.sender),
+        record.client,
+        utc_text(record.sent_at),
+        None if expires_at is None else utc_text(expires_at),
+        record.upstream,
+        record.upstream_reply,
+        record.message_id,
+        record.size,
+        record.duration_ms,
+        _with_domains(record.recipients),
+        orjson.dumps(signed(record.data, relay)).decode(),
+    )
 
 
 def _doubt_row(doubt: Doubt, retention: Retention, relay: str) -> tuple[object, ...]:
     expires_at = retention.expires_at(doubt.task_type, doubt.since)
     return (
-        doubt.task_id,
+        _DOUBT,
+        str(doubt.task_id),
         doubt.client_task_id,
         doubt.task_type,
         doubt.sender,
@@ -106,64 +136,59 @@ def _doubt_row(doubt: Doubt, retention: Retention, relay: str) -> tuple[object, 
         doubt.message_id,
         doubt.size,
         doubt.duration_ms,
-        doubt.recipients,
-        signed(doubt.data, relay),
+        orjson.dumps(doubt.recipients).decode(),
+        orjson.dumps(signed(doubt.data, relay)).decode(),
     )
 
 
-_INSERT = """
+def _with_domains(recipients: Sequence[str]) -> str:
+    """Return a JSON object with a member for each recipient, in order: its address, and its domain.
+
+    A recipient that was given twice has two: an object of JSON may have that, a dict of Python may not.
+    """
+    domains = {recipient: domain_of(recipient) for recipient in recipients}
+    if len(domains) == len(recipients):
+        return orjson.dumps(domains).decode()
+    members = [orjson.dumps({recipient: domains[recipient]})[1:-1] for recipient in recipients]
+    return f"{{{b','.join(members).decode()}}}"
+
+
+_VIEW = f"CREATE TEMP VIEW task_done_batch AS SELECT {', '.join(f'NULL AS {name}' for name in _COLUMNS)}"
+# The recipients through the row's task_id: it may have been there before. What costs a recipient is what is
+# asked of JSON: an element with five values to extract, looked up by task_id, was twice as dear.
+_KEEP_SEND = """
     INSERT INTO task_done (
         task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
         upstream, upstream_reply, message_id, size, duration_ms, data
     )
-    SELECT
-        json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
-        json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
-        json_extract(value, '$[9]'), json_extract(value, '$[10]'), json_extract(value, '$[11]'),
-        json_extract(value, '$[12]'), json_extract(value, '$[13]')
-    FROM json_each(NEW.sends) WHERE true
-    ON CONFLICT (task_id) DO NOTHING
-"""
-# Through the row's task_id: its id is not known here, and the row may have been there before.
-# CROSS JOIN: SQLite's way to say that the batch is the outer loop.
-_INSERT_RECIPIENTS = """
+    VALUES (
+        NEW.task_id, NEW.client_task_id, NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
+        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, NEW.message_id, NEW.size, NEW.duration_ms,
+        NEW.data
+    )
+    ON CONFLICT (task_id) DO NOTHING;
     INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
-    SELECT
-        task_done.id, json_extract(batch.value, '$[1]'), json_extract(batch.value, '$[2]'),
-        json_extract(batch.value, '$[3]'), json_extract(batch.value, '$[4]')
-    FROM json_each(NEW.recipients) AS batch
-    CROSS JOIN task_done ON task_done.task_id = json_extract(batch.value, '$[0]')
-    WHERE true
-    ON CONFLICT (task_done_id, ordinal) DO NOTHING
+    SELECT (SELECT id FROM task_done WHERE task_id = NEW.task_id), rowid, key, value, NEW.moment
+    FROM json_each(NEW.recipients) WHERE true
+    ON CONFLICT (task_done_id, ordinal) DO NOTHING;
 """
-_BATCH_VIEW = "CREATE TEMP VIEW task_done_batch AS SELECT NULL AS sends, NULL AS recipients"
-_BATCH_TRIGGER = f"""
-    CREATE TEMP TRIGGER task_done_batch_insert INSTEAD OF INSERT ON task_done_batch
-    BEGIN {_INSERT}; {_INSERT_RECIPIENTS}; END
-"""
-# What ends a doubt comes last, so the order within a batch does not matter: nobody doubts a message again.
-_INSERT_DOUBTS = """
+_KEEP_DOUBT = """
     INSERT INTO task_in_doubt (
         task_id, client_task_id, task_type, sender, sender_domain, client, since, expires_at,
         upstream, reason, message_id, size, duration_ms, recipients, data
     )
     SELECT
-        json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-        json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
-        json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
-        json_extract(value, '$[9]'), json_extract(value, '$[10]'), json_extract(value, '$[11]'),
-        json_extract(value, '$[12]'), json_extract(value, '$[13]'), json_extract(value, '$[14]')
-    FROM json_each(NEW.doubts)
-    WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_done.task_id = json_extract(value, '$[0]'))
-    ON CONFLICT (task_id) DO NOTHING
+        NEW.task_id, NEW.client_task_id, NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
+        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, NEW.message_id, NEW.size, NEW.duration_ms,
+        NEW.recipients, NEW.data
+    WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_id = NEW.task_id)
+    ON CONFLICT (task_id) DO NOTHING;
 """
-_END_DOUBTS = "DELETE FROM task_in_doubt WHERE task_id IN (SELECT value FROM json_each(NEW.ended))"
-_MIXED_VIEW = """
-    CREATE TEMP VIEW task_done_mixed
-    AS SELECT NULL AS sends, NULL AS recipients, NULL AS doubts, NULL AS ended
-"""
-_MIXED_TRIGGER = f"""
-    CREATE TEMP TRIGGER task_done_mixed_insert INSTEAD OF INSERT ON task_done_mixed
-    BEGIN {_INSERT}; {_INSERT_RECIPIENTS}; {_INSERT_DOUBTS}; {_END_DOUBTS}; END
-"""
+_END_DOUBT = "DELETE FROM task_in_doubt WHERE task_id = NEW.task_id;"
+_TRIGGERS = tuple(
+    f"""
+    CREATE TEMP TRIGGER task_done_batch_{kind} INSTEAD OF INSERT ON task_done_batch WHEN NEW.kind = {kind}
+    BEGIN {statements} END
+    """
+    for kind, statements in ((_SEND, _KEEP_SEND), (_DOUBT, _KEEP_DOUBT), (_END, _END_DOUBT))
+)
