@@ -4,9 +4,10 @@ A message's way, top to bottom: `mail` takes a connection to the first upstream 
 and sends MAIL up as the client wrote it (where the recipient chooses, with the first one); `rcpt` and `data`
 follow, pipelined where the upstream can; every reply goes back as it came. `feed` streams the content; or
 `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end of data, which is also
-the end of the last chunk, `_settle` begins: it awaits the upstream's verdict, has the row written, answers
-the client and says once, to metrics and log, what became of the message. Nobody holds a handle by which
-`_settle` could be cancelled: a client that goes, a timer and a shutdown only change what the client hears.
+the end of the last chunk, settling begins: behind the upstream's verdict `_settle` has the row written, and
+behind that `_accepted` answers the client and says once, to metrics and log, what became of the message.
+There is nothing by which that could be cancelled: a client that goes, a timer and a shutdown only change what
+the client hears.
 
 Rules: another upstream is tried only until one has answered MAIL, and what it says is then the answer; a 421
 is none. Only `_settle` makes a row, only after a 2yz to the end of data. Once the end of data has gone up
@@ -19,6 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from relay import maillog
@@ -101,8 +103,10 @@ class Services:
     max_message_size: int
     settling: set[Transaction]
     """Transactions between their end of data and their outcome; a shutdown waits for them."""
+    settled: asyncio.Event = field(default_factory=asyncio.Event, kw_only=True)
+    """Set each time that there is none left."""
     running: set[asyncio.Task[None]]
-    """Keeps the tasks of transactions alive."""
+    """Keeps the tasks of transactions alive, those that wait for a connection."""
     limits: Limits | None = None
     """Rate limits, if there are any."""
     names: Pseudonyms | None = None
@@ -142,6 +146,7 @@ class Transaction:
         "_connection",
         "_data_reply",
         "_doubted",
+        "_ended_at",
         "_leasing",
         "_loop",
         "_mail_refused",
@@ -153,13 +158,13 @@ class Transaction:
         "_route",
         "_sent",
         "_services",
+        "_settled_at",
         "_slot",
         "_untried",
         "_unwritten",
         "_unwritten_size",
         "_upstream_since",
         "_verdict",
-        "_verdict_due",
         "binary",
         "body",
         "concluded",
@@ -219,7 +224,8 @@ class Transaction:
         self._unwritten_size = 0
         self._promised = 0  # octets that the spool keeps for the row
         self._answer_verdict: Callable[[Reply], None] = _ignore
-        self._verdict_due = 0.0
+        self._ended_at = self._settled_at = 0.0  # the end of data came from the client, from the upstream
+        self._verdict: Reply | Failure | None = None
         self._overdue = False
         self._slot: int | None = None  # of the journal
         self._doubted: asyncio.Future[None] | None = None  # the entry in task_in_doubt; done: it is durable
@@ -450,7 +456,7 @@ class Transaction:
         if self.settling:  # to a chunk before the last one, which is up as well
             self._connection = None
             self._sent.popleft().answer(reply.recoded(451))
-            self._verdict_failed(Failure("upstream said 421", reply))
+            self._verdict_came(Failure("upstream said 421", reply))
         else:
             self._go_on_without(reply.recoded(451))
 
@@ -507,7 +513,7 @@ class Transaction:
         """The upstream connection is gone (called by the connection)."""
         if self.settling:
             self._connection = None
-            self._verdict_failed(failure)
+            self._verdict_came(failure)
         else:
             self._go_on_without(LOST if failure.reply is None else failure.reply.recoded(451))
 
@@ -699,14 +705,10 @@ class Transaction:
             return
         self.settling = True
         self._services.settling.add(self)
-        self._verdict: asyncio.Future[Reply | Failure] = self._loop.create_future()
-        self._verdict_due = self._loop.time() + self._pool.end_of_data_timeout
-        connection.expect("end_of_data", self._verdict.set_result)
+        self._ended_at = self._loop.time()
+        connection.expect("end_of_data", self._verdict_came)
         end = () if self.chunking else (b".\r\n",)
         self._write_content(*end)
-        settled = self._loop.create_task(self._settle(connection))
-        self._services.running.add(settled)
-        settled.add_done_callback(self._services.running.discard)
 
     def _keep_place(self) -> bool:
         """Have a place kept for the row before its end of data goes up; else the message is refused here."""
@@ -731,50 +733,70 @@ class Transaction:
             self._services.journal.free(self._slot)
             self._slot = None
 
-    async def _settle(self, connection: Connection) -> None:
-        """Await the verdict, record an acceptance, answer the client, and say what became of it."""
-        account, began = self._account, self._loop.time()
-        verdict = await self._verdict
-        account.upstream_s = self._loop.time() - began
+    def _verdict_came(self, verdict: Reply | Failure) -> None:
+        """Settle with the first verdict, behind whatever else the same octets of the upstream hold."""
+        if self._verdict is None:
+            self._verdict = verdict
+            self._loop.call_soon(self._settle, verdict, self._connection)
+
+    def _settle(self, verdict: Reply | Failure, connection: Connection | None) -> None:
+        """Record an acceptance, answer the client, and say what became of the message.
+
+        In callbacks, each behind what it has to await: a task for it takes 4 us a message.
+        """
+        self._account.upstream_s = self._loop.time() - self._ended_at
         if isinstance(verdict, Failure):
             self._tell(in_doubt(self.task_id))
             self._doubt(verdict.reason)
-            if self._doubted is not None:
-                await asyncio.wait((self._doubted,))
-            self._conclude(Outcome.IN_DOUBT, verdict.reason)
+            _behind(self._doubted, partial(self._conclude, Outcome.IN_DOUBT, verdict.reason))
             return
         self._connection = None
         # After DATA the transaction is over, whatever the verdict (RFC 5321 4.1.1.4); after a chunk that was
         # refused that is not certain (RFC 3030 2).
-        self._pool.release(connection, reset=self.chunking and not verdict.positive)
-        if not verdict.positive:
-            if self._doubted is None:
-                self._leave_journal()
-            self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
-            if self._doubted is not None:
-                await self._end_doubt()
-            # A chunk that was refused before the last one decided it; this only follows from that.
-            decisive = (self._data_reply if self.chunking else None) or verdict
-            self._conclude(negative_outcome(decisive), decisive)
+        reset = self.chunking and not verdict.positive
+        self._pool.release(cast("Connection", connection), reset=reset)
+        if verdict.positive:
+            self._record(verdict)
             return
-        await self._record(verdict)
+        if self._doubted is None:
+            self._leave_journal()
+        self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
+        # A chunk that was refused before the last one decided it; this only follows from that.
+        decisive = (self._data_reply if self.chunking else None) or verdict
+        ended = None if self._doubted is None else self._end_doubt()
+        _behind(ended, partial(self._conclude, negative_outcome(decisive), decisive))
+
+    def _record(self, verdict: Reply) -> None:
+        """Have the row made durable; accepted means accepted, so no failure here may say otherwise."""
+        self._settled_at = self._loop.time()
+        try:
+            self._take_stock()
+            record = self._account.record(self._found, verdict, doubted=self._doubted is not None)
+            kept = self._services.recorder.record(record)
+        except Exception as error:
+            # It stays in the journal: the next start shows that this message needs a look.
+            self._not_kept("record", error)
+            self._accepted(verdict)
+        else:
+            kept.add_done_callback(partial(self._recorded, verdict))
+
+    def _recorded(self, verdict: Reply, kept: asyncio.Future[None]) -> None:
+        error = kept.exception()
+        if error is None:
+            self._leave_journal()
+        else:
+            self._not_kept("record", error)
+        self._accepted(verdict)
+
+    def _accepted(self, verdict: Reply) -> None:
+        """Only now may the client hear it."""
+        self._account.commit_s = self._loop.time() - self._settled_at
         self._tell(verdict)
         self._conclude(Outcome.ACCEPTED, verdict)
 
-    async def _record(self, verdict: Reply) -> None:
-        """Make the row durable; accepted means accepted, so no failure here may say otherwise."""
-        account, began = self._account, self._loop.time()
-        try:
-            self._take_stock()
-            record = account.record(self._found, verdict, doubted=self._doubted is not None)
-            await self._services.recorder.record(record)
-        except Exception as error:
-            # It stays in the journal: the next start shows that this message needs a look.
-            self._services.metrics.record_error()
-            maillog.unforeseen("record", self.task_id, error)
-        else:
-            self._leave_journal()
-        account.commit_s = self._loop.time() - began
+    def _not_kept(self, what: str, error: BaseException) -> None:
+        self._services.metrics.record_error()
+        maillog.unforeseen(what, self.task_id, error)
 
     def _doubt(self, reason: str) -> None:
         """Have an entry made in task_in_doubt, once; nothing here may change what the client hears.
@@ -787,8 +809,7 @@ class Transaction:
             self._take_stock()
             self._doubted = self._services.recorder.record(self._account.doubt(self._found, reason))
         except Exception as error:
-            self._services.metrics.record_error()
-            maillog.unforeseen("doubt", self.task_id, error)
+            self._not_kept("doubt", error)
         else:
             self._doubted.add_done_callback(self._doubt_kept)
 
@@ -799,33 +820,29 @@ class Transaction:
         if error is None:
             self._leave_journal()
         else:
-            self._services.metrics.record_error()
-            maillog.unforeseen("doubt", self.task_id, error)
+            self._not_kept("doubt", error)
 
-    async def _end_doubt(self) -> None:
+    def _end_doubt(self) -> asyncio.Future[None] | None:
         """Take the entry back: the upstream has refused the message after all."""
         try:
-            await self._services.recorder.record(Settled(self.task_id))
+            return self._services.recorder.record(Settled(self.task_id))
         except Exception as error:
-            self._services.metrics.record_error()
-            maillog.unforeseen("doubt", self.task_id, error)
+            self._not_kept("doubt", error)
+            return None
 
     @property
     def _found(self) -> Classification:
         """What the header section said; there is one once the end of data has come."""
         return cast("Classification", self._account.found)
 
-    def _verdict_failed(self, failure: Failure) -> None:
-        if not self._verdict.done():
-            self._verdict.set_result(failure)
-
     def check(self, now: float) -> None:
         """Tell the client 451 if the verdict is overdue; it is still awaited, and recorded when it comes."""
-        if not self.settling or self._overdue or now <= self._verdict_due or self._verdict.done():
+        limit = self._pool.end_of_data_timeout
+        if not self.settling or self._overdue or now - self._ended_at <= limit or self._verdict is not None:
             return
         self._overdue = True
-        self._account.upstream_s = now - self._verdict_due + self._pool.end_of_data_timeout
-        reason = f"no answer to the end of data within {self._pool.end_of_data_timeout:g} s"
+        self._account.upstream_s = now - self._ended_at
+        reason = f"no answer to the end of data within {limit:g} s"
         self._tell(in_doubt(self.task_id))
         self._doubt(reason)
         self._account.overdue(reason)
@@ -833,7 +850,7 @@ class Transaction:
     def give_up(self) -> None:
         """Stop awaiting the verdict: the relay ends. The message is in doubt."""
         if self.settling:
-            self._verdict_failed(Failure("the relay stopped before the upstream answered"))
+            self._verdict_came(Failure("the relay stopped before the upstream answered"))
             self._cut("the relay stops")
 
     def _tell(self, reply: Reply) -> None:
@@ -912,7 +929,10 @@ class Transaction:
             return
         self.concluded = True
         self.settling = False
-        self._services.settling.discard(self)
+        services = self._services
+        services.settling.discard(self)
+        if not services.settling:
+            services.settled.set()
         self._services.recorder.release(self._promised)
         self._take_stock()
         self._account.close(self._services.metrics, outcome, None if said is None else str(said))
@@ -935,6 +955,14 @@ def _refuse_recipient(command: Command, reply: Reply) -> None:
     """Answer a RCPT that goes up to no upstream."""
     cast("Recipient", command.recipient).reply = reply
     command.answer(reply)
+
+
+def _behind(kept: asyncio.Future[None] | None, do: Callable[[], None]) -> None:
+    """Do something as soon as an entry is durable; None: at once."""
+    if kept is None:
+        do()
+    else:
+        kept.add_done_callback(lambda _: do())
 
 
 def _ignore(_: object) -> None:

@@ -8,6 +8,7 @@ are looked at by one `sweep`; no session sets a timer for its commands.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -283,8 +284,9 @@ class Reception:
             transaction.give_up()
         for session in tuple(self._sessions):
             session.drop_unfinished()
-        if self.services.running:
-            await asyncio.wait(tuple(self.services.running), timeout=COMMIT_TIMEOUT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(COMMIT_TIMEOUT):
+                await self._all_settled()
         for session in tuple(self._sessions):
             session.cut()
 
@@ -297,8 +299,16 @@ class Reception:
         while self._sessions:
             self._left.clear()
             await self._left.wait()
-        while self.services.running:
-            await asyncio.wait(tuple(self.services.running))
+        await self._all_settled()
+
+    async def _all_settled(self) -> None:
+        services = self.services
+        while services.settling or services.running:
+            if services.running:
+                await asyncio.wait(tuple(services.running))
+            else:
+                services.settled.clear()
+                await services.settled.wait()
 
     def __repr__(self) -> str:
         return f"<Reception: {len(self._sessions)} sessions, {len(self.services.settling)} settling>"

@@ -204,7 +204,8 @@ async def test_mail_is_held_only_where_a_recipient_is_needed(start: Any) -> None
 async def nothing_left_but(running: Running, client: Client) -> None:
     """Wait until only the session of `client` is left, with nothing under way."""
     await client.command(b"NOOP", 250)
-    await eventually(lambda: not running.relay.reception.services.running)
+    services = running.relay.reception.services
+    await eventually(lambda: not services.running and not services.settling)
 
 
 @pytest.mark.parametrize("pipelined", [False, True], ids=["one by one", "pipelined"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from tests.support.client import Client
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.support.upstream import ScriptedUpstream
 
 CONTENT = b"Subject: x\r\n\r\nx\r\n"
@@ -40,7 +41,9 @@ async def test_while_a_connection_is_opened(
         assert running.metric("messages_total", upstream="primary", outcome="unavailable") == 1
 
 
+@pytest.mark.parametrize("when", ["at once", "later"])
 async def test_after_the_acceptance(
+    when: str,
     start: Any,
     upstream: ScriptedUpstream,
     monkeypatch: pytest.MonkeyPatch,
@@ -50,8 +53,12 @@ async def test_after_the_acceptance(
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.ehlo()
 
-        async def record(_: object) -> None:
-            raise RuntimeError("no row")
+        def record(_: object) -> asyncio.Future[None]:
+            if when == "at once":
+                raise RuntimeError("no row")
+            kept = asyncio.get_running_loop().create_future()
+            kept.set_exception(RuntimeError("no row"))
+            return kept
 
         monkeypatch.setattr(running.relay.recorder, "record", record)
         assert (await client.message("a@example.test", ["b@example.test"], CONTENT))[-1].code == 250

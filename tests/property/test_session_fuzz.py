@@ -209,6 +209,7 @@ class Play:
         return (
             self._traffic.read == len(self.sent)
             and not reception.services.running
+            and not reception.services.settling
             and not any(
                 session._dialogue._replies.owed or session._dialogue._slowed
                 for session in reception._sessions

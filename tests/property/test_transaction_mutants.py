@@ -58,7 +58,7 @@ def tells_again(self: Transaction, reply: Reply, *, original: Original) -> None:
 
 def counts_an_overdue_verdict(self: Transaction, now: float, *, original: Original) -> None:
     original(self, now)
-    if self.settling and now > self._verdict_due:
+    if self.settling and now > self._ended_at + self._pool.end_of_data_timeout:
         promised, self._promised = self._promised, 0
         self._conclude(Outcome.IN_DOUBT, "overdue")
         self._promised = promised

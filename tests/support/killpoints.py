@@ -113,10 +113,10 @@ def _verdict(passed: Passed) -> None:
     """The verdict was read, and nothing came of it yet."""
     answer = Connection._answer
 
-    def wrapped(connection: Connection, reply: Reply) -> None:
+    def wrapped(connection: Connection, reply: Reply) -> bool:
         if connection._awaited[0][0] == "end_of_data":
             passed()
-        answer(connection, reply)
+        return answer(connection, reply)
 
     Connection._answer = wrapped  # type: ignore[method-assign]
 
