@@ -6,15 +6,16 @@ the log's event and whether there is a row, so that they cannot disagree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from relay import maillog
 from relay.envelope import Envelope, Recipient, text
 from relay.outcome import Outcome
 from relay.records.bound import MAX_REASON, MAX_VERDICT, lines_bound
+from relay.records.line import whole_line
 from relay.records.model import Doubt, Json, Record
 
 if TYPE_CHECKING:
@@ -42,6 +43,17 @@ class Sender:
     """What the upstream knows it by, where the upstream is to decide; None: the relay's own account."""
     port: int | None = None
     """The TCP port that it connects from; None: there is none, or it is not known."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of a message whose envelope is complete, as records may have it."""
+
+    sender: str
+    recipients: tuple[str, ...]
+    """Those that the upstream accepted."""
+    data: dict[str, Json]
+    """All but what the client heard."""
 
 
 @dataclass(slots=True)
@@ -75,13 +87,42 @@ class Account:
     names: Pseudonyms | None = None
     """Gives what recipients are called in records and log; None: by their addresses."""
 
+    _kept: _Kept | None = field(default=None, init=False)
+
+    def line(self, found: Classification) -> bytes:
+        """Return the message as the journal has it, whole. From now on the envelope is complete."""
+        kept = self._keep(found)
+        return whole_line(
+            self.task_id,
+            found.task_type,
+            kept.sender,
+            self.sender.client,
+            datetime.now(UTC),
+            self.upstream or "",
+            self.size,
+            round(self.total_s * 1000),
+            found.client_task_id,
+            found.message_id,
+            kept.recipients,
+            self._data(kept),
+        )
+
+    def place(self, line: bytes) -> int:
+        """Return how many octets the lines of this message take in the spool at most, whatever the verdict.
+
+        `line` is what `line` returns.
+        """
+        # What is said of recipients may become longer by their pseudonyms.
+        return lines_bound(line) + (0 if self.names is None else 2 * MAX_VERDICT)
+
     def doubt(self, found: Classification, reason: str) -> Doubt:
         """Return the entry of a message that is in doubt from now on; `reason`: why there is no verdict."""
+        kept = self._kept or self._keep(found)
         return Doubt(
             task_id=self.task_id,
             client_task_id=found.client_task_id,
             task_type=found.task_type,
-            sender=self._told(text(self.envelope.reverse_path)),
+            sender=kept.sender,
             client=self.sender.client,
             since=datetime.now(UTC),
             upstream=self.upstream or "",
@@ -89,8 +130,8 @@ class Account:
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),
-            recipients=tuple(self._named(each) for each in self.envelope.accepted),
-            data=self._data(found),
+            recipients=kept.recipients,
+            data=self._data(kept),
         )
 
     def record(self, found: Classification, verdict: Reply, *, doubted: bool) -> Record:
@@ -98,11 +139,12 @@ class Account:
 
         `doubted`: it was in doubt before.
         """
+        kept = self._kept or self._keep(found)
         return Record(
             task_id=self.task_id,
             client_task_id=found.client_task_id,
             task_type=found.task_type,
-            sender=self._told(text(self.envelope.reverse_path)),
+            sender=kept.sender,
             client=self.sender.client,
             sent_at=datetime.now(UTC),
             upstream=self.upstream or "",
@@ -110,50 +152,42 @@ class Account:
             message_id=found.message_id,
             size=self.size,
             duration_ms=round(self.total_s * 1000),
-            recipients=tuple(self._named(each) for each in self.envelope.accepted),
-            data=self._data(found),
+            recipients=kept.recipients,
+            data=self._data(kept),
             doubted=doubted,
         )
 
-    def place(self, found: Classification) -> int:
-        """Return how many octets the lines of this message take in the spool at most, whatever the verdict.
-
-        The envelope must be complete.
-        """
-        octets = [self.envelope.reverse_path]
-        for each in self.envelope.recipients:
-            octets.append(each.path)
-            if each.reply is not None and not each.reply.positive:
-                octets.append(each.reply.wire)
-        texts = [found.task_type, self.sender.client, self.sender.address, self.upstream or ""]
-        texts += (found.client_task_id or "", found.message_id or "", *found.tags, *found.headers)
-        for value in found.headers.values():
-            texts += map(str, value) if isinstance(value, list) else (str(value),)
-        if self.client_heard is not None:
-            octets.append(self.client_heard.wire)
-        if self.names is not None:
-            octets += [bytes(_PSEUDONYM + len(each.path)) for each in self.envelope.recipients]
-            texts.append(" " * MAX_VERDICT)  # what is said of recipients may become longer
-        return lines_bound(octets, texts)
-
-    def _data(self, found: Classification) -> dict[str, Json]:
-        """Everything that has no column of its own."""
+    def _keep(self, found: Classification) -> _Kept:
+        """Gather what journal, row and line have in common, each text decoded once."""
+        envelope, names = self.envelope, self.names
+        refused = envelope.refused
+        accepted = envelope.accepted if refused else envelope.recipients
         data: dict[str, Json] = {}
         if found.headers:
-            data["headers"] = found.headers if self.names is None else _each(found.headers, self._told)
+            data["headers"] = found.headers if names is None else _each(found.headers, self._told)
         if found.tags:
             data["tags"] = list(found.tags)
-        refused = self.envelope.refused
         if refused:
             data["refused"] = [
                 {"recipient": self._named(each), "reply": self._told(str(each.reply))} for each in refused
             ]
-        if self.client_heard is not None:  # before the verdict: it was late
-            data["client_reply"] = self._told(str(self.client_heard))
-        elif self.client_gone:
-            data["client_reply"] = None
         if self.sender.address:
             data["client_address"] = self.sender.address
+        sender = text(envelope.reverse_path)
+        recipients = [text(each.path) for each in accepted]
+        if names is not None:
+            sender = self._told(sender)
+            recipients = [names.address(each) for each in recipients]
+        self._kept = _Kept(sender, tuple(recipients), data)
+        return self._kept
+
+    def _data(self, kept: _Kept) -> dict[str, Json]:
+        """Everything that has no column of its own."""
+        if self.client_heard is None and not self.client_gone:
+            return kept.data
+        data = dict(kept.data)
+        # Heard before the verdict: it was late.
+        data["client_reply"] = None if self.client_heard is None else self._told(str(self.client_heard))
         return data
 
     def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:
@@ -246,10 +280,6 @@ class Account:
             ]
         if self.client_heard is not None:
             facts["client_reply"] = told(str(self.client_heard))
-
-
-_PSEUDONYM: Final = 48
-"""Octets that a pseudonym is longer than the address at most."""
 
 
 def _each(value: dict[str, Json], told: Callable[[str], str]) -> dict[str, Json]:

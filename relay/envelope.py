@@ -44,6 +44,11 @@ class Envelope:
         return [each for each in self.recipients if each.reply is not None and each.reply.positive]
 
     @property
+    def anybody(self) -> bool:
+        """Whether the upstream took at least one."""
+        return any(each.reply is not None and each.reply.positive for each in self.recipients)
+
+    @property
     def refused(self) -> list[Recipient]:
         """The recipients that got a negative reply."""
         return [each for each in self.recipients if each.reply is not None and not each.reply.positive]

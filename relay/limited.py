@@ -165,7 +165,7 @@ class LimitedTransaction(Transaction):
         self._to_go_ahead = None
         if self._broken is not None:
             answer(self._broken)
-        elif not self.envelope.accepted:
+        elif not self.envelope.anybody:
             self._data_reply = NO_RECIPIENTS
             answer(NO_RECIPIENTS)
         else:

@@ -31,7 +31,7 @@ from relay.content import Fault
 from relay.envelope import Envelope, Recipient
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
-from relay.records.journal import line_of
+from relay.records.journal import ROOM, line_of
 from relay.records.model import Settled
 from relay.reply import Reply
 from relay.upstream import xforward
@@ -489,7 +489,7 @@ class Transaction:
         self._data_reply = reply
         if reply.code >= 400:
             return reply
-        if self.envelope.accepted and not self._mail_refused:
+        if self.envelope.anybody and not self._mail_refused:
             self.body = Body(max_size=self._max_size(), normalize=self._services.normalize)
             return reply
         # 354 although no recipient was accepted: a lone dot ends it, and nothing is sent to anybody
@@ -649,7 +649,7 @@ class Transaction:
     @property
     def nobody_accepted(self) -> bool:
         """Whether the upstream took no recipient, all replies being known: there is nobody to send to."""
-        return self._broken is None and not self.envelope.accepted
+        return self._broken is None and not self.envelope.anybody
 
     def begin_chunk(self, size: int, *, last: bool) -> Chunks:
         """Begin a chunk of `size` octets; it is fed next, and `end_chunk` or, the last one, `finish` follows.
@@ -695,7 +695,7 @@ class Transaction:
         The last octet of the last chunk is the end of data as well.
         """
         self._answer_verdict = answer
-        if self._broken is None and self._connection is not None and self._keep_place():
+        if self._broken is None and self._connection is not None:
             self._enter_journal()
         connection = self._connection
         if self._broken is not None or connection is None:
@@ -710,23 +710,24 @@ class Transaction:
         end = () if self.chunking else (b".\r\n",)
         self._write_content(*end)
 
-    def _keep_place(self) -> bool:
-        """Have a place kept for the row before its end of data goes up; else the message is refused here."""
-        octets = self._account.place(self._found)
-        if self._services.recorder.promise(octets):
-            self._promised = octets
-            return True
-        self._services.metrics.rejected("records")
-        self._refuse(NO_PLACE)
-        return False
-
     def _enter_journal(self) -> None:
-        """Have the message stand in the journal before its end of data goes up; else it is refused here."""
+        """Have a place kept for the row, and the message in the journal, before its end of data goes up.
+
+        Where there is none, it is refused here.
+        """
         self._take_stock()
-        self._slot = self._services.journal.enter(line_of(self._account.doubt(self._found, "")))
-        if self._slot is None:
-            self._services.metrics.rejected("records")
-            self._refuse(NO_PLACE)
+        account, services = self._account, self._services
+        line = account.line(self._found)
+        octets = account.place(line)
+        if services.recorder.promise(octets):
+            self._promised = octets
+            if len(line) > ROOM:
+                line = line_of(account.doubt(self._found, ""))
+            self._slot = services.journal.enter(line)
+            if self._slot is not None:
+                return
+        services.metrics.rejected("records")
+        self._refuse(NO_PLACE)
 
     def _leave_journal(self) -> None:
         if self._slot is not None:

@@ -24,7 +24,7 @@ LAYERS = [
     {"upstream", "records", "account", "history"},
     {"metrics", "maillog", "body", "chunks", "classify", "policy", "settings", "pseudonyms"},
     {"limits.rule"},
-    {"records.bound", "records.identity", "records.model", "envelope", "content"},
+    {"records.bound", "records.identity", "records.line", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials", "provider"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""

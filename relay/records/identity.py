@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from uuid import UUID
+from uuid import UUID, SafeUUID
 
 __all__ = ["IdentitySource", "uuid7"]
 
@@ -31,7 +31,7 @@ class IdentitySource:
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._last = 0
-        self._noise = b""
+        self._noise: list[int] = []
         self._lock = threading.Lock()
 
     def next(self) -> UUID:
@@ -39,16 +39,31 @@ class IdentitySource:
         now = self._clock() // 1_000_000
         with self._lock:
             if not self._noise:
-                self._noise = os.urandom(_NOISE * _NOISE_AT_ONCE)
-            noise = int.from_bytes(self._noise[-_NOISE:], "big")
-            self._noise = self._noise[:-_NOISE]
+                octets = os.urandom(_NOISE * _NOISE_AT_ONCE)
+                self._noise = [
+                    int.from_bytes(octets[begin : begin + _NOISE], "big")
+                    for begin in range(0, len(octets), _NOISE)
+                ]
+            noise = self._noise.pop()
             if now > self._last >> _RANDOM_BITS:
                 value = now << _RANDOM_BITS | noise & _START
             else:
                 value = self._last + 1 + (noise & _STEP)
             self._last = value
         milliseconds, rand_a = value >> _RANDOM_BITS, value >> 62 & 0xFFF
-        return UUID(int=milliseconds << 80 | rand_a << 64 | value & _RAND_B | _VERSION_AND_VARIANT)
+        return _made(milliseconds << 80 | rand_a << 64 | value & _RAND_B | _VERSION_AND_VARIANT)
+
+
+def _made(number: int) -> UUID:
+    """Return `UUID(int=number)` in half its time: its checks are for other forms, and for users."""
+    identity = _new(UUID)
+    _set(identity, "int", number)
+    _set(identity, "is_safe", SafeUUID.unknown)
+    return identity
+
+
+_new = object.__new__
+_set = object.__setattr__  # that of UUID refuses: it is immutable
 
 
 _SOURCE = IdentitySource()

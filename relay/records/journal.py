@@ -30,11 +30,10 @@ import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
-import orjson
-
+from relay.records.line import whole_line
 from relay.records.model import Doubt, Json
 from relay.records.spool import SpoolError
 
@@ -185,14 +184,11 @@ class Journal:
 
 
 def line_of(doubt: Doubt) -> bytes:
-    """Return a message as a slot holds it: `since` is when its end of data came; it has no reason yet.
+    """Return a message as a slot holds it; it has no reason yet.
 
     What does not fit is left out, recipients first: `data.recipient_count` then says how many there were.
     """
-    try:
-        line = orjson.dumps(_values(doubt, doubt.recipients, doubt.data))
-    except TypeError:  # a lone surrogate, an integer of more than 64 bits: not for orjson, but for JSON
-        line = json.dumps(_values(doubt, doubt.recipients, doubt.data), default=str).encode("ascii")
+    line = whole_line(*_values(doubt, doubt.recipients, doubt.data))
     return line if len(line) <= ROOM else _cut(doubt)
 
 
@@ -219,7 +215,7 @@ def _json(values: object) -> bytes:
     return json.dumps(values, default=str, separators=(",", ":")).encode("ascii")
 
 
-def _values(doubt: Doubt, recipients: Sequence[str], data: dict[str, Json]) -> list[object]:
+def _values(doubt: Doubt, recipients: Sequence[str], data: dict[str, Json]) -> list[Any]:
     return [
         doubt.task_id,
         doubt.task_type,

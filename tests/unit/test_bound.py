@@ -62,7 +62,7 @@ def test_no_row_and_no_doubt_before_it_is_longer_than_their_place(
     sender: Sender, upstream: str, envelope: Envelope, found: Classification, verdict: Reply
 ) -> None:
     account = account_of(sender, upstream, envelope)
-    place = account.place(found)
+    place = account.place(account.line(found))
     late = Reply.own(
         451, "4.2", f"The upstream server did not answer: the message may have been sent, see {uuid7()}"
     )
@@ -89,7 +89,9 @@ def test_a_thousand_recipients_of_the_worst_kind(path: bytes) -> None:
     found = Classification("t", None, None, {}, [], 0)
     account = account_of(Sender("127.0.0.1", ""), "primary", envelope)
 
-    assert len(encode(account.record(found, Reply.plain(250, "ok"), doubted=False))) <= account.place(found)
+    assert len(encode(account.record(found, Reply.plain(250, "ok"), doubted=False))) <= account.place(
+        account.line(found)
+    )
 
 
 def test_the_longest_verdict_has_its_place_and_is_cut_in_the_row() -> None:
@@ -101,7 +103,7 @@ def test_the_longest_verdict_has_its_place_and_is_cut_in_the_row() -> None:
 
     assert len(record.upstream_reply) == MAX_VERDICT
     assert record.upstream_reply.endswith(" ...")
-    assert len(encode(record)) <= account.place(found)
+    assert len(encode(record)) <= account.place(account.line(found))
 
 
 def test_a_usual_message_fits_into_the_usual_place() -> None:
@@ -121,4 +123,6 @@ def test_a_usual_message_fits_into_the_usual_place() -> None:
         1,
     )
 
-    assert account_of(Sender("10.0.0.1", ""), "primary", envelope).place(found) <= USUAL_PLACE
+    account = account_of(Sender("10.0.0.1", ""), "primary", envelope)
+
+    assert account.place(account.line(found)) <= USUAL_PLACE
