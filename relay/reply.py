@@ -144,6 +144,11 @@ class ReplyParser:
     def _take(self, data: bytes, replies: list[Reply]) -> None:
         position = 0
         while True:
+            whole = None if self._lines else _WHOLE.match(data, position)
+            if whole is not None and whole.end() - position <= MAX_LINE:  # nearly always
+                replies.append(Reply(int(whole[1]), whole[0]))
+                position = whole.end()
+                continue
             match = _LINE.match(data, position)
             if match is None:
                 break

@@ -47,8 +47,6 @@ class Replies:
 
     def flush(self) -> None:
         """Write what is known from the front on, in one piece."""
-        if self.bursting:
-            return
         known = 0
         for owed in self.owed:
             if owed.reply is None:
@@ -72,7 +70,9 @@ class _Owed:
             return
         self.reply = reply
         replies = self._replies
-        if len(replies.owed) == 1 and not replies.bursting:  # of a client that does not pipeline each one
+        if replies.bursting:  # its end sees to all of them
+            return
+        if len(replies.owed) == 1:  # of a client that does not pipeline each one
             replies.owed.clear()
             replies.write(reply.wire)
         else:
