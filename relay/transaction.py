@@ -826,10 +826,17 @@ class Transaction:
     def _end_doubt(self) -> asyncio.Future[None] | None:
         """Take the entry back: the upstream has refused the message after all."""
         try:
-            return self._services.recorder.record(Settled(self.task_id))
+            ended = self._services.recorder.record(Settled(self.task_id))
         except Exception as error:
             self._not_kept("doubt", error)
             return None
+        ended.add_done_callback(self._doubt_ended)
+        return ended
+
+    def _doubt_ended(self, ended: asyncio.Future[None]) -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if error is not None:
+            self._not_kept("doubt", error)
 
     @property
     def _found(self) -> Classification:
