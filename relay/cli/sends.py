@@ -252,11 +252,12 @@ async def _follow(
     import asyncio
 
     known = await queries.newest_id()
+    # What was there at the beginning is not new; what comes meanwhile, or late with a smaller id, is.
+    before = await queries.recorded_after(wanted, known - OVERLAP, OVERLAP)
     first = await queries.page(wanted, limit) if limit else []
+    seen = {row.id for row in before if row.id <= known} | {row.id for row in first}
     write(())
     write(first[::-1])
-    # What was there at the beginning is not new; what comes late with a smaller id is.
-    seen = {row.id for row in await queries.recorded_after(wanted, known - OVERLAP, OVERLAP)}
     while True:
         found = await queries.recorded_after(wanted, known - OVERLAP, 2 * OVERLAP)
         fresh = [row for row in found if row.id not in seen]
