@@ -253,6 +253,7 @@ def stage_set(
 
 
 @pytest.mark.timeout(120 + EXAMPLES)
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # long examples are meant
 def test_whatever_the_upstream_says(stage_set: tuple[asyncio.Runner, Forging, Running]) -> None:
     runner, upstream, running = stage_set
 
