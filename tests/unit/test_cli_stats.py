@@ -255,6 +255,32 @@ def test_new_rows_are_printed_as_they_come(following: subprocess.Popen[str]) -> 
     assert numbers == [4, 5]
 
 
+def test_a_row_that_comes_while_it_begins_is_printed() -> None:
+    record(ROW)
+    script = (
+        "import sys; from relay.records.queries import Queries; page = Queries.page\n"
+        "async def held(*asked):\n"
+        "    found = await page(*asked); print('read', file=sys.stderr, flush=True); sys.stdin.readline()\n"
+        "    return found\n"
+        "Queries.page = held; from relay.cli import main; main(['sends', '--follow', '--format', 'json'])"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == "read\n"
+        record(replace(ROW, task_id=UUID(int=2)))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        record(replace(ROW, task_id=UUID(int=3)))
+        found = []
+        while not found or found[-1] != 3:  # the one that came afterwards is printed in any case
+            found.append(UUID(json.loads(process.stdout.readline())["task_id"]).int)
+        process.kill()
+    assert found == [1, 2, 3]
+
+
 def test_an_end_from_the_keyboard_is_no_error(following: subprocess.Popen[str]) -> None:
     assert following.stdout is not None
     following.stdout.readline()
