@@ -128,10 +128,6 @@ class ReplyParser:
         An upstream that is out of step is not believed about the step before either: replies that were
         complete before the bad octet in the same call are lost to all but a caller who asks the error.
         """
-        if not self.pending and len(octets) <= MAX_LINE:
-            whole = _WHOLE.fullmatch(octets)
-            if whole is not None:  # nearly always: one line, printable, in one read
-                return [Reply(int(whole[1]), octets)]
         data = self._rest + octets if self._rest else octets
         replies: list[Reply] = []
         try:
