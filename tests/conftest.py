@@ -31,10 +31,7 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-_ONE_OF_A_KIND = {
-    *("test_readme.py", "test_cli.py", "test_demo.py"),  # the port of the built-in upstream
-    *("test_install.py", "test_image.py", "test_systemd.py"),  # the image; the first needs that port as well
-}
+_ONE_OF_A_KIND = {"test_install.py", "test_image.py", "test_systemd.py"}  # the wheel, the image, the system
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay import __version__
-from relay.cli.configuration import ConfigOption, configured, find, loader
+from relay.cli.configuration import ConfigOption, configured, find, free_dev_upstream, loaded, loader
 from relay.cli.failure import CommandError
 from relay.cli.forget import forget
 from relay.cli.health import health
@@ -77,13 +77,14 @@ def serve(
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
     gc.disable()  # what is imported stays, there is nothing to be found among it
-    settings = configured(path, dev=dev)
+    load = loader(path, dev_upstream=free_dev_upstream() if dev else None)
+    settings = loaded(load)
     from relay.app import StartError, run
 
     gc.freeze()
     gc.enable()
     try:
-        return run(settings, loader(path, dev=dev))
+        return run(settings, load)
     except (StartError, OSError) as error:
         raise CommandError([f"relay: cannot start: {error}"]) from None
 

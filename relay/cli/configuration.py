@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,16 @@ from relay.cli.failure import CommandError
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["DEFAULT", "ConfigOption", "configured", "configured_to_read", "find", "loader"]
+__all__ = [
+    "DEFAULT",
+    "ConfigOption",
+    "configured",
+    "configured_to_read",
+    "find",
+    "free_dev_upstream",
+    "loaded",
+    "loader",
+]
 
 DEFAULT = Path("config/relay.toml")
 
@@ -40,19 +50,41 @@ def find(config: Path | None, environ: Mapping[str, str], *, dev: bool = False) 
 
 def configured(path: Path | None, *, dev: bool = False) -> Settings:
     """Return the settings of the file at `path`, with the environment over them, or raise CommandError."""
+    from relay.settings import DEV_UPSTREAM
+
+    return loaded(loader(path, dev_upstream=DEV_UPSTREAM if dev else None))
+
+
+def loaded(load: Callable[[], Settings]) -> Settings:
+    """Return what a `loader` reads, or raise CommandError."""
     from relay.settings import SettingsError
 
     try:
-        return loader(path, dev=dev)()
+        return load()
     except SettingsError as error:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
 
 
-def loader(path: Path | None, *, dev: bool = False) -> Callable[[], Settings]:
+def loader(path: Path | None, *, dev_upstream: str | None = None) -> Callable[[], Settings]:
     """Return what reads these settings, as often as it is called; it raises SettingsError."""
-    from relay.settings import DEV_UPSTREAM, load
+    from relay.settings import load
 
-    return partial(load, path, os.environ, dev_upstream=DEV_UPSTREAM if dev else None)
+    return partial(load, path, os.environ, dev_upstream=dev_upstream)
+
+
+def free_dev_upstream() -> str:
+    """Return where the built-in upstream can listen: its usual port, or a free one where that is taken."""
+    from relay.settings import DEV_UPSTREAM
+    from relay.settings.address import Address
+
+    usual = Address.parse(DEV_UPSTREAM)
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended hold nobody up
+        try:
+            place.bind((usual.host, usual.port))
+        except OSError:
+            place.bind((usual.host, 0))
+        return f"{usual.host}:{place.getsockname()[1]}"
 
 
 def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Settings:

@@ -20,7 +20,7 @@ from relay.settings.model import Origin, Settings
 __all__ = ["DEV_UPSTREAM", "SettingsError", "load", "schema"]
 
 DEV_UPSTREAM = "127.0.0.1:2526"
-"""Where the built-in upstream of `relay serve --dev` listens."""
+"""Where the built-in upstream of `relay serve --dev` listens, unless that port is taken."""
 
 
 class SettingsError(Exception):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from relay.cli.configuration import DEFAULT, find
 from relay.records.model import Record
 from relay.records.retention import Retention
 from relay.records.store import open_store
-from relay.settings import DEV_UPSTREAM, Settings
+from relay.settings import Settings
 
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
 App = Callable[..., None]
@@ -157,7 +158,24 @@ def test_serve_dev_does_not_look_for_the_default_file(app: App) -> None:
 
     assert main(["serve", "--dev"]) == 0
     assert served[0].dev
-    assert served[0].upstreams[0].address == DEV_UPSTREAM
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_built_in_upstream_goes_elsewhere_when_its_port_is_taken(
+    taken: bool, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Settings] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        usual = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setattr("relay.settings.DEV_UPSTREAM", usual)
+        if not taken:
+            other.close()
+        app(run=lambda settings, load: served.extend((settings, load())) or 0)
+
+        assert main(["serve", "--dev"]) == 0
+    at, at_reload = (settings.upstreams[0].address for settings in served)
+    assert (at == usual) is not taken
+    assert at_reload == at
 
 
 def test_the_environment_reaches_the_settings(
