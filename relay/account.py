@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from relay import maillog
@@ -51,7 +51,7 @@ class _Kept:
 
     sender: str
     recipients: tuple[str, ...]
-    """Those that the upstream accepted."""
+    """Those that the upstream accepted, or may have accepted."""
     data: dict[str, Json]
     """All but what the client heard."""
 
@@ -87,10 +87,16 @@ class Account:
     names: Pseudonyms | None = None
     """Gives what recipients are called in records and log; None: by their addresses."""
 
+    unknown: int = 0
+    """Recipients whose replies were not known when the end of data went up."""
+
     _kept: _Kept | None = field(default=None, init=False)
 
     def line(self, found: Classification) -> bytes:
-        """Return the message as the journal has it, whole. From now on the envelope is complete."""
+        """Return the message as the journal has it, whole.
+
+        From now on the envelope is complete, but for replies that are `unknown`.
+        """
         kept = self._keep(found)
         return whole_line(
             self.task_id,
@@ -113,7 +119,8 @@ class Account:
         `line` is what `line` returns.
         """
         # What is said of recipients may become longer by their pseudonyms.
-        return lines_bound(line) + (0 if self.names is None else 2 * MAX_VERDICT)
+        named = 0 if self.names is None else 2 * MAX_VERDICT
+        return lines_bound(line) + named + self.unknown * 2 * (2 * MAX_VERDICT + _REFUSAL)
 
     def doubt(self, found: Classification, reason: str) -> Doubt:
         """Return the entry of a message that is in doubt from now on; `reason`: why there is no verdict."""
@@ -161,7 +168,7 @@ class Account:
         """Gather what journal, row and line have in common, each text decoded once."""
         envelope, names = self.envelope, self.names
         refused = envelope.refused
-        accepted = envelope.accepted if refused else envelope.recipients
+        accepted = envelope.possible if refused else envelope.recipients
         data: dict[str, Json] = {}
         if found.headers:
             data["headers"] = found.headers if names is None else _each(found.headers, self._told)
@@ -169,7 +176,8 @@ class Account:
             data["tags"] = list(found.tags)
         if refused:
             data["refused"] = [
-                {"recipient": self._named(each), "reply": self._told(str(each.reply))} for each in refused
+                {"recipient": self._named(each), "reply": _cut(self._told(str(each.reply)))}
+                for each in refused
             ]
         if self.sender.address:
             data["client_address"] = self.sender.address
@@ -178,8 +186,10 @@ class Account:
         if names is not None:
             sender = self._told(sender)
             recipients = [names.address(each) for each in recipients]
-        self._kept = _Kept(sender, tuple(recipients), data)
-        return self._kept
+        kept = _Kept(sender, tuple(recipients), data)
+        if not self.unknown:
+            self._kept = kept
+        return kept
 
     def _data(self, kept: _Kept) -> dict[str, Json]:
         """Everything that has no column of its own."""
@@ -282,6 +292,10 @@ class Account:
             facts["client_reply"] = told(str(self.client_heard))
 
 
+_REFUSAL: Final = 64
+"""Octets around a recipient and its reply in the list of refusals."""
+
+
 def _each(value: dict[str, Json], told: Callable[[str], str]) -> dict[str, Json]:
     """Return kept headers with each text in them told."""
     return {
@@ -291,7 +305,7 @@ def _each(value: dict[str, Json], told: Callable[[str], str]) -> dict[str, Json]
 
 
 def _cut(verdict: str) -> str:
-    """Return a verdict as a row holds it: of one that is longer than any server's the beginning."""
+    """Return a reply as a row holds it: of one that is longer than any server's the beginning."""
     return verdict if len(verdict) <= MAX_VERDICT else f"{verdict[: MAX_VERDICT - 4]} ..."
 
 

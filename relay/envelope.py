@@ -49,6 +49,11 @@ class Envelope:
         return any(each.reply is not None and each.reply.positive for each in self.recipients)
 
     @property
+    def possible(self) -> list[Recipient]:
+        """The recipients that the upstream took, or may have taken: its reply is not known."""
+        return [each for each in self.recipients if each.reply is None or each.reply.positive]
+
+    @property
     def refused(self) -> list[Recipient]:
         """The recipients that got a negative reply."""
         return [each for each in self.recipients if each.reply is not None and not each.reply.positive]

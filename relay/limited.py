@@ -189,6 +189,11 @@ class LimitedTransaction(Transaction):
         self._go_ahead()
         self._finish_now()
 
+    def takes_ahead(self, octets: bytes) -> bool:
+        """Return False: what is decided counts the recipients that the upstream took."""
+        del octets
+        return False
+
     # Content that is held
 
     def _classify(self, header: bytes) -> None:

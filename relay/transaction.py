@@ -60,6 +60,14 @@ WRITE_SIZE = 16 * 1024
 """Octets of content that gather before they are written: a small message then goes up in one piece, for half
 the system calls of one that is passed on segment by segment."""
 
+MAX_AHEAD = 10
+"""Recipients that a message may go up with before their replies are known: for each of those the spool keeps
+a place (the RFCs have no such limit)."""
+
+PROVEN = 5.0
+"""Seconds for which a connection that has given a reply is taken to be alive. One that was idle for longer
+proves it by the reply to MAIL first: until then it can be replaced, and with a whole message up it cannot."""
+
 _XFORWARD = "xforward"
 
 LOST = Reply.own(451, "4.2", "The upstream server closed the connection or did not answer, try again later")
@@ -417,6 +425,8 @@ class Transaction:
 
     def _waited_for_upstream(self) -> None:
         """The upstream has given what it was waited for, or will not."""
+        if self.settling:  # from then on it is the verdict
+            return
         self._account.replies_s += self._loop.time() - self._upstream_since
 
     # Replies, as the upstream gives them
@@ -446,19 +456,28 @@ class Transaction:
 
     def _none_left(self) -> None:
         """MAIL was refused, and all that was sent behind it has been answered."""
-        self.over = self.refused and not self._queued
+        self.over = self.refused and not self._queued and self.body is None
         if self._route.by_recipient:
             self._drop_lease()
 
     def _upstream_closes(self, reply: Reply) -> None:
         """RFC 5321 3.8: 421 ends the upstream's session. Ours with the client goes on, so it hears 451."""
         self._cut("upstream said 421")
-        if self.settling:  # to a chunk before the last one, which is up as well
-            self._connection = None
-            self._sent.popleft().answer(reply.recoded(451))
-            self._verdict_came(Failure("upstream said 421", reply))
+        heard = reply.recoded(451)
+        if not self.settling:
+            self._go_on_without(heard)
+            return
+        # To what the last chunk is up behind: a chunk, or MAIL and its recipients.
+        connection, self._connection = self._connection, None
+        if self._mail_reply is None:  # so the upstream has no transaction, whatever came behind it
+            self._lost_before_mail(connection, heard)
+            self._break(heard, Outcome.UNAVAILABLE)
         else:
-            self._go_on_without(reply.recoded(451))
+            command = self._sent.popleft()
+            if command.recipient is not None:
+                command.recipient.reply = heard
+            command.answer(heard)
+        self._verdict_came(Failure("upstream said 421", reply))
 
     def _other_answered(self, verb: str, reply: Reply) -> None:
         if verb == "bdat":
@@ -512,7 +531,9 @@ class Transaction:
     def connection_failed(self, failure: Failure) -> None:
         """The upstream connection is gone (called by the connection)."""
         if self.settling:
-            self._connection = None
+            connection, self._connection = self._connection, None
+            if self._mail_reply is None:
+                self._lost_before_mail(connection, failure.reply or LOST)
             self._verdict_came(failure)
         else:
             self._go_on_without(LOST if failure.reply is None else failure.reply.recoded(451))
@@ -526,10 +547,15 @@ class Transaction:
             self._take_back()
             self._lease(fresh=True)
         else:
-            self._pool.lost(f"connection lost before MAIL was answered: {reply}")
+            self._lost_before_mail(connection, reply)
             self._take_back()
             if not self._fail_over(str(reply)):
                 self._break(reply, Outcome.UNAVAILABLE)
+
+    def _lost_before_mail(self, connection: Connection | None, reply: Reply) -> None:
+        """Have the pool count it, unless it may only have been idle for too long."""
+        if connection is not None and not connection.reused:
+            self._pool.lost(f"connection lost before MAIL was answered: {reply}")
 
     def _take_back(self) -> None:
         """Make ready to begin again on another connection."""
@@ -553,7 +579,7 @@ class Transaction:
                 self._mail_refused = not reply.positive
             elif command.recipient is not None:
                 command.recipient.reply = reply
-        self.over = self.refused
+        self.over = self.refused and self.body is None
         for command in waiting:
             command.answer(reply)
         self.on_flow(False)
@@ -648,13 +674,34 @@ class Transaction:
 
     @property
     def nobody_accepted(self) -> bool:
-        """Whether the upstream took no recipient, all replies being known: there is nobody to send to."""
-        return self._broken is None and not self.envelope.anybody
+        """Whether there is nobody to send to: the upstream refused MAIL, or every recipient."""
+        return self._broken is None and (self._mail_refused or not self.envelope.possible)
+
+    def takes_ahead(self, octets: bytes) -> bool:
+        """Whether a message of one chunk may go up before the replies to MAIL and RCPT (RFC 2920 3.1).
+
+        Only where nothing but the upstream's replies is still to come: those commands are up, and the relay
+        has nothing to say against the message, since that would answer them, too.
+        """
+        connection = self._connection
+        if connection is None or self._queued or self._mail_refused or self._route.by_recipient:
+            return False
+        if not connection.pipelining or "CHUNKING" not in connection.capabilities:
+            return False
+        if self._data_reply is not None or not 0 < len(self.envelope.recipients) <= MAX_AHEAD:
+            return False
+        if connection.reused and self._began - connection.idle_since > PROVEN:
+            return False
+        chunk = Chunks(max_size=self._max_size(), binary=self.binary)
+        chunk.begin(len(octets), last=True)
+        chunk.feed(octets)
+        return chunk.fault is None and octets.lower().count(b"received") <= MAX_RECEIVED
 
     def begin_chunk(self, size: int, *, last: bool) -> Chunks:
         """Begin a chunk of `size` octets; it is fed next, and `end_chunk` or, the last one, `finish` follows.
 
-        The first one only when all replies before it are known. Returns the content, to which it belongs.
+        The first one only when all replies before it are known, or if `takes_ahead` says so. Returns the
+        content, to which it belongs.
         """
         if self.body is None:
             self.body = Chunks(max_size=self._max_size(), binary=self.binary)
@@ -695,6 +742,8 @@ class Transaction:
         The last octet of the last chunk is the end of data as well.
         """
         self._answer_verdict = answer
+        if self._sent:
+            self._account.unknown = sum(each.recipient is not None for each in self._sent)
         if self._broken is None and self._connection is not None:
             self._enter_journal()
         connection = self._connection
@@ -703,6 +752,8 @@ class Transaction:
             self._tell(reply)
             self._conclude(self._broken_as, reply)
             return
+        if self._sent:
+            self._waited_for_upstream()
         self.settling = True
         self._services.settling.add(self)
         self._ended_at = self._loop.time()
@@ -746,6 +797,9 @@ class Transaction:
         In callbacks, each behind what it has to await: a task for it takes 4 us a message.
         """
         self._account.upstream_s = self._loop.time() - self._ended_at
+        if self.chunking and (self._broken is not None or self.nobody_accepted):
+            self._went_nowhere(verdict, connection)
+            return
         if isinstance(verdict, Failure):
             self._tell(in_doubt(self.task_id))
             self._doubt(verdict.reason)
@@ -766,6 +820,26 @@ class Transaction:
         decisive = (self._data_reply if self.chunking else None) or verdict
         ended = None if self._doubted is None else self._end_doubt()
         _behind(ended, partial(self._conclude, negative_outcome(decisive), decisive))
+
+    def _went_nowhere(self, verdict: Reply | Failure, connection: Connection | None) -> None:
+        """End a message that went up with its recipients, none of whom was accepted: nobody can have it.
+
+        So there is neither a row nor a doubt, whatever the upstream says to its end; one that accepts it all
+        the same is not trusted with another.
+        """
+        self._connection = None
+        said = self._broken or NO_RECIPIENTS
+        if isinstance(verdict, Reply):
+            leased = cast("Connection", connection)
+            leased.usable = leased.usable and not verdict.positive
+            self._pool.release(leased, reset=True)
+            if not verdict.positive:
+                said = verdict.recoded(451) if verdict.code == 421 else verdict
+        if self._doubted is None:
+            self._leave_journal()
+        self._tell(said)
+        ended = None if self._doubted is None else self._end_doubt()
+        _behind(ended, partial(self._conclude, self._outcome_without_data(), self._last_reply()))
 
     def _record(self, verdict: Reply) -> None:
         """Have the row made durable; accepted means accepted, so no failure here may say otherwise."""
@@ -848,9 +922,14 @@ class Transaction:
         limit = self._pool.end_of_data_timeout
         if not self.settling or self._overdue or now - self._ended_at <= limit or self._verdict is not None:
             return
+        reason = f"no answer to the end of data within {limit:g} s"
+        if self.chunking and self.nobody_accepted:  # there is nothing to be in doubt about
+            self._tell(NO_RECIPIENTS)
+            self._verdict_came(Failure(reason))
+            self._cut(reason)
+            return
         self._overdue = True
         self._account.upstream_s = now - self._ended_at
-        reason = f"no answer to the end of data within {limit:g} s"
         self._tell(in_doubt(self.task_id))
         self._doubt(reason)
         self._account.overdue(reason)
@@ -863,7 +942,7 @@ class Transaction:
 
     def _tell(self, reply: Reply) -> None:
         """Answer the client, once; a later verdict than the one it was told goes to the record alone."""
-        # Chunks before the last one whose replies have not come: they would hold up this one.
+        # What the last chunk is up behind, and has no reply: it would hold up this one.
         for earlier in tuple(self._sent):
             earlier.answer(reply)
         if self._account.client_heard is None and not self._account.client_gone:

@@ -326,7 +326,7 @@ class Dialogue:
                 return False
             verb, _, argument = line.partition(b" ")
             verb = verb.upper()
-        if self._replies.owed and self._must_wait(verb):
+        if self._replies.owed and self._must_wait(verb, argument):
             self._input.back()
             return False
         act = self._VERBS.get(verb)
@@ -368,11 +368,23 @@ class Dialogue:
             return answers.TLS_FIRST
         return None
 
-    def _must_wait(self, verb: bytes) -> bool:
+    def _must_wait(self, verb: bytes, argument: bytes) -> bool:
         """Whether the command changes what the replies still owed are about."""
-        if verb == b"BDAT":  # the first one counts on a recipient
-            return self._transaction is None or not self._transaction.chunk_may_follow
+        if verb == b"BDAT":
+            return self._chunk_must_wait(argument)
         return verb in _BARRIERS or (verb == b"MAIL" and self._transaction is not None)
+
+    def _chunk_must_wait(self, argument: bytes) -> bool:
+        """Whether a chunk waits: the first one counts on a recipient, unless the whole message is here."""
+        transaction = self._transaction
+        if transaction is None:
+            return True
+        if transaction.chunking:
+            return not transaction.chunk_may_follow
+        command = parse_bdat(argument)
+        if command is None or not command.last or command.size > self._input.size:
+            return True
+        return not transaction.takes_ahead(self._input.peek(command.size))
 
     def _not_known(self, verb: bytes) -> None:
         if verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):

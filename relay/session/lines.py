@@ -91,6 +91,10 @@ class Lines:
         self.clear()
         return octets
 
+    def peek(self, count: int) -> bytes:
+        """Return the next `count` octets, or all there are; they stay."""
+        return self._octets[self._at : self._at + count]
+
     def clear(self) -> None:
         """Forget what waits."""
         self._octets = b""

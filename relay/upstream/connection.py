@@ -153,8 +153,10 @@ class Connection(asyncio.Protocol):
         self._awaited.append((command, answered, now))
 
     def write(self, *content: bytes) -> None:
-        """Send message content."""
-        self.flush()
+        """Send message content, in one piece with the lines behind which more was announced."""
+        if self._unsent:
+            content = (*self._unsent, *content)
+            self._unsent.clear()
         if self._transport is not None:
             self._transport.writelines(content)
 

@@ -258,12 +258,12 @@ class Pool:
             connection.quit()
             return
         connection.reused = True
+        connection.idle_since = now
         if self._shares.waiting and self._hand_on(connection):
             return
         if self.draining:
             connection.quit()
             return
-        connection.idle_since = now
         self._idle.setdefault(connection.identity, deque()).append(connection)
 
     def _hand_on(self, connection: Connection) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay import transaction as transaction_module
 from relay.session import content as content_module
 from relay.session import dialogue as dialogue_module
 from tests.support.client import Client, Reply, bdat
@@ -496,3 +497,201 @@ async def test_the_auth_parameter_is_for_an_upstream_with_auth(
             await client.ehlo()
             await client.command(line, 250)
         assert upstream.incomplete[-1].mail == (line if offers else without)
+
+
+# All of a message at once: its only chunk goes up with MAIL and RCPT, before anything is answered.
+
+OTHER = b"RCPT TO:<no@example.test>\r\n"
+AHEAD = MAIL + RCPT + OTHER + bdat(CONTENT, last=True)
+REFUSED, MAIL_REFUSED = b"550 5.1.1 no such user\r\n", b"550 5.7.1 not from here\r\n"
+NOBODY, NO_MAIL = "554 5.5.1 no valid recipients", "503 5.5.1 MAIL first"
+
+
+@pytest.fixture
+async def pipelining() -> AsyncIterator[ScriptedUpstream]:
+    async with ScriptedUpstream(extensions=[*EXTENSIONS, *CHUNKING]) as server:
+        yield server
+        assert server.violations == []
+
+
+def gated(action: Any = None) -> tuple[asyncio.Event, Delay]:
+    """Return what holds a reply back, and the reply."""
+    gate = asyncio.Event()
+    return gate, Delay(gate, action)
+
+
+async def ahead(client: Client, running: Running, gate: asyncio.Event, wire: bytes = AHEAD) -> list[str]:
+    """Send a message in one go; the upstream answers once all of it, the end of data too, has gone up."""
+    await client.send(wire)
+    await eventually(lambda: running.relay.reception.services.settling)
+    assert running.relay._journal.in_use == 1
+    gate.set()
+    return [str(reply) for reply in await client.replies(wire.count(b"RCPT TO:<") + 2)]
+
+
+@pytest.mark.parametrize(
+    ("script", "told", "outcome"),
+    [
+        ({"RCPT": REFUSED}, ["250 2.1.0 ok", "550 5.1.1 no such user", NOBODY], "rejected"),
+        ({"RCPT": b"450 4.2.0 later\r\n"}, ["250 2.1.0 ok", "450 4.2.0 later", NOBODY], "deferred"),
+        ({"MAIL": MAIL_REFUSED}, ["550 5.7.1 not from here", NO_MAIL, NO_MAIL], "rejected"),
+        (
+            {"RCPT": REFUSED, "end_of_data": b"250 2.0.0 sent to nobody\r\n"},
+            ["250 2.1.0 ok", "550 5.1.1 no such user", "554 5.5.1 No valid recipients"],
+            "rejected",
+        ),
+        (
+            {"RCPT": REFUSED, "end_of_data": Close()},
+            ["250 2.1.0 ok", "550 5.1.1 no such user", "554 5.5.1 No valid recipients"],
+            "rejected",
+        ),
+    ],
+    ids=["rejected", "deferred", "MAIL", "accepted all the same", "lost"],
+)
+async def test_ahead_with_nobody_to_send_to(
+    script: dict[str, Any], told: list[str], outcome: str, start: Any, pipelining: ScriptedUpstream
+) -> None:
+    """Each reply as it came; neither a row nor a doubt, whatever the upstream says to the chunk."""
+    gate, held = gated(script.get("MAIL"))
+    pipelining.script = script | {"MAIL": held}
+    async with start(pipelining.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        wire = MAIL + RCPT + bdat(CONTENT, last=True)
+        assert await ahead(client, running, gate, wire) == told
+        await counted(running, **{outcome: 1})
+        assert running.rows() == running.rows("SELECT * FROM task_in_doubt") == []
+        assert running.relay._journal.in_use == 0
+        connections = len(pipelining.connections)
+        trusted = "end_of_data" not in script
+        await eventually(lambda: f"{int(trusted)} idle" in repr(running.pool))
+        await next_message_passes(client, running, pipelining)
+        assert len(pipelining.connections) == connections + (not trusted)
+
+
+async def test_ahead_partly_refused(start: Any, pipelining: ScriptedUpstream) -> None:
+    gate, held = gated()
+    pipelining.script = {"MAIL": held, "RCPT": {"no@": REFUSED}}
+    async with start(pipelining.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        told = await ahead(client, running, gate)
+        assert told == ["250 2.1.0 ok", "250 2.1.5 ok", "550 5.1.1 no such user", "250 2.0.0 accepted as 1"]
+        await recorded(running, pipelining)
+        (row,) = running.rows()
+        assert json.loads(row["data"])["refused"] == [
+            {"recipient": "no@example.test", "reply": "550 5.1.1 no such user"}
+        ]
+        rows = running.rows("SELECT recipient FROM task_done_recipient")
+        assert [each["recipient"] for each in rows] == ["b@example.test"]
+        await client.quit()
+        await nothing_left(running)
+
+
+@pytest.mark.parametrize(
+    "failure", [Close(), Reset(), Garbage(), HalfReply(), Silence()], ids=lambda each: type(each).__name__
+)
+@pytest.mark.parametrize("stage", ["MAIL", "RCPT", "end_of_data"])
+async def test_ahead_and_no_verdict(
+    stage: str, failure: Any, start: Any, pipelining: ScriptedUpstream
+) -> None:
+    """The end of data is up: in doubt, with whoever was not refused; it is not sent again."""
+    gate, held = gated(failure if stage == "MAIL" else None)
+    script: dict[str, Any] = {"RCPT": {"no@": REFUSED}, "MAIL": held}
+    if stage != "MAIL":
+        script[stage] = {"b@": failure, "no@": REFUSED} if stage == "RCPT" else failure
+    pipelining.script = script
+    short = {"reply_timeout": "200ms", "end_of_data_timeout": "200ms"} if failure == Silence() else {}
+    async with start(pipelining.port, upstream=short) as running, Client(running.port) as client:
+        await client.ehlo()
+        told = await ahead(client, running, gate)
+        known = {"MAIL": [], "RCPT": ["250 2.1.0 ok"]}.get(
+            stage, ["250 2.1.0 ok", "250 2.1.5 ok", "550 5.1.1 no such user"]
+        )
+        assert told[: len(known)] == known
+        assert all(each.startswith(DOUBT) for each in told[len(known) :])
+        await counted(running, in_doubt=1)
+        assert running.rows() == []
+        (doubt,) = running.rows("SELECT * FROM task_in_doubt")
+        unrefused = ["b@example.test"] + ([] if stage == "end_of_data" else ["no@example.test"])
+        assert json.loads(doubt["recipients"]) == unrefused
+        await client.quit()
+        assert sum(len(each.messages) for each in pipelining.connections) == (stage != "MAIL")
+        await nothing_left(running)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told", "outcome", "doubtful"),
+    [
+        ("MAIL", ["451 4.3.2 going down"] * 4, "unavailable", []),
+        ("RCPT", ["250 2.1.0 ok", "451 4.3.2 going down", DOUBT, DOUBT], "in_doubt", ["no@example.test"]),
+    ],
+)
+async def test_ahead_and_421(
+    stage: str, told: list[str], outcome: str, doubtful: list[str], start: Any, pipelining: ScriptedUpstream
+) -> None:
+    """Without MAIL the upstream has no transaction, so there is no doubt."""
+    closes = Close(b"421 4.3.2 going down\r\n")
+    gate, held = gated(closes if stage == "MAIL" else None)
+    pipelining.script = {"RCPT": closes} | {"MAIL": held}
+    async with start(pipelining.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        heard = await ahead(client, running, gate)
+        assert [each[: len(text)] for each, text in zip(heard, told, strict=True)] == told
+        await counted(running, **{outcome: 1})
+        doubts = running.rows("SELECT * FROM task_in_doubt")
+        assert [json.loads(each["recipients"]) for each in doubts] == ([doubtful] if doubtful else [])
+        assert running.rows() == []
+        assert running.relay._journal.in_use == 0
+        await next_message_passes(client, running, pipelining)
+
+
+async def test_ahead_and_a_late_verdict(start: Any, pipelining: ScriptedUpstream) -> None:
+    """The client hears a reply to each command; the row has who was accepted after all."""
+    gate, held = gated()
+    pipelining.script = {"MAIL": held, "RCPT": {"no@": REFUSED}}
+    async with start(pipelining.port, upstream=LOOKS) as running, Client(running.port) as client:
+        running.pool.end_of_data_timeout = 0.0
+        await client.ehlo()
+        await client.send(AHEAD)
+        assert all(str(each).startswith(DOUBT) for each in await client.replies(4))
+        await eventually(lambda: running.rows("SELECT * FROM task_in_doubt"))
+        gate.set()
+        await counted(running, accepted=1)
+        rows = running.rows("SELECT recipient FROM task_done_recipient")
+        assert [each["recipient"] for each in rows] == ["b@example.test"]
+        assert running.rows("SELECT * FROM task_in_doubt") == []
+
+
+@pytest.mark.parametrize("missing", [0, 1], ids=["idle for long", "not all of it is here"])
+async def test_what_could_not_be_replaced_waits(
+    missing: int, start: Any, pipelining: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that has died unnoticed is replaced unseen as long as nothing of the content is up."""
+    if not missing:
+        monkeypatch.setattr(transaction_module, "PROVEN", -1.0)
+    pipelining.script = {"MAIL": [Close()]}
+    async with start(pipelining.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await eventually(lambda: "1 idle" in repr(running.pool))
+        await client.send(AHEAD[: len(AHEAD) - missing])
+        told = [each.code for each in await client.replies(3 if missing else 4)]
+        await client.send(AHEAD[len(AHEAD) - missing :])
+        if missing:
+            told.append((await client.reply()).code)
+        assert told == [250] * 4
+        await recorded(running, pipelining)
+        assert len(pipelining.connections) == 2
+
+
+async def test_a_message_at_fault_does_not_go_ahead(start: Any, pipelining: ScriptedUpstream) -> None:
+    """What the relay has to say against it would answer MAIL and RCPT too."""
+    loop = b"Received: x\r\n" * (transaction_module.MAX_RECEIVED + 1) + b"\r\n"
+    async with start(pipelining.port) as running:
+        for content, reply in ((b"a\nb", "550 5.5.2"), (loop, "554 5.4.6")):
+            async with Client(running.port) as client:
+                await client.ehlo()
+                await client.send(MAIL + RCPT + bdat(content, last=True))
+                told = [str(each) for each in await client.replies(3)]
+                assert told[:2] == ["250 2.1.0 ok", "250 2.1.5 ok"]
+                assert told[2].startswith(reply)
+        await counted(running, refused=2)
+        assert pipelining.messages == []

@@ -90,8 +90,7 @@ async def with_something_behind_the_recipient(client: Client) -> list[int]:
     return [*codes, (await client.reply()).code]
 
 
-BDAT: list[Group] = [(MAIL + RCPT, OK + OK), (LAST, OK)]
-"""The chunk goes up when it is known that there is somebody to send it to."""
+BDAT: list[Group] = [(MAIL + RCPT + LAST, OK + OK + OK)]
 THREE_GROUPS: list[Group] = [(MAIL + RCPT, OK + OK), (DATA, GO_AHEAD), (CONTENT + b".\r\n", OK)]
 TOLD = [250, 250, 354, 250]
 
@@ -101,7 +100,7 @@ TOLD = [250, 250, 354, 250]
     [
         pytest.param(a_command_at_a_time, A_COMMAND_AT_A_TIME, TOLD, id="four-a-command-at-a-time"),
         pytest.param(pipelined, PIPELINED, TOLD, id="two-pipelined"),
-        pytest.param(by_bdat, BDAT, [250, 250, 250], id="two-by-bdat"),
+        pytest.param(by_bdat, BDAT, [250, 250, 250], id="one-by-bdat"),
         pytest.param(with_something_behind_the_recipient, THREE_GROUPS, TOLD, id="three-with-noop"),
     ],
 )

@@ -20,6 +20,7 @@ MAIL = [("client", "mail")]
 OPEN = [*MAIL, ("upstream", "dialed"), ("upstream", "2yz")]
 OPEN_IDLE = [*MAIL, ("upstream", "2yz")]
 RECIPIENT = [("client", "rcpt"), ("upstream", "2yz")]
+AT_ONCE = [("client", "rcpt"), ("client", "rcpt"), ("client", "last chunk")]
 DATA = [("client", "data"), ("upstream", "354")]
 TEXT = [("client", "text")]
 END = [("client", "end")]
@@ -33,6 +34,8 @@ WALKS: dict[str, tuple[dict[str, Any], Sequence[Event], int, int]] = {
     "recipients, partly refused": ({}, [*OPEN, ("client", "rcpt"), ("client", "rcpt")], 4, 400),
     "content": ({"idle": True}, [*OPEN_IDLE, *RECIPIENT, *DATA], 4, 700),
     "end of data": ({}, [*OPEN, *RECIPIENT, *DATA, *TEXT, *END], 5, 400),
+    "all at once": ({}, [*MAIL, ("upstream", "dialed"), *AT_ONCE], 4, 4000),
+    "all at once, where it may have died": ({"idle": True}, [*MAIL, *AT_ONCE], 4, 4000),
     "chunks": ({}, [*OPEN, *RECIPIENT, ("client", "chunk")], 3, 500),
     "the last chunk": ({}, [*OPEN, *RECIPIENT, ("client", "chunk"), ("client", "last chunk")], 4, 500),
 }

@@ -124,8 +124,12 @@ class Line(asyncio.Transport):
         """Commands that are whole and not answered, as the session names them."""
         self.open = False
         """Whether a mail transaction is open."""
+        self.refused = False
+        """Whether MAIL was refused."""
         self.accepted = 0
         """Recipients that were accepted."""
+        self.recipients = 0
+        """Recipients that may have been accepted, or will be."""
         self.spoiled = ""
         """Why the relay can not trust it any more; empty: it can."""
         self.content = b""
@@ -202,6 +206,7 @@ class Line(asyncio.Transport):
         self.stage.hold(verb in _COMMANDS, f"content read as a command: {line}")
         if verb not in ("RSET", "QUIT"):
             self.stage.begun_on(self)
+        self.recipients += verb == "RCPT"
         self.asked.append(line)
 
     def _read_content(self) -> bool:
@@ -257,8 +262,10 @@ class Line(asyncio.Transport):
         positive = code < 300
         if asked.startswith("MAIL"):
             self.open = self.open or positive
+            self.refused = not positive
         elif asked.startswith("RCPT"):
             self.accepted += positive and self.open
+            self.recipients -= not positive
         elif asked == "DATA" and code == 354:
             self._mode = "content"
         elif asked == "RSET" and positive:
@@ -477,6 +484,8 @@ class Stage:
                 found.append("data")
             if self._chunk_may_begin():
                 found += ["chunk", "half chunk", "stray chunk", "last chunk"]
+            elif self._message_may_go_ahead():
+                found.append("last chunk")
         if self.state == "content":
             found += [*TEXTS, "end"]
         if self.state == "chunk":
@@ -501,6 +510,13 @@ class Stage:
         if transaction.data_tried or transaction.nobody_accepted or not transaction.envelope.recipients:
             return False
         return sum(each.startswith("chunk") for each in self.commands) < 2
+
+    def _message_may_go_ahead(self) -> bool:
+        """The rule of `Dialogue._chunk_must_wait` about the first chunk."""
+        transaction = self.transaction
+        if not self.replies.owed or transaction.chunking or "DATA" in self.commands:
+            return False
+        return not transaction.nobody_accepted and transaction.takes_ahead(CHUNK)
 
     def _upstream_events(self) -> list[Event]:
         found: list[str] = []
@@ -864,8 +880,10 @@ class Stage:
         told = self.told_verdict
         if told is not None and told.positive:
             assert outcome == "accepted"
-        if self.terminators and self.verdict is None:
-            assert outcome == "in_doubt", f"{outcome}, and nobody knows"
+        ended_on = self.ended_on
+        if ended_on is not None and self.verdict is None:
+            nowhere = ended_on.refused or not ended_on.recipients
+            assert (outcome == "in_doubt") is not nowhere, f"{outcome}, and nobody knows"
         if not self.terminators:
             assert outcome != "in_doubt"
         if self.verdict is not None and self.verdict >= 400:
