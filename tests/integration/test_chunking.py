@@ -695,3 +695,27 @@ async def test_a_message_at_fault_does_not_go_ahead(start: Any, pipelining: Scri
                 assert told[2].startswith(reply)
         await counted(running, refused=2)
         assert pipelining.messages == []
+
+
+@pytest.mark.parametrize(
+    ("recipients", "over"),
+    [
+        (transaction_module.MAX_AHEAD + 1, {}),
+        (1, {"limits": [{"scope": "recipient_domain", "max": 100, "per": "1d"}]}),
+    ],
+    ids=["too many to keep a place for", "counted by who is accepted"],
+)
+async def test_the_chunk_waits_for_the_replies(
+    recipients: int, over: dict[str, Any], start: Any, pipelining: ScriptedUpstream
+) -> None:
+    gate, held = gated()
+    pipelining.script = {"RCPT": {f"r{recipients - 1}@": held}}
+    rcpt = b"".join(b"RCPT TO:<r%d@example.test>\r\n" % number for number in range(recipients))
+    async with start(pipelining.port, **over) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.send(MAIL + rcpt + bdat(CONTENT, last=True))
+        await eventually(lambda: len(pipelining.log) == 2 + recipients)  # EHLO, MAIL and all RCPT are up
+        assert running.relay.reception.services.settling == set()
+        gate.set()
+        assert {each.code for each in await client.replies(recipients + 2)} == {250}
+        await recorded(running, pipelining)
