@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Connection", "Failure", "Lessee", "Owner"]
 
 QUIT_TIMEOUT = 5.0
-"""Seconds that the reply to QUIT is waited for before the connection is cut."""
+"""Seconds that the reply to QUIT is waited for, then the upstream's end of TLS, before it is cut."""
 
 _UNLIKE = "end_of_data"
 """The command whose replies differ from each other as a rule, by what the upstream calls the message."""
@@ -90,6 +90,7 @@ class Connection(asyncio.Protocol):
         self._head_since = 0.0
         self._transport: asyncio.Transport | None = None
         self._paused_since: float | None = None
+        self._left_at: float | None = None
         self._reply_timeout = reply_timeout
         self._end_of_data_timeout = end_of_data_timeout
         self.capabilities = capabilities
@@ -177,6 +178,7 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         if self._transport is not None:
+            self._left_at = self._loop.time()
             self._transport.close()
 
     # Receiving
@@ -291,6 +293,8 @@ class Connection(asyncio.Protocol):
                 return
         if self._paused_since is not None and now - self._paused_since > self._reply_timeout:
             self._end(Failure("content not taken in time"))
+        elif self._left_at is not None and now - self._left_at > QUIT_TIMEOUT:
+            self._end(Failure("end of TLS not answered in time"))
 
     def _limit(self, command: str) -> float:
         if command == "end_of_data":

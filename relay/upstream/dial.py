@@ -96,7 +96,7 @@ class Dialer:
 
     async def _open(self, login: sasl.Login | None) -> Dialed:
         upstream = self._upstream
-        client = aiosmtplib.SMTP(
+        client = _Client(
             hostname=upstream.host,
             port=upstream.port,
             local_hostname=self._hostname,
@@ -128,13 +128,13 @@ class Dialer:
                 welcome = await _login(client, watch, login)
             return Dialed(_take_over(client), Capabilities.of(client.esmtp_extensions), welcome)
         except (DialError, sasl.RefusedError):
-            _discard(client)
+            client.close()
             raise
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            _discard(client)
+            client.close()
             raise _classified(stage, error, watch) from error
         except BaseException:
-            _discard(client)
+            client.close()
             raise
 
 
@@ -155,6 +155,21 @@ async def _obedient(opening: Coroutine[None, None, Dialed]) -> Dialed:
             task.result()[0].abort()
         raise
     return task.result()
+
+
+class _Client(aiosmtplib.SMTP):
+    """The library's client, which cuts the connection where the library would close it: when it has failed.
+
+    To close within TLS is to wait for half a minute that the upstream agrees, and to read what it says till
+    then, when the attempt has long been told of as failed, and its permit may be another's.
+    """
+
+    def close(self) -> None:
+        """Cut the connection."""
+        transport = cast("asyncio.Transport | None", self.transport)
+        if transport is not None:
+            transport.abort()
+        super().close()
 
 
 class _Watch(asyncio.Protocol):
@@ -276,13 +291,6 @@ def _take_over(client: aiosmtplib.SMTP) -> asyncio.Transport:
     client.transport = None
     client.protocol = None
     return transport
-
-
-def _discard(client: aiosmtplib.SMTP) -> None:
-    transport = cast("asyncio.Transport | None", client.transport)
-    if transport is not None:
-        transport.abort()
-    client.close()
 
 
 def _refused(error: sasl.RefusedError, *, of_client: bool) -> DialError:

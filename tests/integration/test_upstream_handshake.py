@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
+import socket
+import ssl
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +16,7 @@ from relay import maillog
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.upstream import EXTENSIONS, ScriptedUpstream
-from tests.support.watch import counted
+from tests.support.watch import DEADLINE_S, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,6 +138,36 @@ async def test_verification_can_be_switched_off(start: Any) -> None:
         start(upstream.port, upstream={"tls": "starttls", "tls_verify": False}) as running,
     ):
         await passes(running, upstream)
+
+
+def greets_and_stares(listening: socket.socket, context: ssl.SSLContext, greeting: bytes) -> None:
+    """Take one connection and greet; then read octets, no TLS, to its end: nothing is answered or closed."""
+    listening.settimeout(DEADLINE_S)
+    accepted, _ = listening.accept()
+    accepted.settimeout(DEADLINE_S)
+    secured = context.wrap_socket(accepted, server_side=True)
+    secured.sendall(greeting)
+    with socket.socket(fileno=secured.detach()) as wire, contextlib.suppress(ConnectionResetError):
+        wire.settimeout(DEADLINE_S)
+        while wire.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"", b"220-half\r\n", b"250-long\r\n" * 12_000], ids=["none", "half", "long"]
+)
+async def test_an_attempt_that_failed_within_tls_leaves_nothing_open(
+    greeting: bytes, certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    """To end TLS politely would be to wait for an answer, and to read on."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        seen = asyncio.create_task(
+            asyncio.to_thread(greets_and_stares, listening, certificates.server(), greeting)
+        )
+        over = {"tls": "implicit", "connect_timeout": "300ms", **trusting}
+        async with start(listening.getsockname()[1], upstream=over) as running:
+            await seen
+            assert running.metric("upstream_connects_total", upstream="primary", outcome="ok") == 0
 
 
 HELLO = b"250-upstream.test\r\n250 XSMUGGLED\r\n"

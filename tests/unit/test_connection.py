@@ -327,6 +327,16 @@ async def test_quit_closes_after_the_reply(talk: Talk) -> None:
     assert not talk.transport.aborted
 
 
+async def test_an_end_of_tls_that_is_not_answered_has_its_limit(talk: Talk) -> None:
+    talk.connection.quit()
+    talk.hears(b"221 2.0.0 bye\r\n")
+    await asyncio.sleep(0)
+    talk.look(QUIT_TIMEOUT - SOON)
+    assert not talk.ends
+    talk.look(QUIT_TIMEOUT + SOON)
+    assert talk.is_over()
+
+
 async def test_replies_are_timed_by_their_command(talk: Talk) -> None:
     for name in ("mail", "quit"):
         talk.command(name)
