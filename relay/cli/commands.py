@@ -79,7 +79,8 @@ def serve(
     gc.disable()  # what is imported stays, there is nothing to be found among it
     load = loader(path, dev_upstream=free_dev_upstream() if dev else None)
     settings = loaded(load)
-    from relay.app import StartError, run
+    from relay.app import StartError
+    from relay.process import run
 
     gc.freeze()
     gc.enable()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from relay import maillog
@@ -17,6 +17,7 @@ from relay.app import Relay
 from relay.demo.hour import MINUTES, manner_of, the_hour
 from relay.demo.player import Player
 from relay.dev import DevUpstream
+from relay.process import unless
 from relay.settings import DEV_UPSTREAM, load
 
 __all__ = ["configuration", "demo"]
@@ -110,21 +111,8 @@ async def demo(
             tell(f"  metrics   {page}metrics")
             tell(f"  commands  relay sends --config {file}")
             host, _, port = relay.reception.addresses[0].rpartition(":")
-            if await _unless(ended, player.play(host, int(port))) and not leave:
+            if await unless(ended, player.play(host, int(port))) and not leave:
                 tell("The relay stays for you to look around; Ctrl-C ends it.")
                 await ended.wait()
         finally:
             await relay.stop()
-
-
-async def _unless(ended: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
-    """Do the work, and return True, unless the end comes first."""
-    doing, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
-    await asyncio.wait((doing, ending), return_when=asyncio.FIRST_COMPLETED)
-    ending.cancel()
-    if not doing.done():
-        doing.cancel()
-        await asyncio.wait((doing,))
-        return False
-    doing.result()
-    return True

@@ -56,7 +56,7 @@ ROWS = [
 async def running(start: Any, upstream: Any) -> AsyncIterator[Any]:
     async with start(upstream.port) as running:
         for entry in (*ROWS, DOUBT):
-            await running.relay.recorder.record(entry)
+            await running.relay.records.recorder.record(entry)
         yield running
 
 
@@ -147,7 +147,7 @@ async def test_pages_go_on_by_the_cursor_and_by_the_address(
         page = await get(client, path)
         seen += [UUID(send["task_id"]).int for send in page["sends"]]
         newer = replace(ROW, task_id=UUID(int=1000 + len(seen)), sent_at=datetime.now(UTC))
-        await running.relay.recorder.record(newer)  # moves nothing
+        await running.relay.records.recorder.record(newer)  # moves nothing
         if page["next"] is not None:
             by_cursor = await get(
                 client, f"/api/sends?limit=3&recipient=@example.net&cursor={page['cursor']}"

@@ -524,7 +524,7 @@ async def ahead(client: Client, running: Running, gate: asyncio.Event, wire: byt
     """Send a message in one go; the upstream answers once all of it, the end of data too, has gone up."""
     await client.send(wire)
     await eventually(lambda: running.relay.reception.services.settling)
-    assert running.relay._journal.in_use == 1
+    assert running.relay.records.journal.in_use == 1
     gate.set()
     return [str(reply) for reply in await client.replies(wire.count(b"RCPT TO:<") + 2)]
 
@@ -560,7 +560,7 @@ async def test_ahead_with_nobody_to_send_to(
         assert await ahead(client, running, gate, wire) == told
         await counted(running, **{outcome: 1})
         assert running.rows() == running.rows("SELECT * FROM task_in_doubt") == []
-        assert running.relay._journal.in_use == 0
+        assert running.relay.records.journal.in_use == 0
         connections = len(pipelining.connections)
         trusted = "end_of_data" not in script
         await eventually(lambda: f"{int(trusted)} idle" in repr(running.pool))
@@ -640,7 +640,7 @@ async def test_ahead_and_421(
         doubts = running.rows("SELECT * FROM task_in_doubt")
         assert [json.loads(each["recipients"]) for each in doubts] == ([doubtful] if doubtful else [])
         assert running.rows() == []
-        assert running.relay._journal.in_use == 0
+        assert running.relay.records.journal.in_use == 0
         await next_message_passes(client, running, pipelining)
 
 

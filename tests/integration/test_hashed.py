@@ -102,9 +102,9 @@ async def test_what_waits_in_the_spool_names_nobody(
     start: Any, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     async with start(upstream.port, records=RECORDS) as running:
-        running.relay.recorder._go_away("a test", pause=60.0)
+        running.relay.records.recorder._go_away("a test", pause=60.0)
         await send(running.port, ["ann.lee@example.org"], "shop@example.com")
-        assert running.relay._spool.rows == 1
+        assert running.relay.records.spool.rows == 1
         assert b"ann.lee" not in octets_of(tmp_path / "spool")
 
 

@@ -65,7 +65,7 @@ def doubts(running: Running) -> list[dict[str, Any]]:
 
 
 def in_use(running: Running) -> int:
-    return running.relay._journal.in_use
+    return running.relay.records.journal.in_use
 
 
 async def send(running: Running, client: Client, upstream: ScriptedUpstream) -> None:
@@ -103,7 +103,7 @@ async def store_away(running: Running, *, away: bool) -> AsyncIterator[None]:
         return
     with locked(running.database):
         yield
-    await eventually(lambda: running.relay._spool.rows == 0)
+    await eventually(lambda: running.relay.records.spool.rows == 0)
 
 
 stays = pytest.mark.parametrize("client_stays", [True, False], ids=["client_stays", "client_leaves"])
@@ -280,9 +280,9 @@ async def test_a_stop_that_does_not_wait_any_longer_leaves_the_entry(
             assert str(await client.expect(451)).startswith(DOUBT)
         assert outcomes(running) == {"in_doubt": 1}
     async with start(upstream.port) as running:  # what was in the spool comes back
-        await eventually(lambda: running.relay._spool.rows == 0)
+        await eventually(lambda: running.relay.records.spool.rows == 0)
         (entry,) = doubts(running)
-        assert running.relay._journal.found == []
+        assert running.relay.records.journal.found == []
         assert entry["reason"] == "the relay stopped before the upstream answered"
         assert "journal" not in json.loads(entry["data"])
 
@@ -316,7 +316,7 @@ async def test_a_doubt_that_cannot_be_kept_changes_nothing_for_the_client(
             raise MemoryError("nothing left")
 
         with monkeypatch.context() as patch:
-            patch.setattr(running.relay.recorder, "record", fails)
+            patch.setattr(running.relay.records.recorder, "record", fails)
             replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
             assert str(replies[-1]).startswith(DOUBT)
             await counted(running, in_doubt=1)
@@ -341,7 +341,7 @@ async def test_a_verdict_in_time_leaves_nothing_in_the_journal(
             assert in_use(running) == 0
         assert codes == [250, 450, 550, 451]
         assert doubts(running) == []
-        slots = [running.relay._journal.enter(b"x") for _ in range(2)]
+        slots = [running.relay.records.journal.enter(b"x") for _ in range(2)]
         assert slots == [0, 1]  # the one slot was used again and again
 
 
@@ -355,7 +355,7 @@ async def test_without_room_in_the_journal_nothing_goes_up(
         await client.ehlo()
         for command in COMMANDS:
             await client.command(command)
-        journal = running.relay._journal
+        journal = running.relay.records.journal
         taken = [journal.enter(b"x") for _ in range(journal.slots)]
         with monkeypatch.context() as patch:
             patch.setattr(journal_module.os, "posix_fallocate", full)
@@ -385,12 +385,12 @@ async def test_what_the_store_has_already_makes_no_entry(
 ) -> None:
     """As if the relay were killed after the row's commit, before the slot was freed."""
     async with start(upstream.port) as running, Client(running.port) as client:
-        monkeypatch.setattr(running.relay._journal, "free", lambda _: None)
+        monkeypatch.setattr(running.relay.records.journal, "free", lambda _: None)
         await client.ehlo()
         replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
         assert replies[-1].code == 250
     async with start(upstream.port) as running:
-        assert len(running.relay._journal.found) == 1
+        assert len(running.relay.records.journal.found) == 1
         await eventually(lambda: in_use(running) == 0)
         assert doubts(running) == []
         assert len(running.rows()) == 1
@@ -401,15 +401,15 @@ async def test_what_the_spool_has_already_makes_no_entry(
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         async with start(upstream.port, records=AWAY) as running, Client(running.port) as client:
-            monkeypatch.setattr(running.relay._journal, "free", lambda _: None)
+            monkeypatch.setattr(running.relay.records.journal, "free", lambda _: None)
             await client.ehlo()
             stack.enter_context(locked(running.database))
             replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
             assert replies[-1].code == 250
         assert running.rows() == []
     async with start(upstream.port) as running:
-        assert len(running.relay._journal.found) == 1
-        await eventually(lambda: in_use(running) == 0 and running.relay._spool.rows == 0)
+        assert len(running.relay.records.journal.found) == 1
+        await eventually(lambda: in_use(running) == 0 and running.relay.records.spool.rows == 0)
         assert doubts(running) == []
         assert len(running.rows()) == 1
     with contextlib.closing(sqlite3.connect(tmp_path / "rows.db")) as connection:

@@ -12,6 +12,7 @@ import pytest
 from relay.records.counts import StoredCounts
 from relay.records.errors import StoreError
 from relay.records.sqlite.store import SqliteStore
+from relay.reload import reload
 from tests.support.client import Client
 from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream
 
@@ -330,21 +331,21 @@ async def test_a_reload_changes_limits_and_keeps_what_was_counted(
 ) -> None:
     async with start(upstream.port, limits=[limit(max=1)]) as running:
 
-        async def reload(*limits: dict[str, Any]) -> None:
-            await running.relay.reload(lambda: settings_for(upstream.port, limits=list(limits)))
+        async def limited(*limits: dict[str, Any]) -> None:
+            await reload(running.relay, lambda: settings_for(upstream.port, limits=list(limits)))
 
         async def last(sender: str = "a@example.com", content: bytes = OTHER) -> int:
             return (await send(running.port, sender, ["b@example.org"], content))[-1]
 
         assert [await last(), await last()] == [250, 451]
-        await reload(limit(max=3, name="more"))
+        await limited(limit(max=3, name="more"))
         assert [await last(), await last(), await last()] == [250, 250, 451]
         assert running.metric("limit_hits_total", limit="more", action="defer") == 1
-        await reload()
+        await limited()
         assert await last() == 250
-        await reload(limit(max=4, action="reject"))
+        await limited(limit(max=4, action="reject"))
         assert await last() == 550
-        await reload(MENTIONS | {"max": 1})
+        await limited(MENTIONS | {"max": 1})
         assert [await last(), await last(content=MENTION), await last(content=MENTION)] == [250, 250, 451]
 
 

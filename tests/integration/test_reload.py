@@ -20,6 +20,7 @@ from relay import maillog
 from relay.app import Relay
 from relay.auth.hashing import Hasher
 from relay.auth.passthrough import Passthrough
+from relay.reload import reload
 from relay.settings import RESTART, Settings, SettingsError, compare
 from tests.conftest import Running
 from tests.support.certificates import Certificates
@@ -225,11 +226,11 @@ async def goes_over_other_connections(world: World) -> None:
 
 
 async def gives_the_store_3_s(world: World) -> None:
-    assert world.running.relay.recorder._commit_timeout == 3
+    assert world.running.relay.records.recorder._commit_timeout == 3
 
 
 async def refuses_while_the_store_is_away(world: World) -> None:
-    assert world.running.relay.recorder._refuse_while_away
+    assert world.running.relay.records.recorder._refuse_while_away
     await world.send()
 
 
@@ -251,11 +252,11 @@ async def keeps_rows_for_ever(world: World) -> None:
 
 
 async def expires_every_7_s(world: World) -> None:
-    assert world.running.relay._expiry._interval == 7
+    assert world.running.relay.records.expiry._interval == 7
 
 
 async def expires_9_rows_at_once(world: World) -> None:
-    assert world.running.relay._expiry._batch_size == 9
+    assert world.running.relay.records.expiry._batch_size == 9
 
 
 async def answers_http_elsewhere(world: World) -> None:
@@ -672,7 +673,7 @@ async def test_a_key_that_changes_is_in_force(
         before, after = running.relay.settings, written(other, case.before, case.after)
         assert key in map(_without_numbers, compare(before, after).names)
 
-        await running.relay.reload(lambda: after)
+        await reload(running.relay, lambda: after)
 
         logged()
         await case.check(World(running, upstream, other, directory, session, logged))
@@ -694,7 +695,7 @@ async def test_what_the_relay_logs_in_with_is_taken_for_new_connections(
             ".".join(_without_numbers(name).split(".")[: key.count(".") + 1])
             for name in compare(running.relay.settings, after).names
         }
-        await running.relay.reload(lambda: after)
+        await reload(running.relay, lambda: after)
         assert running.relay.upstreams.pools["primary"] is not pool
 
 
@@ -721,7 +722,7 @@ async def test_a_key_that_takes_a_restart_keeps_its_value_and_the_others_change(
             }
         )
         logged()
-        await running.relay.reload(lambda: changed)
+        await reload(running.relay, lambda: changed)
         lines = [json.loads(line) for line in logged().splitlines()]
         assert [line["keys"] for line in lines if line["event"] == "reload: takes a restart"] == [[key]]
         assert [line["changed"] for line in lines if line["event"] == "reloaded"] == [["expiry.interval"]]
@@ -747,7 +748,7 @@ async def refused(running: Running, load: Callable[[], Settings], logged: Callab
     before = parts()
     read_at = running.metric("config_last_reload_success_timestamp_seconds")
     logged()
-    await relay.reload(load)
+    await reload(relay, load)
     lines = [json.loads(line) for line in logged().splitlines()]
     lines = [line for line in lines if line["event"] != "expiry done"]  # it runs by the clock
     assert {line["event"] for line in lines} == {"reload refused"}
@@ -821,7 +822,7 @@ async def test_what_nobody_foresaw_changes_nothing_either(relay: Any, logged: Ca
 
     async with relay() as running:
         before = running.relay.settings
-        await running.relay.reload(load)
+        await reload(running.relay, load)
         assert running.relay.settings is before
         assert running.metric("config_last_reload_successful") == 0
         (line,) = (json.loads(each) for each in logged().splitlines() if '"unforeseen"' in each)
@@ -851,7 +852,7 @@ async def test_a_user_who_has_changed_logs_in_again(
         await logged_in(session)
         await session.message("a@example.test", ["b@example.test"], CONTENT)
         (directory / "users.toml").write_text(changed[change])
-        await running.relay.reload(lambda: written(other, {"clients": clients}))
+        await reload(running.relay, lambda: written(other, {"clients": clients}))
         assert (await session.command(MAIL, 530)).text.startswith("5.7.0 This login is not valid any more")
         assert (await session.command(MAIL, 530)).text.startswith("5.7.0 This login is not valid any more")
         await session.command(plain("app"), 503)
@@ -872,7 +873,7 @@ async def test_a_transaction_under_way_is_finished_with_what_it_began_with(
         await session.ehlo()
         for line, code in ((MAIL, 250), (RCPT, 250), (b"DATA", 354)):
             await session.command(line, code)
-        await running.relay.reload(lambda: written(other, after))
+        await reload(running.relay, lambda: written(other, after))
         await session.send(CONTENT + b".\r\n")
         await session.expect(250)
         await session.command(MAIL, 550)
@@ -888,7 +889,7 @@ async def test_a_login_under_way_when_logins_end_is_refused(
         await session.ehlo()
         await session.command(b"AUTH LOGIN", 334)
         await session.command(base64.b64encode(b"app"), 334)
-        await running.relay.reload(lambda: written(other, {}))
+        await reload(running.relay, lambda: written(other, {}))
         await session.command(base64.b64encode(b"sesame"), 502)
         await session.command(MAIL, 250)
 
@@ -899,7 +900,7 @@ async def test_a_network_that_is_allowed_anew_may_relay_over_an_open_session(
     async with relay(clients={"allow": ["192.0.2.1"]}) as running, Client(running.port) as session:
         await session.ehlo()
         await session.command(MAIL, 550)
-        await running.relay.reload(lambda: written(other, {}))
+        await reload(running.relay, lambda: written(other, {}))
         await session.command(MAIL, 250)
 
 
@@ -911,7 +912,7 @@ async def test_an_open_session_of_a_proxy_that_is_not_trusted_any_more_may_not_r
     async with relay(**before) as running, Client(running.port) as session:
         await session.send(b"PROXY TCP4 127.0.0.9 127.0.0.1 1 2\r\n")
         await session.ehlo()
-        await running.relay.reload(lambda: written(other, after))
+        await reload(running.relay, lambda: written(other, after))
         await session.command(MAIL, 550)
 
 
@@ -920,7 +921,7 @@ async def test_logins_through_the_upstream_follow_it(
 ) -> None:
     async with relay() as running, Client(running.port) as session:
         await session.ehlo()
-        await running.relay.reload(lambda: written(other, {"clients": PASSTHROUGH}))
+        await reload(running.relay, lambda: written(other, {"clients": PASSTHROUGH}))
         assert isinstance(running.relay.doorkeeper.authenticator, Passthrough)
         await session.command(MAIL, 250)
 
@@ -930,6 +931,6 @@ async def test_the_answers_of_http_stop_at_the_old_address_alone(
 ) -> None:
     async with relay() as running:
         before = running.relay.web
-        await running.relay.reload(lambda: written(other, {"expiry": {"interval": "7s"}}))
+        await reload(running.relay, lambda: written(other, {"expiry": {"interval": "7s"}}))
         assert running.relay.web is before
         assert running.relay.readiness()[0]

@@ -80,7 +80,7 @@ async def test_refuse_turns_new_mail_away_before_anything_is_sent(
             assert len(upstream.messages) == 1
         await until_rows(running, 1)
         async with asyncio.timeout(20):
-            while running.relay.recorder.refusal() is not None:
+            while running.relay.records.recorder.refusal() is not None:
                 await asyncio.sleep(0.01)
         assert await send(client) == 250
         assert running.relay.readiness()[0] is True
@@ -97,7 +97,7 @@ async def test_no_place_for_the_row_and_nothing_is_sent(
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.greeting()
         await client.ehlo()
-        recorder = running.relay.recorder
+        recorder = running.relay.records.recorder
         all_of_it = int(running.metric("records_reserve_bytes"))
         assert recorder.promise(all_of_it)
         if chunks:
@@ -132,7 +132,7 @@ async def test_every_outcome_gives_its_place_back(
         assert [await send(client) for _ in verdicts] == [250, 451, 550, 451, 451]
         all_of_it = int(running.metric("records_reserve_bytes"))
         async with asyncio.timeout(20):  # the client may hear a little earlier
-            while not running.relay.recorder.promise(all_of_it):
+            while not running.relay.records.recorder.promise(all_of_it):
                 await asyncio.sleep(0.01)
 
 
@@ -190,11 +190,11 @@ async def test_the_store_can_only_be_read_for_a_while(start: Any, upstream: Scri
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.greeting()
         await client.ehlo()
-        database = running.relay._store._database
+        database = running.relay.records.store._database
         await database.run(lambda raw: raw.execute("PRAGMA query_only = 1"))
         assert [await send(client) for _ in range(3)] == [250] * 3
         assert running.rows() == []
         assert running.metric("records_spooled") == 3
         await database.run(lambda raw: raw.execute("PRAGMA query_only = 0"))
         await until_rows(running, 3)
-        assert not (running.relay.recorder._spool.rejected_file).exists()
+        assert not (running.relay.records.recorder._spool.rejected_file).exists()

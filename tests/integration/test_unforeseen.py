@@ -60,7 +60,7 @@ async def test_after_the_acceptance(
             kept.set_exception(RuntimeError("no row"))
             return kept
 
-        monkeypatch.setattr(running.relay.recorder, "record", record)
+        monkeypatch.setattr(running.relay.records.recorder, "record", record)
         assert (await client.message("a@example.test", ["b@example.test"], CONTENT))[-1].code == 250
         assert "no row" in capsys.readouterr().out
         assert running.metric("record_errors_total") == 1

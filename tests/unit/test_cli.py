@@ -42,11 +42,11 @@ def config() -> Path:
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> App:
-    """Replaces functions of the composition root, at which the commands end."""
+    """Replaces functions of the process, at which the commands end."""
 
     def provide(**functions: Any) -> None:
         for name, function in functions.items():
-            monkeypatch.setattr(f"relay.app.{name}", function)
+            monkeypatch.setattr(f"relay.process.{name}", function)
 
     return provide
 

@@ -42,7 +42,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_a_start_on_a_store_that_exists_loads_no_migrations() -> None:
-    script = "import relay.app, sys; print(*sys.modules)"
+    script = "import relay.process, sys; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True
     )
