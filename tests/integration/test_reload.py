@@ -623,7 +623,7 @@ def logged(capfdbinary: pytest.CaptureFixture[bytes]) -> Iterator[Callable[[], s
     """Return what reads the log since it was read last."""
 
     def read() -> str:
-        maillog._flush()  # the lines of one turn of the loop are written behind it
+        maillog.flush()  # the lines of one turn of the loop are written behind it
         return capfdbinary.readouterr().out.decode()
 
     maillog.configure("json", "info")

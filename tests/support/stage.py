@@ -861,7 +861,7 @@ class Stage:
         assert not self.keeper.promised, "room is kept for a row that does not come"
         assert self.notes.entered <= 1, "in the journal twice"
         assert self.keeper.failed or not self.notes.in_use, "the journal still has it"
-        maillog._flush()
+        maillog.flush()
         logged = [json.loads(line) for line in self.log.getvalue().splitlines()]
         lines = [line for line in logged if line["event"] == "message"]
         unforeseen = [line for line in logged if line["event"] == "unforeseen"]

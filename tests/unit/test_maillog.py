@@ -23,6 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import maillog
+from relay.maillog import destination
+from relay.maillog.output import MAX_WAITING
+from relay.maillog.values import MAX_ITEMS, MAX_TEXT, MAX_TRACEBACK
 from relay.outcome import Outcome
 from relay.records.model import Doubt, Record, Settled
 
@@ -189,7 +192,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
 
 def test_every_event_is_tried_here() -> None:
     functions = {name for name in maillog.__all__ if inspect.isfunction(getattr(maillog, name))}
-    assert functions == {*EVENTS, "configure"}
+    assert functions == {*EVENTS, "configure", "flush"}
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
@@ -366,13 +369,13 @@ def test_long_values_and_lists_are_cut(log: Log) -> None:
     assert entry["recipient_count"] == 1000
     assert len(entry["refused"]) == 20
     assert entry["refused_count"] == 1000
-    assert entry["reply"] == "x" * maillog.MAX_TEXT + "... (60000 characters)"
+    assert entry["reply"] == "x" * MAX_TEXT + "... (60000 characters)"
     assert len(log.lines()[0]) < 6000
 
 
 def test_escapes_do_not_make_a_value_longer_than_its_bound(log: Log) -> None:
     maillog.upstream_failed("primary", "192.0.2.1", "\u2028" * 5000)
-    assert len(log.json()["reason"]) < maillog.MAX_TEXT + 40
+    assert len(log.json()["reason"]) < MAX_TEXT + 40
 
 
 def test_other_lists_tell_how_long_they_were(log: Log) -> None:
@@ -405,7 +408,7 @@ def test_passwords_do_not_get_in(log: Log) -> None:
     assert entry["tls"] == {"key": "**********"}
 
 
-@pytest.mark.parametrize("padding", [0, maillog.MAX_TEXT - 20, maillog.MAX_TEXT - 5])
+@pytest.mark.parametrize("padding", [0, MAX_TEXT - 20, MAX_TEXT - 5])
 def test_a_password_is_cut_out_of_any_text(log: Log, padding: int) -> None:
     maillog.expiry_failed("x" * padding + " cannot open postgresql://relay:hunter2@db/x")
     assert "hunter" not in log.lines()[0]
@@ -433,7 +436,7 @@ def test_of_a_long_traceback_the_end_stays(log: Log) -> None:
     maillog.unforeseen("somewhere", None, error)
     entry = log.json()
     assert entry["traceback"].endswith("RuntimeError: the end")
-    assert len(entry["traceback"]) <= maillog.MAX_TRACEBACK
+    assert len(entry["traceback"]) <= MAX_TRACEBACK
     assert "task_id" not in entry
 
 
@@ -480,7 +483,7 @@ def test_what_was_found_in_the_journal_is_awaited_no_more(log: Log) -> None:
     maillog.found_in_journal(doubt(recipients=recipients, data={"recipient_count": 50}))
     entry = log.json()
     assert (entry["event"], entry["level"], entry["awaited"]) == ("in doubt", "warning", False)
-    assert entry["recipients"] == list(recipients[: maillog.MAX_ITEMS])
+    assert entry["recipients"] == list(recipients[:MAX_ITEMS])
     assert (entry["recipient_count"], entry["reason"]) == (50, "lost")
     assert (entry["task_id"], entry["since"]) == (str(TASK_ID), "2026-01-02T03:04:05+00:00")
 
@@ -551,7 +554,7 @@ def test_a_library_that_misuses_its_log_does_no_harm(log: Log) -> None:
     # Straight to our handler: the one of pytest raises for such a record.
     misused = logging.LogRecord("some.library", logging.WARNING, "", 0, "%d of %d", ("x",), None)
     for handler in logging.getLogger().handlers:
-        if handler.__class__.__module__ == maillog.__name__:
+        if handler.__class__.__module__ == destination.__name__:
             handler.handle(misused)
     assert log.json()["event"] == "%d of %d"
 
@@ -692,8 +695,8 @@ async def test_lines_that_wait_are_bounded(writes: Writes) -> None:
     while not writes.texts:
         maillog.warning("x" * 1000)
         count += 1
-        assert count * 1000 <= maillog.MAX_WAITING
-    assert len(writes.texts[0]) == count > maillog.MAX_WAITING // 1200
+        assert count * 1000 <= MAX_WAITING
+    assert len(writes.texts[0]) == count > MAX_WAITING // 1200
     maillog.warning("later")
     await asyncio.sleep(0)
     assert writes.texts[1:] == [["later"]]

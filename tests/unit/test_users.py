@@ -88,7 +88,7 @@ def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
     maillog.configure("json", "info", stream)
 
     def lines() -> list[dict[str, Any]]:
-        maillog._flush()
+        maillog.flush()
         return [json.loads(line) for line in stream.getvalue().splitlines()]
 
     yield lines

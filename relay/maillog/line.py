@@ -1,0 +1,84 @@
+"""A line of the log as octets: JSON, or for people; the line of a message on a way of its own.
+
+Rules: a line is always exactly one line. What its values may hold is decided in `values.py`; the short way
+of a message is taken where one look at the whole line shows that none of its values needs that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import structlog
+
+from relay.maillog.facts import Facts
+from relay.maillog.values import MAX_TEXT, json_text, plain, printable
+
+__all__ = ["Console", "as_json", "cleaned", "message_line"]
+
+
+def message_line(level: str, facts: Facts) -> bytes | None:
+    """Return the JSON line of a message whose values need no cleaning, None if one might.
+
+    One look at the whole line instead of one at each value: if it is ASCII without an escape, a DEL and a
+    URL, so is each value, and none is longer than all.
+    """
+    line = {"time": datetime.now(UTC), "level": level, "event": "message", **facts}
+    try:
+        # As round(value, 6), in a fifth of its time.
+        line["wait_s"] = round(facts["wait_s"] * 1e6) / 1e6
+        line["upstream_s"] = round(facts["upstream_s"] * 1e6) / 1e6
+        line["commit_s"] = round(facts["commit_s"] * 1e6) / 1e6
+        line["total_s"] = round(facts["total_s"] * 1e6) / 1e6
+        found = orjson.dumps(line, bytes.decode, orjson.OPT_UTC_Z)
+    except (TypeError, ValueError, OverflowError):  # no UTF-8, a lone surrogate, a number that is none
+        return None
+    if len(found) > MAX_TEXT or not found.isascii() or b"\\" in found or b"\x7f" in found:
+        return None
+    return None if b"/" in found and b"://" in found else found  # a slash is found sooner
+
+
+def cleaned(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Give a line its time and level, first, and every value its printable form."""
+    line: dict[str, Any] = {
+        "time": datetime.now(UTC),
+        "level": level,
+        "event": printable(fields.pop("event")),
+    }
+    for key, value in fields.pop("fields", fields).items():
+        if value is None:
+            continue
+        kind = value.__class__
+        if kind is str:
+            clean = value.isprintable() and len(value) <= MAX_TEXT and "://" not in value
+            line[key] = value if clean else printable(value)
+        elif kind is float:
+            line[key] = round(value, 6)  # seconds; no clock here means more digits
+        elif kind is int or kind is bool:
+            line[key] = value
+        else:
+            line[key] = plain(value)
+    return line
+
+
+def as_json(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> bytes:
+    """Return one JSON object."""
+    try:
+        return orjson.dumps(line, option=orjson.OPT_UTC_Z)
+    except TypeError:  # an integer beyond 64 bits
+        return json.dumps(line, default=json_text).encode()
+
+
+class Console:
+    """Lines for people; coloured on a terminal."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._render = structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=0)
+
+    def __call__(self, logger: Any, level: str, line: MutableMapping[str, Any]) -> bytes:
+        """Return one line, the time first."""
+        line["timestamp"] = line.pop("time").strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return self._render(logger, level, line).encode("utf-8", "backslashreplace")
