@@ -140,7 +140,7 @@ async def test_two_relays_on_one_postgresql(
             for number in range(MAXIMUM + 4)
         ]
         assert ends == [250] * MAXIMUM + [451] * 4
-        (state,) = await relays[0].limits_now()
+        (state,) = await relays[0].limits.now()
         assert [(key.key, key.used, key.state) for key in state.keys] == [("a@example.com", MAXIMUM, "over")]
     finally:
         for relay in reversed(started):
