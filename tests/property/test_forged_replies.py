@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 
 from relay import app as app_module
 from relay.reply import MAX_LINE
+from relay.upstream import breaker
 from tests.support.client import Client
 from tests.support.watch import eventually
 
@@ -223,7 +225,7 @@ class Forging:
             await asyncio.sleep(0)
 
     async def hang_up(self) -> None:
-        """End all connections, and those that the relay opens meanwhile to try again."""
+        """End all connections, and those that come meanwhile."""
         await self.quiet()
         await eventually(self.ended)
 
@@ -243,6 +245,7 @@ def stage_set(
 ) -> Iterator[tuple[asyncio.Runner, Forging, Running]]:
     """Run a relay and its upstream in a loop that lasts for all examples."""
     monkeypatch.setattr(app_module, "SWEEP_INTERVAL", 0.02)
+    monkeypatch.setattr(breaker, "THRESHOLD", sys.maxsize)  # else most examples find the upstream down
     waits = {"reply_timeout": "300ms", "end_of_data_timeout": "2s", "connect_timeout": "300ms"}
     with asyncio.Runner() as runner:
         upstream = Forging()
@@ -299,7 +302,7 @@ async def converse(
 ) -> None:
     """Send one message, see that the session is in step, and compare what was said with what is known."""
     before = len(running.rows())
-    # The relay may have opened a connection since the last example: nothing but this ends that.
+    # Nothing but this ends a connection that the relay has opened since the last example.
     await eventually(lambda: upstream.ended() and " 0 active, 0 idle, 0 connecting" in repr(running.pool))
     upstream.forge(stage, pieces)
     async with Client(running.port) as client:
@@ -309,6 +312,7 @@ async def converse(
         await client.command(b"RSET", 250)
         await client.command(b"NOOP", 250)
         assert client.wire.waiting == b""
+    assert upstream.used, "the example was not said"
     assert all(PRINTABLE.fullmatch(raw) for raw in told)
     await upstream.hang_up()
     rows = running.rows()[before:]
