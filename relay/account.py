@@ -147,21 +147,21 @@ class Account:
         `doubted`: it was in doubt before.
         """
         kept = self._kept or self._keep(found)
-        return Record(
-            task_id=self.task_id,
-            client_task_id=found.client_task_id,
-            task_type=found.task_type,
-            sender=kept.sender,
-            client=self.sender.client,
-            sent_at=datetime.now(UTC),
-            upstream=self.upstream or "",
-            upstream_reply=_cut(self._told(str(verdict))),
-            message_id=found.message_id,
-            size=self.size,
-            duration_ms=round(self.total_s * 1000),
-            recipients=kept.recipients,
-            data=self._data(kept),
-            doubted=doubted,
+        return Record(  # by position: fourteen names would cost as much again
+            self.task_id,
+            found.task_type,
+            kept.sender,
+            self.sender.client,
+            datetime.now(UTC),
+            self.upstream or "",
+            _cut(self._told(str(verdict))),
+            self.size,
+            round(self.total_s * 1000),
+            kept.recipients,
+            found.client_task_id,
+            found.message_id,
+            self._data(kept),
+            doubted,
         )
 
     def _keep(self, found: Classification) -> _Kept:

@@ -43,11 +43,12 @@ class Reply:
     `code` is the three-digit code; `wire` the octets as they go to a client: every line, CRLF included.
     """
 
-    __slots__ = ("code", "positive", "wire")
+    __slots__ = ("_text", "code", "positive", "wire")
 
     def __init__(self, code: int, wire: bytes) -> None:
         self.code = code
         self.wire = wire
+        self._text: str | None = None
         self.positive = code < 300
         """Positive completion (2yz)."""
 
@@ -84,9 +85,12 @@ class Reply:
 
     def __str__(self) -> str:
         """The reply as one text for log and record: the code, then its lines joined by a newline."""
-        if self.wire.count(b"\n") == 1:
-            return self.wire[:-2].decode("ascii")
-        return f"{self.code} " + "\n".join(self.lines)
+        text = self._text
+        if text is None:  # the verdict is asked three times: for the record, and twice for the log
+            one = self.wire.count(b"\n") == 1
+            text = self.wire[:-2].decode("ascii") if one else f"{self.code} " + "\n".join(self.lines)
+            self._text = text
+        return text
 
     def __repr__(self) -> str:
         return f"<Reply {self.wire!r}>"
