@@ -72,4 +72,5 @@ class Header:
         """The message has ended: what was kept is all there is."""
         if not self.complete:
             self.octets = bytes(self._kept[2:]) if self._kept is not None else b""
+            self._kept = None  # which may be as long again
             self.complete = True

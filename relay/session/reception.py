@@ -19,6 +19,7 @@ from relay import maillog
 from relay.limited import LimitedTransaction
 from relay.reply import Reply
 from relay.session import answers
+from relay.session.blocks import BLOCK
 from relay.session.listeners import Listener, address_of
 from relay.session.offers import Offers
 from relay.session.session import Session
@@ -67,6 +68,8 @@ class Reception:
         self.metrics = services.metrics
         self.doorkeeper = doorkeeper
         self.certificate = certificate
+        self.block = bytearray(BLOCK)
+        """Where sessions that send much at a time read into."""
         self.draining = False
         self.addresses: list[str] = []
         """Where it listens, with the ports that were really bound."""

@@ -3,7 +3,7 @@
 A connection begins as its listener asks: with the PROXY header that says who the client is, with TLS from
 the first octet, and then with the greeting. Rules: what is written is bounded, since nothing is read from
 a client that does not take its replies; a client that takes neither them nor our close is cut off. The last
-octets from a client that has gone are not acted on.
+octets from a client that has gone are not acted on. A client that sends much at a time is read in blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from aiosmtpd import smtp
 from relay import maillog
 from relay.account import Sender
 from relay.policy import LOCAL, Address, client_address, may_relay, trusted_proxy
+from relay.session.blocks import BLOCK, Blocks
 from relay.session.dialogue import Dialogue
 from relay.session.proxy import Header, ProxyError
 from relay.session.tls import shake_hands
@@ -127,12 +128,23 @@ class Session(smtp.SMTP):
 
     def data_received(self, data: bytes) -> None:
         """Give what the client sent to the dialogue; before that, to the PROXY header."""
+        if len(data) > BLOCK:
+            self._read_in_blocks()
         if self._dialogue is not None and self._handshake is None:
             self._dialogue.take(data)
         elif self._handshake is not None:
             self._handshake += data
         elif self._header is not None:
             self._take_header(self._header, data)
+
+    def _read_in_blocks(self) -> None:
+        """Have no more than a block read at once from now on; TLS has a buffer of its own, and stays."""
+        transport = self.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return
+        transport.pause_reading()  # how uvloop reads is settled when it begins to
+        transport.set_protocol(Blocks(self, self._reception.block))
+        transport.resume_reading()
 
     def _take_header(self, header: Header, data: bytes) -> None:
         try:

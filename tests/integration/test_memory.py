@@ -21,6 +21,9 @@ LARGE = 50 * MIB
 GROWTH = 8 * MIB
 SESSIONS = 1000
 SESSION = 20 * 1024
+IN_A_BODY = 100
+HALTED = 96 * 1024
+"""Octets of a session in a body, with its connection to the upstream: a block, and what the two cost idle."""
 PATIENCE_S = 120.0
 
 pytestmark = pytest.mark.skipif(
@@ -112,6 +115,32 @@ async def test_four_such_messages_to_an_upstream_that_reads_slowly(
         assert growth <= GROWTH
 
 
+async def test_many_in_a_body_that_the_upstream_does_not_take(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """What a client sends ahead waits with the kernel; the event loop alone would read 256 KiB at a time."""
+    many = {"max_connections": IN_A_BODY}
+    server = {"max_connections_per_client": IN_A_BODY}
+    async with RelayProcess(tmp_path, upstream.port, server=server, upstream=many) as relay:
+        await relay.start()
+        await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
+        before = relay.memory()
+        upstream.script = {"body": StopReading()}
+        sending = [asyncio.create_task(send_without_end(relay)) for _ in range(IN_A_BODY)]
+        await upstream.wait_for(
+            lambda: sum(m.mail != b"" for m in upstream.incomplete) == IN_A_BODY, PATIENCE_S
+        )
+        await at_rest(relay)
+        each = (relay.memory() - before) / IN_A_BODY
+        for task in sending:
+            task.cancel()
+        await asyncio.wait(sending)
+        await relay.kill()
+
+    print(f"\n{IN_A_BODY} sessions in a body: {each / 1024:.1f} KiB each")
+    assert each < HALTED
+
+
 @pytest.fixture
 def many_descriptors() -> Iterator[None]:
     """Room for as many sockets on this side, and, inherited, on the relay's."""
@@ -156,6 +185,17 @@ async def send(relay: RelayProcess, content: bytes) -> None:
         replies = await client.message("a@example.test", ["b@example.test"], content)
         assert [reply.code for reply in replies] == [250, 250, 354, 250]
         await client.quit()
+
+
+async def send_without_end(relay: RelayProcess) -> None:
+    """Send a message that goes on as long as the relay takes it."""
+    async with Client(relay.port, deadline_s=PATIENCE_S) as client:
+        await client.ehlo()
+        for line in (b"MAIL FROM:<a@example.test>", b"RCPT TO:<b@example.test>", b"DATA"):
+            await client.command(line)
+        await client.send(b"From: a@example.test\r\n\r\n")
+        while True:
+            await client.send((b"x" * 76 + b"\r\n") * 1000)
 
 
 async def at_rest(relay: RelayProcess) -> None:

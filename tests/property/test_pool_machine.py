@@ -46,6 +46,10 @@ class MemoryTransport(asyncio.Transport):
         self._protocol: Any = None
         self.over = False
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing waits here: it is told when to pause."""
+        del high, low
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
 

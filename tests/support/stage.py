@@ -144,6 +144,10 @@ class Line(asyncio.Transport):
 
     # The transport's face
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing waits here: it is told when to pause."""
+        del high, low
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
 

@@ -29,6 +29,10 @@ class MemoryTransport(asyncio.Transport):
         self.aborted = False
         self.closed = False
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing waits here: it is told when to pause."""
+        del high, low
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """The test keeps the protocol itself."""
 
