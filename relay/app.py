@@ -23,10 +23,10 @@ from relay.limits.in_force import InForce
 from relay.metrics import Metrics
 from relay.records.spool import SpoolError
 from relay.records.store import StoreError
+from relay.services import Services
 from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
-from relay.transaction import Services
 from relay.upstream.upstreams import Upstreams
 from relay.web import Access, Api, Overview, Page, Reading, Site, Web
 

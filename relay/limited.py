@@ -14,18 +14,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from relay.answers import NO_MAIL, NO_RECIPIENTS
 from relay.body import Body
 from relay.envelope import text
 from relay.limits.claim import Claim
 from relay.outcome import Outcome
 from relay.reply import Reply
-from relay.transaction import NO_MAIL, NO_RECIPIENTS, Command, Transaction
+from relay.transaction import Command, Transaction
 
 if TYPE_CHECKING:
     from relay.account import Sender
     from relay.envelope import Recipient
     from relay.limits.limits import Limits
-    from relay.transaction import Services
+    from relay.services import Services
     from relay.upstream import xforward
     from relay.upstream.upstreams import Route
 
@@ -100,7 +101,7 @@ class LimitedTransaction(Transaction):
     def _refuse_mail(self, refusal: Reply, answer: Answer) -> None:
         self._services.metrics.rejected("limit")
         self._refused_here = self.over = True
-        self._broken, self._broken_as = refusal, Outcome.REFUSED
+        self.course.broken, self.course.broken_as = refusal, Outcome.REFUSED
         waiting, self._gate = self._gate, deque()
         for each in self.envelope.recipients:
             each.reply = refusal
@@ -119,7 +120,7 @@ class LimitedTransaction(Transaction):
 
     def _ask_about(self, command: Command, go_on: Callable[[Command], None]) -> None:
         recipient, answer = command.recipient, command.answer
-        if recipient is None or self._broken is not None:
+        if recipient is None or self.course.broken is not None:
             go_on(command)
             return
         name = self._counted_as(recipient)
@@ -151,7 +152,7 @@ class LimitedTransaction(Transaction):
         self._in_turn(partial(self._data, answer, super().data), answer)
 
     def _data(self, answer: Answer, go_on: Callable[[Answer], None]) -> None:
-        if self._waits_for_header and self._broken is None and self._chosen:
+        if self._waits_for_header and self.course.broken is None and self._chosen:
             self._to_go_ahead = answer
             self._go_ahead()
         else:
@@ -160,13 +161,13 @@ class LimitedTransaction(Transaction):
     def _go_ahead(self) -> None:
         """Answer DATA as soon as every reply before it is known."""
         answer = self._to_go_ahead
-        if answer is None or (self._broken is None and (self._sent or self._queued)):
+        if answer is None or (self.course.broken is None and (self._sent or self._queued)):
             return
         self._to_go_ahead = None
-        if self._broken is not None:
-            answer(self._broken)
+        if self.course.broken is not None:
+            answer(self.course.broken)
         elif not self.envelope.anybody:
-            self._data_reply = NO_RECIPIENTS
+            self.course.data_reply = NO_RECIPIENTS
             answer(NO_RECIPIENTS)
         else:
             self._held = True
@@ -177,7 +178,7 @@ class LimitedTransaction(Transaction):
         super()._mail_answered(reply)
         if not reply.positive and self._to_go_ahead is not None:
             answer, self._to_go_ahead = self._to_go_ahead, None
-            answer(NO_MAIL if self._broken is None else self._broken)
+            answer(NO_MAIL if self.course.broken is None else self.course.broken)
 
     def _answered(self, reply: Reply) -> None:
         super()._answered(reply)
@@ -199,7 +200,7 @@ class LimitedTransaction(Transaction):
     def _classify(self, header: bytes) -> None:
         super()._classify(header)
         found = self._account.found
-        if found is None or self._broken is not None:
+        if found is None or self.course.broken is not None:
             return
         self._claim.at_header(found.task_type, self._header_decided)
         if self._held:
@@ -219,7 +220,7 @@ class LimitedTransaction(Transaction):
     def _data_answered(self, reply: Reply) -> Reply:
         if not self._held:
             return super()._data_answered(reply)
-        self._data_reply = reply
+        self.course.data_reply = reply
         if reply.code >= 400:  # the client, which has had its 354, hears it at the end
             self._give_back()
             self._break(reply, Outcome.DEFERRED if reply.transient else Outcome.REJECTED)
@@ -274,24 +275,18 @@ class LimitedTransaction(Transaction):
         if answer is None:
             return
         go_on = partial(super().finish, answer)
-        if self._broken is not None or self._connection is None or self.body is None:
+        if self.course.broken is not None or self._connection is None or self.body is None:
             go_on()
             return
 
         def then(refusal: Reply | None) -> None:
-            if refusal is not None and self._broken is None:
+            if refusal is not None and self.course.broken is None:
                 self._services.metrics.rejected("limit")
                 self._refuse(refusal)
             go_on()
 
         recipients = [self._counted_as(each) for each in self.envelope.accepted]
         self._claim.at_end(recipients, self.body.size, then)
-
-    def _outcome_without_data(self) -> Outcome:
-        refused = self.envelope.recipients
-        if self._broken is None and refused and all(each.refused_here for each in refused):
-            return Outcome.REFUSED
-        return super()._outcome_without_data()
 
     def _conclude(self, outcome: Outcome, said: object) -> None:
         super()._conclude(outcome, said)

@@ -21,6 +21,7 @@ from uuid import UUID
 import pytest
 
 from relay import maillog, reply
+from relay.answers import MAX_RECEIVED
 from relay.classify import MAX_TASK_TYPE, Classifier
 from relay.cli import main
 from relay.content import MAX_HEADER
@@ -38,7 +39,6 @@ from relay.settings import DEV_UPSTREAM, SettingsError, load
 from relay.settings.address import Address
 from relay.settings.model import Settings, TaskTypeSettings
 from relay.settings.units import parse_duration, parse_size
-from relay.transaction import MAX_RECEIVED
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.pages import SCHEMA, commands, commands_page, default, form, key_tables, settings_page

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from relay.answers import NO_RECIPIENTS
 from relay.chunks import Chunks
 from relay.session import answers
-from relay.transaction import NO_RECIPIENTS
 
 if TYPE_CHECKING:
     from relay.metrics import Metrics
@@ -124,4 +124,4 @@ def _refusal_of_chunk(transaction: Transaction | None) -> Reply | None:
         return answers.NO_RCPT
     if transaction.data_tried:
         return answers.MIXED
-    return NO_RECIPIENTS if transaction.nobody_accepted else None
+    return NO_RECIPIENTS if transaction.course.nobody_accepted else None

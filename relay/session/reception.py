@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from relay.account import Sender
+    from relay.services import Services
     from relay.session.doorkeeper import Doorkeeper
     from relay.session.tls import Certificate
     from relay.settings import ListenerSettings, Settings
-    from relay.transaction import Services
     from relay.upstream.capabilities import Capabilities
     from relay.upstream.upstreams import Upstreams
     from relay.upstream.xforward import Client
@@ -251,8 +251,8 @@ class Reception:
         """Look at the waits of every session, and at verdicts that are overdue."""
         for session in tuple(self._sessions):
             session.check(now, elapsed)
-        for transaction in tuple(self.services.settling):
-            transaction.check(now)
+        for message in tuple(self.services.settling):
+            message.check(now)
         if self._crowded:
             self._crowded = False
             self._make_room(now)
@@ -283,8 +283,8 @@ class Reception:
         await asyncio.wait((finished, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finished.cancel()
         hurried.cancel()
-        for transaction in tuple(self.services.settling):
-            transaction.give_up()
+        for message in tuple(self.services.settling):
+            message.give_up()
         for session in tuple(self._sessions):
             session.drop_unfinished()
         with contextlib.suppress(TimeoutError):

@@ -87,8 +87,8 @@ def overdue(running: Running) -> None:
 def look_at_verdicts(running: Running, seconds: float) -> None:
     """As `look` does, but not at sessions, which would be idle for too long by then."""
     now = asyncio.get_running_loop().time() + seconds
-    for transaction in tuple(running.relay.reception.services.settling):
-        transaction.check(now)
+    for message in tuple(running.relay.reception.services.settling):
+        message.check(now)
 
 
 async def leave(running: Running, client: Client) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relay.transaction import MAX_RECEIVED
+from relay.answers import MAX_RECEIVED
 from tests.support.client import Client
 from tests.support.upstream import ScriptedUpstream
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay import maillog
+from relay.answers import FAULTS, LOOP
 from relay.session import dialogue as dialogue_module
 from relay.session.session import Session
-from relay.transaction import FAULTS, LOOP
 from tests.support.client import Client
 from tests.support.content import unstuff
 from tests.support.fuzz import Guide, Input, Inputs, shown

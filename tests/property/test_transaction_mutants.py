@@ -15,6 +15,7 @@ from relay import maillog
 from relay.outcome import Outcome
 from relay.records.model import Record
 from relay.reply import Reply
+from relay.settlement import Settlement
 from relay.transaction import Transaction
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.pool import Pool
@@ -32,49 +33,45 @@ def _log() -> Iterator[None]:
     maillog.configure("json", "info")
 
 
-def answers_before_it_records(self: Transaction, verdict: Reply, *, original: Original) -> Any:
+def answers_before_it_records(self: Settlement, verdict: Reply, *, original: Original) -> Any:
     self._tell(verdict)
     return original(self, verdict)
 
 
-def records_what_was_refused(self: Transaction, reply: Reply, *, original: Original) -> None:
+def records_what_was_refused(self: Settlement, reply: Reply, *, original: Original) -> None:
     original(self, reply)
-    if self.settling and not reply.positive and self._account.found is not None:
-        self._services.recorder.record(self._account.record(self._account.found, reply, doubted=False))
+    if not reply.positive:
+        self._services.recorder.record(self._account.record(self._found, reply, doubted=False))
 
 
-def records_twice(self: Transaction, verdict: Reply, *, original: Original) -> Any:
-    found: Any = self._account.found
-    record: Record = self._account.record(found, verdict, doubted=False)
+def records_twice(self: Settlement, verdict: Reply, *, original: Original) -> Any:
+    record: Record = self._account.record(self._found, verdict, doubted=False)
     self._services.recorder.record(record)
     return original(self, verdict)
 
 
-def tells_again(self: Transaction, reply: Reply, *, original: Original) -> None:
+def tells_again(self: Settlement, reply: Reply, *, original: Original) -> None:
     del original
     self._account.client_heard = reply
-    self._answer_verdict(reply)
+    self._answer(reply)
 
 
-def counts_an_overdue_verdict(self: Transaction, now: float, *, original: Original) -> None:
+def counts_an_overdue_verdict(self: Settlement, now: float, *, original: Original) -> None:
     original(self, now)
-    if self.settling and now > self._ended_at + self._pool.end_of_data_timeout:
-        promised, self._promised = self._promised, 0
-        self._conclude(Outcome.IN_DOUBT, "overdue")
-        self._promised = promised
-        self.concluded, self.settling = False, True
+    if now > self._ended_at + self._pool.end_of_data_timeout:
+        self._account.close(self._services.metrics, Outcome.IN_DOUBT, "overdue")
 
 
-def never_tells_that_it_is_overdue(self: Transaction, now: float, *, original: Original) -> None:
+def never_tells_that_it_is_overdue(self: Settlement, now: float, *, original: Original) -> None:
     """Leave the client waiting."""
 
 
-def does_not_give_up(self: Transaction, *, original: Original) -> None:
+def does_not_give_up(self: Settlement, *, original: Original) -> None:
     """Wait for a verdict that cannot come."""
 
 
 def swallows_a_failure(self: Transaction, failure: Failure, *, original: Original) -> None:
-    if not self.settling:
+    if self._settlement is None:
         original(self, failure)
 
 
@@ -120,30 +117,30 @@ def believes_what_answers_nothing(self: Connection, data: bytes, *, original: Or
             self._answer(reply)
 
 
-def ends_as_accepted(self: Transaction, outcome: Outcome, said: object, *, original: Original) -> None:
+def ends_as_accepted(self: Settlement, outcome: Outcome, said: object, *, original: Original) -> None:
     original(self, Outcome.ACCEPTED if outcome is Outcome.IN_DOUBT else outcome, said)
 
 
 MUTANTS: dict[str, tuple[type, str, Original, list[Event], str]] = {
     "answers before it records": (
-        Transaction,
+        Settlement,
         "_record",
         answers_before_it_records,
         ENDED,
         "no row is durable",
     ),
-    "records what was refused": (Transaction, "_tell", records_what_was_refused, ENDED, "a row after"),
-    "records twice": (Transaction, "_record", records_twice, ENDED, "two rows"),
-    "tells again": (Transaction, "_tell", tells_again, ENDED, "to nobody"),
-    "counts an overdue verdict": (Transaction, "check", counts_an_overdue_verdict, ENDED, "concluded"),
+    "records what was refused": (Settlement, "_tell", records_what_was_refused, ENDED, "a row after"),
+    "records twice": (Settlement, "_record", records_twice, ENDED, "two rows"),
+    "tells again": (Settlement, "_tell", tells_again, ENDED, "to nobody"),
+    "counts an overdue verdict": (Settlement, "check", counts_an_overdue_verdict, ENDED, "concluded"),
     "never tells that it is overdue": (
-        Transaction,
+        Settlement,
         "check",
         never_tells_that_it_is_overdue,
         ENDED,
         "overdue",
     ),
-    "does not give up": (Transaction, "give_up", does_not_give_up, ENDED, "still not concluded"),
+    "does not give up": (Settlement, "give_up", does_not_give_up, ENDED, "still not concluded"),
     "swallows a failure": (Transaction, "connection_failed", swallows_a_failure, ENDED, "never concluded"),
     "gives back what is unfinished": (
         Transaction,
@@ -182,7 +179,7 @@ MUTANTS: dict[str, tuple[type, str, Original, list[Event], str]] = {
         OPEN,
         "trusted although",
     ),
-    "ends as accepted": (Transaction, "_conclude", ends_as_accepted, ENDED, "accepted"),
+    "ends as accepted": (Settlement, "_end", ends_as_accepted, ENDED, "accepted"),
 }
 
 

@@ -34,8 +34,7 @@ def records_before_the_verdict() -> None:
     def wrapped(transaction: Transaction, answer: Callable[[Reply], None]) -> None:
         finish(transaction, answer)
         account = transaction._account
-        if transaction.settling and account.found is not None:
-            transaction._take_stock()
+        if transaction._settlement is not None and account.found is not None:
             entry = account.record(account.found, Reply.own(250, "0.0", "surely"), doubted=False)
             transaction._services.recorder.record(entry)
 

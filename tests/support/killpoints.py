@@ -24,7 +24,7 @@ from relay.cli import main
 from relay.records import spool
 from relay.records.sqlite import store
 from relay.reply import Reply
-from relay.transaction import Transaction
+from relay.settlement import Settlement
 from relay.upstream.connection import Connection
 
 __all__ = ["POINTS", "VARIABLE"]
@@ -123,16 +123,16 @@ def _verdict(passed: Passed) -> None:
 
 def _reply(passed: Passed, *, behind: bool) -> None:
     """The client's reply to the end of data, be it the verdict or the relay's own word."""
-    tell = Transaction._tell
+    tell = Settlement._tell
 
-    def wrapped(transaction: Transaction, reply: Reply) -> None:
+    def wrapped(settlement: Settlement, reply: Reply) -> None:
         if not behind:
             passed()
-        tell(transaction, reply)
+        tell(settlement, reply)
         if behind:
             _soon(passed)
 
-    Transaction._tell = wrapped  # type: ignore[method-assign]
+    Settlement._tell = wrapped  # type: ignore[method-assign]
 
 
 # The store

@@ -21,14 +21,16 @@ from typing import Any
 
 from relay import maillog
 from relay.account import Sender
+from relay.answers import MAX_RECEIVED
 from relay.classify import Classifier
 from relay.metrics import NO_UPSTREAM, Metrics
 from relay.outcome import Outcome
 from relay.records.model import Entry, Record
 from relay.reply import Reply, ReplyParser
+from relay.services import Services
 from relay.session.replies import Replies
 from relay.settings import UpstreamSettings
-from relay.transaction import MAX_RECEIVED, Services, Transaction
+from relay.transaction import Transaction
 from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import UNREACHABLE, Dialed, DialError
@@ -511,7 +513,11 @@ class Stage:
         transaction = self.transaction
         if self.replies.owed and not transaction.chunk_may_follow:
             return False
-        if transaction.data_tried or transaction.nobody_accepted or not transaction.envelope.recipients:
+        if (
+            transaction.data_tried
+            or transaction.course.nobody_accepted
+            or not transaction.envelope.recipients
+        ):
             return False
         return sum(each.startswith("chunk") for each in self.commands) < 2
 
@@ -520,7 +526,7 @@ class Stage:
         transaction = self.transaction
         if not self.replies.owed or transaction.chunking or "DATA" in self.commands:
             return False
-        return not transaction.nobody_accepted and transaction.takes_ahead(CHUNK)
+        return not transaction.course.nobody_accepted and transaction.takes_ahead(CHUNK)
 
     def _upstream_events(self) -> list[Event]:
         found: list[str] = []
@@ -542,7 +548,7 @@ class Stage:
             found += [("store", "commits"), ("store", "breaks")]
         if self.time_matters:
             found.append(("time", "passes"))
-        if self.transaction.settling and not self.gave_up:
+        if self.services.settling and not self.gave_up:
             found.append(("relay", "gives up"))
         return found
 
@@ -550,9 +556,8 @@ class Stage:
     def time_matters(self) -> bool:
         """Whether anything waits that has an end."""
         line = self.line
-        return bool(self.dialer.pending or (line is not None and (line.asked or line.paused))) or (
-            self.transaction.settling
-        )
+        waits = line is not None and (line.asked or line.paused)
+        return bool(self.dialer.pending or waits or self.services.settling)
 
     @property
     def line(self) -> Line | None:
@@ -612,14 +617,14 @@ class Stage:
 
     def _gives_up(self) -> None:
         self.gave_up = True
-        for transaction in tuple(self.services.settling):
-            transaction.give_up()
+        for message in tuple(self.services.settling):
+            message.give_up()
 
     def _sweep(self) -> None:
         """What the relay does once a second."""
         now = self.loop.time()
-        for transaction in tuple(self.services.settling):
-            transaction.check(now)
+        for message in tuple(self.services.settling):
+            message.check(now)
         self.pool.sweep(now)
         overdue = self.finished_at is not None and now > self.finished_at + VERDICT_S
         if overdue and self.verdict is None and not self.gone:
@@ -823,8 +828,7 @@ class Stage:
         for line in self.lines:
             assert not line.spoiled or not line.usable, f"trusted although {line.spoiled}"
         if self.transaction.concluded:
-            assert not self.transaction.settling
-            assert self.transaction not in self.services.settling
+            assert not self.services.settling
         outcomes = self.outcomes()
         assert len(outcomes) <= 1, f"concluded {outcomes}"
 
