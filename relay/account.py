@@ -64,6 +64,8 @@ class Account:
     sender: Sender
     upstream: str | None
     envelope: Envelope
+    began: float = 0.0
+    """When MAIL came, in the loop's time."""
     waited_s: float = 0.0
     """Until there was a connection to the upstream."""
     replies_s: float = 0.0

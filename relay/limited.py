@@ -222,7 +222,7 @@ class LimitedTransaction(Transaction):
             return super()._data_answered(reply)
         self.course.data_reply = reply
         if reply.code >= 400:  # the client, which has had its 354, hears it at the end
-            self._give_back()
+            self._lease.release(reset=True)
             self._break(reply, Outcome.DEFERRED if reply.transient else Outcome.REJECTED)
             return reply
         self._held = False
@@ -240,20 +240,13 @@ class LimitedTransaction(Transaction):
         if not self._held or self._data_is_up:
             super()._refuse(reply)
             return
-        self._give_back()
+        self._lease.release(reset=True)
         self._unwritten, self._unwritten_size = [], 0
         self._break(reply, Outcome.REFUSED)
 
-    def _give_back(self) -> None:
-        """Let another message have the connection."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.lessee = None
-            self._pool.release(connection, reset=True)
-
     def _drop_lease(self) -> None:
         if self._held and not self._data_is_up:
-            self._give_back()
+            self._lease.release(reset=True)
         else:
             super()._drop_lease()
 
@@ -275,7 +268,7 @@ class LimitedTransaction(Transaction):
         if answer is None:
             return
         go_on = partial(super().finish, answer)
-        if self.course.broken is not None or self._connection is None or self.body is None:
+        if self.course.broken is not None or self._lease.connection is None or self.body is None:
             go_on()
             return
 

@@ -1,11 +1,11 @@
 """One message from its end of data to its outcome.
 
-A message's way on, top to bottom: `enter` has a place kept for its row, and the message in the journal, while
-its end of data has not gone up; where that cannot be, it does not go up. From `begin` on the verdict is
-awaited. `_settle` acts on it: behind a 2yz `_record` has the row made durable, and behind that `_accepted`
-answers the client. Without a verdict the message is in doubt, and an entry says so. `_end` says the outcome.
-There is nothing by which that could be cancelled, since each step is a callback of the one before: a client
-that goes, a timer (`check`) and a shutdown (`give_up`) only change what the client hears.
+A message's way on, top to bottom: `begin` has a place kept for its row, and the message in the journal,
+before its end of data goes up; where that cannot be, it does not. `_settle` acts on the verdict: behind a 2yz
+`_record` has the row made durable, and behind that `_accepted` answers the client. Without a verdict the
+message is in doubt, and an entry says so. `_end` hands on the outcome. Each step is a callback of the one
+before, and there is nothing by which that could be cancelled: a client that goes, a timer (`check`) and a
+shutdown (`give_up`) only change what the client hears.
 
 Rules: only `_settle` has a row made, only after a 2yz. Nothing here sends anything to an upstream, so what
 went up once is never sent again. The client is told once (`_tell`).
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from relay.account import Account
     from relay.classify import Classification
     from relay.course import Course
+    from relay.lease import Lease
     from relay.services import Services
-    from relay.upstream.connection import Connection
-    from relay.upstream.pool import Pool
 
 __all__ = ["Settlement"]
 
@@ -45,16 +44,14 @@ class Settlement:
     __slots__ = (
         "_account",
         "_answer",
-        "_began",
         "_chunked",
         "_conclude",
-        "_connection",
         "_course",
         "_doubted",
         "_ended_at",
         "_found",
+        "_lease",
         "_overdue",
-        "_pool",
         "_promised",
         "_services",
         "_settled_at",
@@ -66,49 +63,49 @@ class Settlement:
         self,
         services: Services,
         account: Account,
+        lease: Lease,
         course: Course,
         *,
-        began: float,
         chunked: bool,
         answer: Callable[[Reply], None],
         conclude: Callable[[Outcome, object], None],
     ) -> None:
-        """Make ready for the verdict on a message that is whole; it `began` with MAIL, in the loop's time.
+        """Make ready for the verdict on a message that is whole.
 
         `chunked`: it goes up by BDAT. `answer` gets the reply to the end of data, `conclude` the outcome and
         the upstream's last word.
         """
         self._services = services
         self._account = account
+        self._lease = lease
         self._course = course
-        self._began = began
         self._chunked = chunked
         self._answer = answer
         self._conclude = conclude
         self._found = cast("Classification", account.found)  # there is one once the end of data has come
-        self._promised = 0  # octets that the spool keeps for the row
-        self._slot: int | None = None  # of the journal
-        self._pool: Pool
-        self._connection: Connection | None  # until it is given back
+        self._promised: int  # octets that the spool keeps for the row
+        self._slot: int | None  # of the journal
         self._ended_at: float  # the end of data went up
-        self._settled_at: float
+        self._settled_at: float  # the verdict was acted on
         self._verdict: Reply | Failure | None = None
         self._overdue = False
         self._doubted: asyncio.Future[None] | None = None  # the entry in task_in_doubt; done: it is durable
 
-    # Before the end of data goes up
+    def begin(self) -> bool:
+        """Have a place kept for the row, and the message in the journal, before its end of data goes up.
 
-    def enter(self) -> bool:
-        """Have a place kept for the row, and the message in the journal; False: there is none."""
+        False: there is none, and it must not go up. Else it has to, and `verdict_came` hears what follows.
+        """
         account, services = self._account, self._services
         line = account.line(self._found)
-        octets = account.place(line)
+        self._promised = octets = account.place(line)
         if services.recorder.promise(octets):
-            self._promised = octets
             if len(line) > ROOM:
                 line = line_of(account.doubt(self._found, ""))
             self._slot = services.journal.enter(line)
             if self._slot is not None:
+                services.settling.add(self)
+                self._ended_at = services.loop.time()
                 return True
             services.recorder.release(octets)
         services.metrics.rejected("records")
@@ -121,13 +118,6 @@ class Settlement:
 
     # The verdict
 
-    def begin(self, connection: Connection, pool: Pool) -> None:
-        """The end of data goes up now, on a connection of `pool`: `verdict_came` is told what follows."""
-        self._connection = connection
-        self._pool = pool
-        self._ended_at = self._services.loop.time()
-        self._services.settling.add(self)
-
     def verdict_came(self, verdict: Reply | Failure) -> None:
         """Settle with the first verdict, behind whatever else the same octets of the upstream hold."""
         if self._verdict is None:
@@ -139,9 +129,9 @@ class Settlement:
 
         In callbacks, each behind what it has to await: a task for it takes 4 us a message.
         """
-        self._account.upstream_s = self._services.loop.time() - self._ended_at
-        course = self._course
-        if self._chunked and (course.broken is not None or course.nobody_accepted):
+        self._settled_at = now = self._services.loop.time()
+        self._account.upstream_s = now - self._ended_at
+        if self._chunked and (self._course.broken is not None or self._course.nobody_accepted):
             self._went_nowhere(verdict)
             return
         if isinstance(verdict, Failure):
@@ -152,7 +142,7 @@ class Settlement:
         # After DATA the transaction is over, whatever the verdict (RFC 5321 4.1.1.4); after a chunk that was
         # refused that is not certain (RFC 3030 2).
         reset = self._chunked and not verdict.positive
-        self._pool.release(self._part(), reset=reset)
+        self._lease.release(reset=reset)
         if verdict.positive:
             self._record(verdict)
             return
@@ -160,7 +150,7 @@ class Settlement:
             self._leave_journal()
         self._tell(verdict.recoded(451) if verdict.code == 421 else verdict)
         # A chunk that was refused before the last one decided it; this only follows from that.
-        decisive = (course.data_reply if self._chunked else None) or verdict
+        decisive = (self._course.data_reply if self._chunked else None) or verdict
         ended = None if self._doubted is None else self._end_doubt()
         _behind(ended, partial(self._end, negative_outcome(decisive), decisive))
 
@@ -170,11 +160,12 @@ class Settlement:
         So there is neither a row nor a doubt, whatever the upstream says to its end; one that accepts it all
         the same is not trusted with another.
         """
-        connection, course = self._part(), self._course
+        lease, course = self._lease, self._course
         said = course.broken or NO_RECIPIENTS
         if isinstance(verdict, Reply):
-            connection.usable = connection.usable and not verdict.positive
-            self._pool.release(connection, reset=True)
+            if verdict.positive and lease.connection is not None:
+                lease.connection.usable = False
+            lease.release(reset=True)
             if not verdict.positive:
                 said = verdict.recoded(451) if verdict.code == 421 else verdict
         if self._doubted is None:
@@ -183,18 +174,12 @@ class Settlement:
         ended = None if self._doubted is None else self._end_doubt()
         _behind(ended, partial(self._end, course.outcome(), course.last_reply))
 
-    def _part(self) -> Connection:
-        """Have nothing more to do with the connection: it is another's from here on."""
-        connection, self._connection = self._connection, None
-        return cast("Connection", connection)
-
     # Accepted
 
     def _record(self, verdict: Reply) -> None:
         """Have the row made durable; accepted means accepted, so no failure here may say otherwise."""
         account = self._account
-        self._settled_at = now = self._services.loop.time()
-        account.total_s = now - self._began
+        account.total_s = self._settled_at - account.began
         try:
             record = account.record(self._found, verdict, doubted=self._doubted is not None)
             kept = self._services.recorder.record(record)
@@ -227,14 +212,14 @@ class Settlement:
 
     def check(self, now: float) -> None:
         """Tell the client 451 if the verdict is overdue; it is still awaited, and recorded when it comes."""
-        limit = self._pool.end_of_data_timeout
+        limit = self._lease.pool.end_of_data_timeout
         if self._overdue or now - self._ended_at <= limit or self._verdict is not None:
             return
         reason = f"no answer to the end of data within {limit:g} s"
         if self._chunked and self._course.nobody_accepted:  # there is nothing to be in doubt about
             self._tell(NO_RECIPIENTS)
             self.verdict_came(Failure(reason))
-            self._cut(reason)
+            self._lease.cut(reason)
             return
         self._overdue = True
         self._account.upstream_s = now - self._ended_at
@@ -245,12 +230,7 @@ class Settlement:
     def give_up(self) -> None:
         """Stop awaiting the verdict: the relay ends. The message is in doubt."""
         self.verdict_came(Failure("the relay stopped before the upstream answered"))
-        self._cut("the relay stops")
-
-    def _cut(self, reason: str) -> None:
-        if self._connection is not None:
-            self._connection.lessee = None
-            self._connection.abort(reason)
+        self._lease.cut("the relay stops")
 
     def _doubt(self, reason: str) -> None:
         """Have an entry made in task_in_doubt, once; nothing here may change what the client hears.
@@ -260,7 +240,7 @@ class Settlement:
         if self._doubted is not None:
             return
         account = self._account
-        account.total_s = self._services.loop.time() - self._began
+        account.total_s = self._services.loop.time() - account.began
         try:
             self._doubted = self._services.recorder.record(account.doubt(self._found, reason))
         except Exception as error:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from relay import maillog
 from relay.account import Account, Sender, negative_outcome
 from relay.answers import (
     FAULTS,
@@ -34,22 +33,21 @@ from relay.answers import (
     NO_ROUTE,
     OTHER_ROUTE,
     SILENT,
-    internal,
 )
 from relay.body import Body
 from relay.chunks import Chunks
 from relay.course import Course
 from relay.envelope import Envelope, Recipient
+from relay.lease import Lease
 from relay.outcome import Outcome
 from relay.records.identity import uuid7
 from relay.settlement import Settlement
 from relay.upstream import xforward
 from relay.upstream.connection import Connection, Failure
-from relay.upstream.pool import UnavailableError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
+    from uuid import UUID
 
     from relay.metrics import Metrics
     from relay.reply import Reply
@@ -91,19 +89,14 @@ class Transaction:
 
     __slots__ = (
         "_account",
-        "_asked",
-        "_began",
         "_client",
-        "_connection",
-        "_leasing",
+        "_lease",
         "_loop",
-        "_pool",
         "_queued",
         "_route",
         "_sent",
         "_services",
         "_settlement",
-        "_untried",
         "_unwritten",
         "_unwritten_size",
         "_upstream_since",
@@ -116,7 +109,6 @@ class Transaction:
         "on_burst",
         "on_flow",
         "over",
-        "task_id",
     )
 
     def __init__(
@@ -128,7 +120,6 @@ class Transaction:
         client: xforward.Client | None = None,
     ) -> None:
         """Begin with nothing sent; `client` is who an upstream is told about that is to be told."""
-        self.task_id = uuid7()
         self.envelope = Envelope(reverse_path)
         self.course = Course(self.envelope)
         self.body: Body | Chunks | None = None
@@ -146,20 +137,21 @@ class Transaction:
         """Whether the client has sent more behind the command that is given: `flush` follows."""
         self._services = services
         self._route = route
-        self._pool: Pool  # there is one as soon as the account has the upstream's name
-        self._untried: tuple[Pool, ...] = ()
         self._client = client
-        self._account = Account(self.task_id, sender, None, self.envelope, names=services.names)
         self._loop = services.loop
-        self._began = self._asked = self._loop.time()
-        self._connection: Connection | None = None
-        self._leasing: asyncio.Task[None] | None = None
+        self._account = Account(uuid7(), sender, None, self.envelope, self._loop.time(), names=services.names)
+        self._lease = Lease(services, self._account)
         self._queued: deque[Command] = deque()
         self._sent: deque[Command] = deque()
         self._upstream_since = 0.0  # the first of them went up, or content could not
         self._unwritten: list[bytes] = []
         self._unwritten_size = 0
         self._settlement: Settlement | None = None  # from the end of data on, which has gone up
+
+    @property
+    def task_id(self) -> UUID:
+        """By which records and log know it."""
+        return self._account.task_id
 
     # Commands, as the client gives them
 
@@ -185,11 +177,12 @@ class Transaction:
         self._give_recipient(Command("rcpt", line, answer, recipient))
 
     def _give_recipient(self, command: Command) -> None:
-        path = cast("Recipient", command.recipient).path
         if not self._route.by_recipient or self.course.broken is not None:
             self._give(command)
-        elif self._chosen:
-            if self._route.takes(self._pool, path):
+            return
+        path = cast("Recipient", command.recipient).path
+        if self._chosen:
+            if self._route.takes(self._lease.pool, path):
                 self._give(command)
             else:
                 _refuse_recipient(command, OTHER_ROUTE)
@@ -212,7 +205,7 @@ class Transaction:
         if self._account.upstream is None:  # DATA, and no recipient had a route
             command.answer(NO_RECIPIENTS)
             return
-        connection = self._connection
+        connection = self._lease.connection
         if connection is not None and not self._queued and (connection.pipelining or not self._sent):
             self._send(connection, command)
         else:
@@ -227,7 +220,7 @@ class Transaction:
     @property
     def contested(self) -> bool:
         """Whether it has a connection that is more than the client's share while others wait."""
-        return self._connection is not None and self._pool.over_share(self._account.sender.client)
+        return self._lease.connection is not None and self._lease.pool.over_share(self._account.sender.client)
 
     # The way
 
@@ -240,73 +233,44 @@ class Transaction:
         if not pools:
             self._break(NO_ROUTE, Outcome.UNAVAILABLE)
             return
-        self._pool, self._untried = pools[0], pools[1:]
-        self._account.upstream = self._pool.name
-        self._lease()
+        self._lease.choose(pools)
+        self._connect()
 
     def _fail_over(self, reason: str) -> bool:
         """Turn to the next upstream before one has answered MAIL; False: there is none left."""
-        if not self._untried:
+        if not self._lease.turn_to_next(reason):
             return False
-        before = self._pool
-        self._pool, self._untried = self._untried[0], self._untried[1:]
-        self._account.upstream = self._pool.name
-        before.metrics.failed_over()
-        if reason:
-            maillog.failover(self.task_id, before.name, self._pool.name, reason)
         if self._route.by_recipient:
             self._part_from_others()
-        self._asked = self._loop.time()
-        self._lease()
+        self._connect()
         return True
 
     def _part_from_others(self) -> None:
         """Turn away recipients that may not go where the message goes now."""
+        pool = self._lease.pool
         for command in tuple(self._queued):
-            if command.recipient is not None and not self._route.takes(self._pool, command.recipient.path):
+            if command.recipient is not None and not self._route.takes(pool, command.recipient.path):
                 self._queued.remove(command)
                 _refuse_recipient(command, OTHER_ROUTE)
 
-    # The lease
-
-    def _lease(self, *, fresh: bool = False) -> None:
-        sender = self._account.sender
-        connection = None if fresh else self._pool.take(sender.client, sender.credentials)
+    def _connect(self, *, fresh: bool = False) -> None:
+        """Have a connection to the upstream, at once or as soon as there is one."""
+        lease = self._lease
+        connection = None if fresh else lease.take()
         if connection is not None:
             self._leased(connection)
             return
-        if self._pool.avoided and self._fail_over(""):  # nothing was tried: the log has said why already
+        if lease.pool.avoided and self._fail_over(""):  # nothing was tried: the log has said why already
             return
-        self._leasing = self._loop.create_task(self._await_lease(fresh=fresh))
-        self._services.running.add(self._leasing)
-        self._leasing.add_done_callback(self._services.running.discard)
+        lease.wait(self._leased, self._not_leased, fresh=fresh)
 
-    async def _await_lease(self, *, fresh: bool) -> None:
-        sender = self._account.sender
-        pool = self._pool
-        try:
-            connection = await pool.acquire(sender.client, sender.credentials, fresh=fresh)
-        except UnavailableError as error:
-            # A library on the way may swallow the cancellation that came too late.
-            if not self.concluded and not self._fail_over(str(error)):
-                self._break(error.reply, Outcome.UNAVAILABLE)
-        except Exception as error:  # the client must hear something, and the log why
-            maillog.unforeseen("lease", self.task_id, error)
-            self._break(internal(self.task_id), Outcome.UNAVAILABLE)
-        else:
-            if self.concluded:  # as above
-                pool.release(connection, reset=False)
-            else:
-                self._leased(connection)
+    def _not_leased(self, reply: Reply, reason: str | None) -> None:
+        if reason is None or not self._fail_over(reason):
+            self._break(reply, Outcome.UNAVAILABLE)
 
     def _leased(self, connection: Connection) -> None:
-        now = self._loop.time()
-        self._account.waited_s = now - self._began
-        self._pool.metrics.waited(now - self._asked)
-        self._connection = connection
         connection.lessee = self
-        connection.transactions += 1
-        if self._client is not None and self._pool.xforward:
+        if self._client is not None and self._lease.pool.xforward:
             self._introduce(connection, self._client)
         self._pump()
 
@@ -319,8 +283,8 @@ class Transaction:
     def flush(self) -> None:
         """No more is given now: what has gathered goes up."""
         self.gathering = False
-        if self._connection is not None:
-            self._connection.flush()
+        if self._lease.connection is not None:
+            self._lease.connection.flush()
 
     def burst(self, begins: bool) -> None:
         """Several replies come at once (called by the connection)."""
@@ -328,23 +292,22 @@ class Transaction:
 
     def _pump(self) -> None:
         """Send what may be sent: everything to a pipelining upstream, else one command at a time."""
-        connection = self._connection
+        connection = self._lease.connection
         while connection is not None and self._queued and (connection.pipelining or not self._sent):
             self._send(connection, self._queued.popleft())
 
     def _send(self, connection: Connection, command: Command) -> None:
-        self._await_reply_to(command)
+        if not self._sent:
+            self._upstream_since = self._loop.time()
+        self._sent.append(command)
         line = command.line
         if command.without_auth is not None and "AUTH" not in connection.capabilities:
             # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
             line = command.without_auth
-        more = self.gathering or (connection.pipelining and bool(self._queued))
+        more = self.gathering
+        if self._queued and connection.pipelining:
+            more = True
         connection.send(line, command.verb, self._answered, more=more)
-
-    def _await_reply_to(self, command: Command) -> None:
-        if not self._sent:
-            self._upstream_since = self._loop.time()
-        self._sent.append(command)
 
     def _waited_for_upstream(self) -> None:
         """The upstream has given what it was waited for, or will not."""
@@ -385,14 +348,13 @@ class Transaction:
 
     def _upstream_closes(self, reply: Reply) -> None:
         """RFC 5321 3.8: 421 ends the upstream's session. Ours with the client goes on, so it hears 451."""
-        self._cut("upstream said 421")
+        connection = self._lease.cut("upstream said 421")
         heard = reply.recoded(451)
         settlement = self._settlement
         if settlement is None:
-            self._go_on_without(heard)
+            self._go_on_without(connection, heard)
             return
         # To what the last chunk is up behind: a chunk, or MAIL and its recipients.
-        connection, self._connection = self._connection, None
         if self.course.mail_reply is None:  # so the upstream has no transaction, whatever came behind it
             self._lost_before_mail(connection, heard)
             self._break(heard, Outcome.UNAVAILABLE)
@@ -407,13 +369,13 @@ class Transaction:
         if verb == "bdat":
             if not reply.positive and self.course.data_reply is None:
                 self.course.data_reply = reply  # later ones only follow from it (RFC 3030 2)
-        elif not reply.positive and self._connection is not None:
+        elif not reply.positive and self._lease.connection is not None:
             # Go on whatever the upstream says to XFORWARD, as Postfix does; the client has no part in it.
-            self._pool.xforward_refused(self._connection, reply)
+            self._lease.pool.xforward_refused(self._lease.connection, reply)
 
     def _mail_answered(self, reply: Reply) -> None:
         self.course.mail_reply = reply
-        self._pool.answered()
+        self._lease.pool.answered()
         if reply.positive:
             return
         self.course.mail_refused = True
@@ -438,15 +400,14 @@ class Transaction:
         # 354 although no recipient was accepted: a lone dot ends it, and nothing is sent to anybody
         # (RFC 2920 3.1). The connection is not trusted with another message.
         self.course.broken, self.course.broken_as = NO_RECIPIENTS, self.course.outcome()
-        connection, self._connection = self._connection, None
+        connection = self._lease.part()
         if connection is not None:
-            connection.lessee = None
             connection.send(b".\r\n", "end_of_data", lambda _: connection.quit())
         return NO_RECIPIENTS
 
     def _max_size(self) -> int:
         """The smaller of the relay's and the upstream's limit, in octets; 0: none."""
-        upstream = self._connection.capabilities.size if self._connection is not None else None
+        upstream = self._lease.connection.capabilities.size if self._lease.connection is not None else None
         own = self._services.max_message_size
         return min(own, upstream) if own and upstream else own or upstream or 0
 
@@ -454,23 +415,22 @@ class Transaction:
 
     def connection_failed(self, failure: Failure) -> None:
         """The upstream connection is gone (called by the connection)."""
-        settlement = self._settlement
+        connection, settlement = self._lease.part(), self._settlement
         if settlement is None:
-            self._go_on_without(LOST if failure.reply is None else failure.reply.recoded(451))
+            reply = LOST if failure.reply is None else failure.reply.recoded(451)
+            self._go_on_without(connection, reply)
             return
-        connection, self._connection = self._connection, None
         if self.course.mail_reply is None:
             self._lost_before_mail(connection, failure.reply or LOST)
         settlement.verdict_came(failure)
 
-    def _go_on_without(self, reply: Reply) -> None:
+    def _go_on_without(self, connection: Connection | None, reply: Reply) -> None:
         """The connection is no more: replace it unseen where that is safe, else answer `reply`."""
-        connection, self._connection = self._connection, None
         if self.course.mail_reply is not None or connection is None:
             self._break(reply, Outcome.UNAVAILABLE)
         elif connection.reused:  # an idle one was found dead before it had accepted MAIL
             self._take_back()
-            self._lease(fresh=True)
+            self._connect(fresh=True)
         else:
             self._lost_before_mail(connection, reply)
             self._take_back()
@@ -480,7 +440,7 @@ class Transaction:
     def _lost_before_mail(self, connection: Connection | None, reply: Reply) -> None:
         """Have the pool count it, unless it may only have been idle for too long."""
         if connection is not None and not connection.reused:
-            self._pool.lost(f"connection lost before MAIL was answered: {reply}")
+            self._lease.pool.lost(f"connection lost before MAIL was answered: {reply}")
 
     def _take_back(self) -> None:
         """Make ready to begin again on another connection."""
@@ -508,11 +468,6 @@ class Transaction:
         for command in waiting:
             command.answer(reply)
         self.on_flow(False)
-
-    def _cut(self, reason: str) -> None:
-        if self._connection is not None:
-            self._connection.lessee = None
-            self._connection.abort(reason)
 
     # Content
 
@@ -551,8 +506,8 @@ class Transaction:
     def _write_content(self, *end: bytes) -> None:
         """Write what has gathered, and `end` with it, in one piece."""
         gathered, self._unwritten, self._unwritten_size = self._unwritten, [], 0
-        if self._connection is not None:
-            self._connection.write(*gathered, *end)
+        if self._lease.connection is not None:
+            self._lease.connection.write(*gathered, *end)
 
     def _classify(self, header: bytes) -> None:
         self._account.found = self._services.classifier.classify(header, self.envelope.reverse_path)
@@ -562,8 +517,7 @@ class Transaction:
 
     def _refuse(self, reply: Reply) -> None:
         """Give the message up by the relay's own rule: content is cut off, the client hears at the end."""
-        self._cut("content refused")
-        self._connection = None
+        self._lease.cut("content refused")
         self._unwritten, self._unwritten_size = [], 0
         self._break(reply, Outcome.REFUSED)
 
@@ -594,7 +548,7 @@ class Transaction:
     @property
     def chunk_may_follow(self) -> bool:
         """Whether a chunk may go up before the replies to what is up have come."""
-        connection = self._connection
+        connection = self._lease.connection
         return self.chunking and (connection is None or connection.pipelining)
 
     def takes_ahead(self, octets: bytes) -> bool:
@@ -603,14 +557,14 @@ class Transaction:
         Only where nothing but the upstream's replies is still to come: those commands are up, and the relay
         has nothing to say against the message, since that would answer them, too.
         """
-        connection = self._connection
+        connection = self._lease.connection
         if connection is None or self._queued or self.course.mail_refused or self._route.by_recipient:
             return False
         if not connection.pipelining or "CHUNKING" not in connection.capabilities:
             return False
         if self.course.data_reply is not None or not 0 < len(self.envelope.recipients) <= MAX_AHEAD:
             return False
-        if connection.reused and self._began - connection.idle_since > PROVEN:
+        if connection.reused and self._account.began - connection.idle_since > PROVEN:
             return False
         chunk = Chunks(max_size=self._max_size(), binary=self.binary)
         chunk.begin(len(octets), last=True)
@@ -625,7 +579,7 @@ class Transaction:
         """
         if self.body is None:
             self.body = Chunks(max_size=self._max_size(), binary=self.binary)
-            if self._connection is not None and "CHUNKING" not in self._connection.capabilities:
+            if self._lease.connection is not None and "CHUNKING" not in self._lease.connection.capabilities:
                 self._drop_lease()
                 self._break(NO_CHUNKING, Outcome.UNAVAILABLE)
         chunks = cast("Chunks", self.body)
@@ -644,13 +598,15 @@ class Transaction:
 
     def end_chunk(self, answer: Callable[[Reply], None]) -> None:
         """The chunk, not the last one, has come to its end: `answer` gets the reply to it."""
-        connection = self._connection
+        connection = self._lease.connection
         if self.course.broken is not None or connection is None:
             self._unwritten, self._unwritten_size = [], 0
             answer(self.course.broken or LOST)
             return
         # Only now: a reply that comes before the chunk is up answers nothing.
-        self._await_reply_to(Command("bdat", b"", answer))
+        if not self._sent:
+            self._upstream_since = self._loop.time()
+        self._sent.append(Command("bdat", b"", answer))
         connection.expect("bdat", self._answered)
         self._write_content()
 
@@ -661,32 +617,31 @@ class Transaction:
 
         The last octet of the last chunk is the end of data as well.
         """
+        self._take_stock()
         if self._sent:
             self._account.unknown = sum(each.recipient is not None for each in self._sent)
             answer = partial(self._answer_behind, answer)
-        connection, course = self._connection, self.course
+        connection, course = self._lease.connection, self.course
         if course.broken is not None or connection is None:
             self._end_unsent(answer)
             return
-        self._take_stock()
-        chunked = self.chunking
+        chunked = isinstance(self.body, Chunks)
         settlement = Settlement(
             self._services,
             self._account,
+            self._lease,
             course,
-            began=self._began,
             chunked=chunked,
             answer=answer,
             conclude=self._conclude,
         )
-        if not settlement.enter():
+        if not settlement.begin():
             self._refuse(NO_PLACE)
             self._end_unsent(answer)
             return
         if self._sent:
             self._waited_for_upstream()
         self._settlement = settlement
-        settlement.begin(connection, self._pool)
         connection.expect("end_of_data", settlement.verdict_came)
         if chunked:
             self._write_content()
@@ -716,7 +671,7 @@ class Transaction:
 
     def silent(self) -> None:
         """The client has been silent for too long in the middle: give the connection to those who move."""
-        if self._connection is not None and self._settlement is None:
+        if self._lease.connection is not None:
             self._drop_lease()
             self._break(SILENT, Outcome.ABORTED)
 
@@ -725,25 +680,23 @@ class Transaction:
         if self.concluded or self._settlement is not None:
             return
         self._drop_lease()
+        self._take_stock()
         self._conclude(self.course.outcome(chosen=self._chosen), self.course.last_reply)
 
     def _drop_lease(self) -> None:
         """Give the connection back, or cut it where something is unfinished on it."""
-        if self._leasing is not None:
-            self._leasing.cancel()
-            self._leasing = None
-        connection, self._connection = self._connection, None
-        if connection is None:
+        lease = self._lease
+        lease.end_wait()
+        if lease.connection is None:
             return
-        connection.lessee = None
         # Between two chunks RSET is allowed, and clears those that are up (RFC 3030 2).
         in_content = self.body.left > 0 if isinstance(self.body, Chunks) else self.body is not None
         if in_content or self._sent:
-            connection.abort("transaction unfinished")
+            lease.cut("transaction unfinished")
         else:
             # A refused MAIL opened nothing, but what XFORWARD said would stay in force for the next client.
-            introduced = self._client is not None and self._pool.xforward
-            self._pool.release(connection, reset=not self.course.mail_refused or introduced)
+            introduced = self._client is not None and lease.pool.xforward
+            lease.release(reset=not self.course.mail_refused or introduced)
 
     # The one place where the outcome is said
 
@@ -751,14 +704,14 @@ class Transaction:
         if self.concluded:
             return
         self.concluded = True
-        self._connection = self._settlement = None
-        self._take_stock()
+        self._settlement = None
+        self._account.total_s = self._loop.time() - self._account.began
         self._account.close(self._services.metrics, outcome, None if said is None else str(said))
 
     def _take_stock(self) -> None:
         """Bring the account up to date."""
         account = self._account
-        account.total_s = self._loop.time() - self._began
+        account.total_s = self._loop.time() - account.began
         if self.body is not None:
             account.received, account.size = self.body.received, self.body.size
 

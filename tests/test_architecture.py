@@ -23,6 +23,7 @@ LAYERS = [
     {"limited"},
     {"transaction", "auth", "asking"},
     {"settlement"},
+    {"lease"},
     {"course", "services"},
     {"limits"},
     {"upstream", "records", "account", "history"},

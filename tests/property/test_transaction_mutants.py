@@ -58,7 +58,7 @@ def tells_again(self: Settlement, reply: Reply, *, original: Original) -> None:
 
 def counts_an_overdue_verdict(self: Settlement, now: float, *, original: Original) -> None:
     original(self, now)
-    if now > self._ended_at + self._pool.end_of_data_timeout:
+    if now > self._ended_at + self._lease.pool.end_of_data_timeout:
         self._account.close(self._services.metrics, Outcome.IN_DOUBT, "overdue")
 
 
@@ -76,11 +76,10 @@ def swallows_a_failure(self: Transaction, failure: Failure, *, original: Origina
 
 
 def gives_back_what_is_unfinished(self: Transaction, *, original: Original) -> None:
-    connection, self._connection = self._connection, None
-    if connection is None:
+    if self._lease.connection is None:
         original(self)
     else:
-        self._pool.release(connection, reset=False)
+        self._lease.release(reset=False)
 
 
 def closes_what_is_unfinished(self: Connection, reason: str, *, original: Original) -> None:
@@ -94,13 +93,14 @@ def goes_on_with_refused_content(self: Transaction, reply: Reply, *, original: O
         self._classify(b"")
 
 
-def begins_anew_after_mail(self: Transaction, reply: Reply, *, original: Original) -> None:
-    if self._connection is not None and self._sent:
-        self._connection = None
+def begins_anew_after_mail(
+    self: Transaction, connection: Connection | None, reply: Reply, *, original: Original
+) -> None:
+    if connection is not None and self._sent:
         self._take_back()
-        self._lease(fresh=True)
+        self._connect(fresh=True)
     else:
-        original(self, reply)
+        original(self, connection, reply)
 
 
 def passes_421_on(self: Reply, code: int, *, original: Original) -> Reply:

@@ -20,7 +20,7 @@ __all__ = ["snapshot"]
 
 _PASSIVE = ("relay.metrics", "relay.settings", "relay.classify", "relay.maillog")
 _DURATION = 900.0  # the clock begins beyond it, so less than this is no time
-_MEASUREMENTS = frozenset(("waited_s", "upstream_s", "commit_s", "total_s", "opened_at", "_began", "_key"))
+_MEASUREMENTS = frozenset(("waited_s", "upstream_s", "commit_s", "total_s", "opened_at", "began", "_key"))
 
 
 def snapshot(loop: asyncio.AbstractEventLoop, roots: Iterable[object]) -> object:
