@@ -119,7 +119,7 @@ class Classifier:
     def _fields(self, header: bytes) -> tuple[dict[bytes, list[bytes]], int]:
         """Return the values of the wanted fields by lower-case name, and the number of Received fields."""
         section = b"\r\n" + header
-        if b"\r\n." in section:  # RFC 5321 4.5.2: the receiver deletes the dot
+        if section.find(b"\r\n.") >= 0:  # RFC 5321 4.5.2: the receiver deletes the dot
             section = section.replace(b"\r\n.", b"\r\n")
         fields: dict[bytes, list[bytes]] = {}
         received = 0

@@ -31,7 +31,7 @@ def clean(content: bytes) -> bool:
     Every CR is taken out, and one put back before every LF: what is the same then had them so. A detour that
     takes a fifth of the time of counting pairs, since single octets are sought at memory's speed.
     """
-    return content.replace(b"\r", b"").replace(b"\n", b"\r\n") == content and b"\0" not in content
+    return content.replace(b"\r", b"").replace(b"\n", b"\r\n") == content and content.find(b"\0") < 0
 
 
 class Header:

@@ -175,7 +175,7 @@ def transaction(outcome: Outcome, facts: Facts) -> None:
     """The one line of a message, made of its facts."""
     _bound(facts)
     level, write = current.direct[outcome]
-    if write is not None and (line := message_line(level, facts)) is not None:
+    if write is not None and (line := message_line(level, outcome, facts)) is not None:
         write(line)
     else:
         getattr(current.log, level)("message", fields=facts)

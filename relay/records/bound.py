@@ -29,6 +29,6 @@ def lines_bound(line: bytes) -> int:
     `line` is the message as the journal has it, whole: all the values that come from clients, upstreams or
     the configuration, but for the verdict.
     """
-    special = 0 if line.isascii() and b"\x7f" not in line else len(line.translate(None, _PRINTABLE))
+    special = 0 if line.isascii() and line.find(b"\x7f") < 0 else len(line.translate(None, _PRINTABLE))
     # Printable ASCII, tabs and line ends: what is not plain in a reply takes two octets.
     return 2 * (len(line) + (_LONGEST - 1) * special + _FIXED) + 2 * MAX_VERDICT

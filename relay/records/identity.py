@@ -58,10 +58,11 @@ def _made(number: int) -> UUID:
     """Return `UUID(int=number)` in half its time: its checks are for other forms, and for users."""
     identity = _new(UUID)
     _set(identity, "int", number)
-    _set(identity, "is_safe", SafeUUID.unknown)
+    _set(identity, "is_safe", _UNKNOWN)
     return identity
 
 
+_UNKNOWN = SafeUUID.unknown  # a look-up that costs as much as all the rest
 _new = object.__new__
 _set = object.__setattr__  # that of UUID refuses: it is immutable
 

@@ -36,7 +36,7 @@ class Replies:
         """Keep the place of a reply that is not known yet; call the result with it."""
         owed = _Owed(self)
         self.owed.append(owed)
-        return owed
+        return owed.give
 
     def burst(self, begins: bool) -> None:
         """Several become known one after the other: hold them while they do, then write them in one piece."""
@@ -65,7 +65,7 @@ class _Owed:
         self._replies = replies
         self.reply: Reply | None = None
 
-    def __call__(self, reply: Reply) -> None:
+    def give(self, reply: Reply) -> None:
         if self.reply is not None:
             return
         self.reply = reply
