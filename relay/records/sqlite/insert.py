@@ -30,7 +30,8 @@ _COLUMNS = (
     *("expires_at", "upstream", "said", "message_id", "size", "duration_ms", "recipients", "domain", "data"),
 )
 _NOTHING = (0,) * len(_COLUMNS)
-"""A row that no trigger takes. Not NULL: the sqlite3 module looks for an adapter of each None."""
+"""A row that no trigger takes. Not NULL: the sqlite3 module looks for an adapter of each None, which costs as
+much as ten texts. So an id that is not there is an empty text, too."""
 _SEND, _SEND_TO_ONE, _DOUBT, _END = 1, 2, 3, 4
 
 
@@ -105,7 +106,7 @@ def _send_row(record: Record, retention: Retention, relay: str) -> tuple[object,
     return (
         _SEND_TO_ONE if alone else _SEND,
         _uuid_text(record.task_id),
-        record.client_task_id,
+        record.client_task_id or "",
         record.task_type,
         record.sender,
         domain_of(record.sender),
@@ -114,7 +115,7 @@ def _send_row(record: Record, retention: Retention, relay: str) -> tuple[object,
         None if expires_at is None else utc_text(expires_at),
         record.upstream,
         record.upstream_reply,
-        record.message_id,
+        record.message_id or "",
         record.size,
         record.duration_ms,
         recipients[0] if alone else _with_domains(recipients),
@@ -127,8 +128,8 @@ def _doubt_row(doubt: Doubt, retention: Retention, relay: str) -> tuple[object, 
     expires_at = retention.expires_at(doubt.task_type, doubt.since)
     return (
         _DOUBT,
-        str(doubt.task_id),
-        doubt.client_task_id,
+        _uuid_text(doubt.task_id),
+        doubt.client_task_id or "",
         doubt.task_type,
         doubt.sender,
         domain_of(doubt.sender),
@@ -137,7 +138,7 @@ def _doubt_row(doubt: Doubt, retention: Retention, relay: str) -> tuple[object, 
         None if expires_at is None else utc_text(expires_at),
         doubt.upstream,
         doubt.reason,
-        doubt.message_id,
+        doubt.message_id or "",
         doubt.size,
         doubt.duration_ms,
         orjson.dumps(doubt.recipients).decode(),
@@ -171,9 +172,9 @@ _KEEP = """
         upstream, upstream_reply, message_id, size, duration_ms, data
     )
     VALUES (
-        NEW.task_id, NEW.client_task_id, NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
-        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, NEW.message_id, NEW.size, NEW.duration_ms,
-        NEW.data
+        NEW.task_id, nullif(NEW.client_task_id, ''), NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
+        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, nullif(NEW.message_id, ''),
+        NEW.size, NEW.duration_ms, NEW.data
     )
     ON CONFLICT (task_id) DO NOTHING;
     INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
@@ -195,9 +196,9 @@ _KEEP_DOUBT = """
         upstream, reason, message_id, size, duration_ms, recipients, data
     )
     SELECT
-        NEW.task_id, NEW.client_task_id, NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
-        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, NEW.message_id, NEW.size, NEW.duration_ms,
-        NEW.recipients, NEW.data
+        NEW.task_id, nullif(NEW.client_task_id, ''), NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
+        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, nullif(NEW.message_id, ''),
+        NEW.size, NEW.duration_ms, NEW.recipients, NEW.data
     WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_id = NEW.task_id)
     ON CONFLICT (task_id) DO NOTHING;
 """
