@@ -21,11 +21,6 @@ class Recipient:
     """Whether the reply is a refusal of the relay's own policy."""
 
     @property
-    def accepted(self) -> bool:
-        """Whether the upstream took this recipient."""
-        return self.reply is not None and self.reply.positive
-
-    @property
     def negative(self) -> bool:
         """Whether this recipient got a negative reply."""
         return self.reply is not None and not self.reply.positive
