@@ -183,8 +183,8 @@ def _fields_named(keys: set[bytes]) -> re.Pattern[bytes]:
     first = b"".join(sorted({re.escape(letter) for key in keys for letter in (key[:1], key[:1].upper())}))
     names = b"|".join(map(re.escape, sorted(keys)))
     # RFC 5322 4.5: the obsolete form has white space before the colon. 2.2.3: a line that begins with white
-    # space goes on with the value. Nothing is tried twice, however long a value is.
-    value = rb"[^\r]*+(?:\r(?!\n(?![ \t]))[^\r]*+)*+"
+    # space goes on with the value. Nothing is tried twice, however long a value is: it ends the pattern.
+    value = rb"[^\r]*+(?:\r(?!\n(?![ \t]))[^\r]*+)*"
     return re.compile(rb"\r\n(?=[%b])(?i:(%b))[ \t]*:(%b)" % (first, names, value))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_each_library_has_one_door(path: Path) -> None:
 def test_no_module_is_a_drawer_for_everything() -> None:
     names = {path.stem for path in FILES}
     assert not names & {"utils", "util", "helpers", "common", "misc", "base"}
+
+
+def test_no_group_of_a_pattern_is_possessive() -> None:
+    """CPython before 3.11.5, Debian 12's among them, matches those wrongly (gh-100061, gh-106052)."""
+    group = re.compile(r"\)(?:[*+?]|\{[0-9,]+\})\+")
+    assert group.search(r"(?:\r(?!\n))*+")
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                text = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
+                assert not group.search(text), f"{name_of(path)}: {text}"

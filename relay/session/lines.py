@@ -17,7 +17,7 @@ MAX_AUTH_LINE = 12288
 """Octets of AUTH and of the lines of its exchange, CRLF included (RFC 4954 section 4)."""
 
 
-USUAL = re.compile(rb"([A-Za-z]{4}+)(?: ([ -~]{0,505}+))?+\r\n")
+USUAL = re.compile(rb"([A-Za-z]{4}+)(?: ([ -~]{0,505}+))?\r\n")
 """A line such as nearly all are, its verb and its argument: four letters, printable ASCII, no longer than any
 may be (RFC 5321 4.5.3.1.4). Nothing of what makes a line wrong in itself is left to look at.
 """
