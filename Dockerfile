@@ -1,8 +1,8 @@
-# The base is named once; any that has Python 3.11 or newer as python3 will do.
+# The base: any that has Python 3.11 or newer as python3 will do. What builds has the same, and a C compiler.
 FROM python:3.12-slim AS base
 
-# Everything that is installed was locked with its hash (make lock) and comes as a wheel: nothing is compiled.
-FROM base AS build
+# Every library was locked with its hash (make lock) and comes as a wheel; the message path alone is compiled.
+FROM python:3.12 AS build
 WORKDIR /src
 RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/relay
 COPY requirements.lock requirements-build.lock ./
@@ -10,9 +10,9 @@ RUN /opt/build/bin/pip --disable-pip-version-check install --no-cache-dir --requ
         -r requirements-build.lock \
     && /opt/build/bin/pip --disable-pip-version-check --python /opt/relay/bin/python3 \
         install --no-cache-dir --require-hashes --only-binary :all: -r requirements.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY relay relay
-RUN /opt/build/bin/pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist . \
+RUN RELAY_COMPILE=always /opt/build/bin/pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist . \
     && /opt/build/bin/pip --disable-pip-version-check --python /opt/relay/bin/python3 \
         install --no-cache-dir --no-index --no-deps dist/*.whl
 # What libraries bring for their own tests, for compilers, and for colouring source in a hundred languages.

@@ -4,6 +4,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 
+SOURCES := $(shell find relay -name '*.py') hatch_build.py pyproject.toml
+INSTALLED := build/installed
+
 .PHONY: run test lint format sure bench bench-quick bench-peers bench-instructions docs pages lock lowest clean
 
 run: $(VENV)/run ## set up and start the relay with its built-in upstream
@@ -21,13 +24,13 @@ format: $(VENV)/dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/dev ## all cases, beside a direct send, a naive relay and the peers installed; most of an hour; writes docs/benchmarks.md
+bench: $(VENV)/dev $(INSTALLED) ## all cases, beside a direct send, a naive relay and the peers installed; most of an hour; writes docs/benchmarks.md
 	@$(BIN)/python -m bench.run --write
 
-bench-quick: $(VENV)/dev ## under two minutes, without peers
+bench-quick: $(VENV)/dev $(INSTALLED) ## under two minutes, without peers
 	@$(BIN)/python -m bench.run --quick
 
-bench-instructions: $(VENV)/dev ## instructions a message, beside those that are stored (valgrind)
+bench-instructions: $(VENV)/dev $(INSTALLED) ## instructions a message, beside those that are stored (valgrind)
 	@$(BIN)/python -m bench.instructions
 
 bench-peers: ## install the peers of the benchmark into .peers (Debian, as root)
@@ -45,7 +48,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 
 lock: $(VENV)/dev ## requirements.lock and requirements-build.lock, after any change of dependencies
 	$(LOCK) pyproject.toml --extra postgres --output-file requirements.lock
-	printf '%s\n' hatchling | $(LOCK) - --output-file requirements-build.lock
+	printf '%s\n' hatchling mypy setuptools | $(LOCK) - --output-file requirements-build.lock
 
 lowest: $(VENV)/dev ## the tests that matter for it, with the lowest versions that pyproject.toml allows
 	@$(BIN)/pytest -q tests/interop/test_install.py -k lowest
@@ -66,6 +69,11 @@ $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	@echo "setting up $(VENV) for development ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@ $(VENV)/run
+
+$(INSTALLED): $(SOURCES) | $(VENV)/dev
+	@echo "compiling the relay into $@ ..."
+	@rm -rf $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $@ .
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build site

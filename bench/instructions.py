@@ -27,9 +27,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import installed
 from bench.cases import Case
 from bench.ends import Sink, await_count, await_greeting, free_port, send, sink, tool
-from bench.processes import ROOT, running
+from bench.processes import running
 from bench.targets import configuration
 
 REFERENCE = Path(__file__).with_suffix(".json")
@@ -189,9 +190,9 @@ def _counter(directory: Path) -> Iterator[_Counter]:
         config.write_text(configuration(directory, port, http_port, taking.port), "utf-8")
         valgrind = [tool("valgrind") or "valgrind", "--tool=callgrind", "--instr-atstart=no"]
         valgrind.append(f"--callgrind-out-file={directory}/callgrind")
-        command = [*valgrind, sys.executable, "-m", "relay", "serve", "--config", str(config)]
+        command = [*valgrind, *installed.command(config)]
         log = directory / "relay.log"
-        with running(command, log, environment={"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}) as relay:
+        with running(command, log, environment={"PYTHONHASHSEED": "0"} | installed.environment()) as relay:
             await_greeting(port, relay.process, log, seconds=300)
             counter = _Counter(directory, port, relay.process.pid, taking)
             counter.control("-i", "on")

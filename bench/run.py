@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import report
+from bench import installed, report
 from bench.cases import CASES, FAMILIES, QUICK
 from bench.ends import tool
 from bench.errors import RunError
@@ -171,6 +171,7 @@ def _about(directory: Path, *, postfix: bool) -> str:
     )
     return (
         f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"relay {'compiled' if installed.compiled() else 'not compiled'}, "
         f"SQLite {sqlite3.sqlite_version}, fsync {_fsync_ms(directory):.2f} ms, "
         f"load {os.getloadavg()[0]:.1f} at the start; all on this machine, over loopback. Ends: {ends}."
     )

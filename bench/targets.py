@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import installed
 from bench.cases import Case
 from bench.ends import OwnSink, Sink, await_greeting, free_port
 from bench.errors import RunError
@@ -77,13 +78,15 @@ def started(target: Target, case: Case, sink: Sink, directory: Path) -> Iterator
         yield sink.port, None
         return
     port = free_port()
-    if target.name == "relay":
+    environment = {}
+    if target.name in RELAYS:
         command = _relay(case, sink, directory, port)
+        environment = RELAYS[target.name]()
     else:
         assert target.command is not None
         command = target.command(directory, port, sink.port)
     log = directory / f"{target.name}.log"
-    with running(command, log) as process:
+    with running(command, log, environment=environment) as process:
         await_greeting(port, process.process, log)
         yield port, process
 
@@ -115,7 +118,7 @@ def _relay(case: Case, sink: Sink, directory: Path, port: int) -> list[str]:
     config = directory / "relay.toml"
     text = configuration(directory, port, free_port(), sink.port, connections=connections, ca=ca)
     config.write_text(text, "utf-8")
-    return [sys.executable, "-m", "relay", "serve", "--config", str(config)]
+    return installed.command(config)
 
 
 def _naive(directory: Path, port: int, sink_port: int) -> list[str]:
@@ -134,6 +137,7 @@ def rows(directory: Path) -> int:
 
 
 RECORDED = "250 after the upstream's and the commit of its row; metrics, log line"
+RELAYS = {"relay": installed.environment, "relay-python": installed.sources}
 SYNC = "250 after the upstream's; no record"
 QUEUE = "250 after its own fsync, sends later; log"
 TARGETS = {
@@ -141,6 +145,7 @@ TARGETS = {
     for target in (
         Target("direct", "no relay: the client talks to the sink"),
         Target("relay", RECORDED, counts_rows=True),
+        Target("relay-python", "the same from its sources, where there is no compiler", counts_rows=True),
         Target("naive", "250 after the upstream's and a commit of its own", _naive, counts_rows=True),
         Target("nginx-stream", "a TCP proxy that knows no SMTP; no record", debian.nginx_stream,
                debian.no_nginx_stream, debian.nginx_version),

@@ -13,7 +13,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from relay import __version__, maillog, parts, systemd
+from relay import __version__, maillog, parts, systemd, transaction
 from relay.auth.guard import Guard
 from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
@@ -99,6 +99,7 @@ class Relay:
             [f"{upstream.name} {upstream.address}" for upstream in self.settings.upstreams],
             self.settings.records.shown_url,
             f"{self.settings.http.host}:{self.web.port}",
+            compiled=not str(transaction.__file__).endswith(".py"),
         )
         self.supervisor.ready(self.status)
 

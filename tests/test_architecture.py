@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,26 @@ def test_no_group_of_a_pattern_is_possessive() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
                 text = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
                 assert not group.search(text), f"{name_of(path)}: {text}"
+
+
+def test_nothing_that_is_compiled_inherits_from_a_library() -> None:
+    """Libraries are not there when it is compiled: the layout of such a class would be a guess."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    modules = wheel["hooks"]["custom"]["modules"]
+    assert "relay/transaction.py" in modules
+    for module in modules:
+        tree = ast.parse((ROOT / module).read_text())
+        foreign = {
+            (alias.asname or alias.name).partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (node.module if isinstance(node, ast.ImportFrom) else alias.name).partition(".")[0]
+            not in sys.stdlib_module_names | {"relay"}
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                bases = {
+                    name.id for base in node.bases for name in ast.walk(base) if isinstance(name, ast.Name)
+                }
+                assert not bases & foreign, f"{module}: {node.name}"

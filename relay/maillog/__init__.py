@@ -75,11 +75,23 @@ __all__ = [
 
 
 def started(
-    version: str, listeners: Sequence[str], upstreams: Sequence[str], store: str, http: str | None
+    version: str,
+    listeners: Sequence[str],
+    upstreams: Sequence[str],
+    store: str,
+    http: str | None,
+    *,
+    compiled: bool,
 ) -> None:
-    """The relay runs: its addresses, its upstreams by name and address, the store's URL."""
+    """The relay runs: its addresses, its upstreams by name and address, the store's URL; as machine code?"""
     current.log.info(
-        "started", version=version, listeners=listeners, upstreams=upstreams, store=store, http=http
+        "started",
+        version=version,
+        compiled=compiled,
+        listeners=listeners,
+        upstreams=upstreams,
+        store=store,
+        http=http,
     )
 
 

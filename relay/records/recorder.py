@@ -125,7 +125,7 @@ class Recorder:
         self._commit_seconds = 0.0  # how long the last one took
         self._carried: list[Entry] = []  # read from the spool, not yet taken by the store
         # The spool's side.
-        self._thread = ThreadPoolExecutor(1, "spool")
+        self._spooling = ThreadPoolExecutor(1, "spool")
         self._stuck: asyncio.Future[Any] | None = None  # a call that the disk has not answered in time
         self._spool_failure: str | None = None
         self._held: list[Entry] = []  # in the log only; tried again
@@ -224,9 +224,9 @@ class Recorder:
         if self._in_store is not None:
             self._in_store.cancel()
             await asyncio.wait((self._in_store,), timeout=max(0.0, end - loop.time()))
-        idle = loop.run_in_executor(self._thread, _idle)  # behind what the spool still has to do
+        idle = loop.run_in_executor(self._spooling, _idle)  # behind what the spool still has to do
         await asyncio.wait((idle,), timeout=max(0.0, end - loop.time()))
-        self._thread.shutdown(wait=False)
+        self._spooling.shutdown(wait=False)
 
     # ---- the message path
 
@@ -522,7 +522,7 @@ class Recorder:
         """Run a call of the spool in its thread; raise SpoolError also when the disk does not answer."""
         if self._stuck is not None and not self._stuck.done():
             raise SpoolError(f"spool {self._spool.directory}: the disk does not answer")
-        future = asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+        future = asyncio.get_running_loop().run_in_executor(self._spooling, call, *arguments)
         try:
             await asyncio.wait((future,), timeout=_SPOOL_TIMEOUT_S)
         except asyncio.CancelledError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from relay import maillog
 from relay.records.identity import uuid7
@@ -236,7 +236,7 @@ class Dialogue:
         if self._holding or self._eof or self._reception.draining:
             return False
         line = USUAL.fullmatch(octets)
-        act = self._VERBS.get(line[1].upper()) if line is not None else None
+        act = _VERBS.get(line[1].upper()) if line is not None else None
         if line is None or act is None:
             return False
         self._last_moved = self._loop.time()
@@ -329,7 +329,7 @@ class Dialogue:
         if self._replies.owed and self._must_wait(verb, argument):
             self._input.back()
             return False
-        act = self._VERBS.get(verb)
+        act = _VERBS.get(verb)
         if act is None:
             self._not_known(verb)
             return True
@@ -855,21 +855,27 @@ class Dialogue:
         if self._state is COMMANDS and self._transaction is None and not self._replies.owed:
             self._end(answers.DRAINING, "draining")
 
-    _VERBS: ClassVar[dict[bytes, Callable[[Dialogue, bytes], None]]] = {
-        b"EHLO": _ehlo,
-        b"HELO": _helo,
-        b"MAIL": _mail,
-        b"RCPT": _rcpt,
-        b"DATA": _data,
-        b"BDAT": _bdat,
-        b"RSET": _rset,
-        b"NOOP": _noop,
-        b"VRFY": _vrfy,
-        b"HELP": _help,
-        b"QUIT": _quit,
-        b"EXPN": _not_available,
-        b"TURN": _not_available,
-        b"ETRN": _not_available,
-        b"AUTH": _auth,
-        b"STARTTLS": _starttls,
-    }
+    @staticmethod
+    def _acts() -> dict[bytes, Callable[[Dialogue, bytes], None]]:
+        """Return what is done for each verb."""
+        return {
+            b"EHLO": Dialogue._ehlo,
+            b"HELO": Dialogue._helo,
+            b"MAIL": Dialogue._mail,
+            b"RCPT": Dialogue._rcpt,
+            b"DATA": Dialogue._data,
+            b"BDAT": Dialogue._bdat,
+            b"RSET": Dialogue._rset,
+            b"NOOP": Dialogue._noop,
+            b"VRFY": Dialogue._vrfy,
+            b"HELP": Dialogue._help,
+            b"QUIT": Dialogue._quit,
+            b"EXPN": Dialogue._not_available,
+            b"TURN": Dialogue._not_available,
+            b"ETRN": Dialogue._not_available,
+            b"AUTH": Dialogue._auth,
+            b"STARTTLS": Dialogue._starttls,
+        }
+
+
+_VERBS = Dialogue._acts()  # noqa: SLF001

@@ -7,6 +7,7 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def alone(upstream: ScriptedUpstream) -> dict[str, str]:
     }
 
 
-def port_of(started: dict[str, list[str]]) -> int:
+def port_of(started: dict[str, Any]) -> int:
     return int(started["listeners"][0].rpartition(":")[2])
 
 
@@ -82,7 +83,9 @@ async def test_a_message_goes_through_it_and_a_stop_drains(
     check = image.config["Healthcheck"]["Test"][1:]
     content = b"X-Task-Type: order\r\n\r\ntext\r\n"
     with image.container(data, environment) as container:
-        port = port_of(await asyncio.to_thread(container.event, "started"))
+        started = await asyncio.to_thread(container.event, "started")
+        assert started["compiled"] is True
+        port = port_of(started)
         status = Path(f"/proc/{container.pid}/status").read_text()
         assert "Uid:\t10001\t10001\t10001\t10001" in status
         assert "NSpid:\t" + f"{container.pid}\t1" in status

@@ -29,6 +29,8 @@ __all__ = ["NEEDED", "CannotBuildError", "Container", "Image", "base", "remove"]
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "python3,python3-venv,systemd"
 """What the base has beside the essential: systemd for the tests of the units."""
+COMPILER = "gcc,libc6-dev,python3-dev"
+"""What the base that builds has beside that."""
 _KEPT_S = 7 * 24 * 3600
 """How long a base that was made once is good for the next run."""
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -66,16 +68,16 @@ class CannotBuildError(Exception):
     """What the build needs cannot be had on this machine now; the text says what."""
 
 
-def base(directory: Path) -> Path:
+def base(directory: Path, packages: str = PACKAGES) -> Path:
     """Return a tar archive of Debian with Python, the release that runs here; made anew once a week."""
     release = _release()
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smtp-relay-record"
-    archive = kept / f"base-{release}-{PACKAGES}.tar"
+    archive = kept / f"base-{release}-{packages}.tar"
     if archive.exists() and time.time() - archive.stat().st_mtime < _KEPT_S:
         return archive
-    root = directory / "base"
+    root = directory / f"base-{packages}"
     bootstrap = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
-    _get([*bootstrap, f"--include={PACKAGES}", release, str(root), _mirror(release)], 400)
+    _get([*bootstrap, f"--include={packages}", release, str(root), _mirror(release)], 400)
     for leftover in (*root.glob("var/cache/apt/archives/*.deb"), *root.glob("var/lib/apt/lists/*_*")):
         leftover.unlink()
     kept.mkdir(parents=True, exist_ok=True)
@@ -136,18 +138,20 @@ class Image:
             *("buildah", "--root", str(directory / "storage"), "--runroot", str(directory / "run")),
             *("--storage-driver", "vfs" if layered else "overlay"),  # overlay on overlay cannot be mounted
         ]
-        self.named = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[0]
-        self._tag_base(base(directory))
+        named = re.findall(r"^FROM (python:\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        self.named, building = named
+        self._tag_base(self.named, base(directory))
+        self._tag_base(building, base(directory, f"{PACKAGES},{COMPILER}"))
         self._build(directory)
         self.base_root = self._root(f"docker.io/library/{self.named}")
         self.root = self._root("relay-test")
         inspected = json.loads(self._buildah("inspect", "--type", "image", "relay-test"))
         self.config: dict[str, Any] = inspected["Docker"]["config"]
 
-    def _tag_base(self, archive: Path) -> None:
+    def _tag_base(self, named: str, archive: Path) -> None:
         container = self._buildah("from", "scratch").strip()
         self._buildah("add", "-q", container, str(archive), "/")
-        self._buildah("commit", "-q", "--rm", container, f"docker.io/library/{self.named}")
+        self._buildah("commit", "-q", "--rm", container, f"docker.io/library/{named}")
 
     def _build(self, directory: Path) -> None:
         wheels = directory / "wheels"

@@ -134,7 +134,7 @@ def doubt(**changed: Any) -> Doubt:
 
 
 EVENTS: dict[str, Callable[[Any], None]] = {
-    "started": lambda text: maillog.started(text, [text], [text], text, text),
+    "started": lambda text: maillog.started(text, [text], [text], text, text, compiled=True),
     "listening": maillog.listening,
     "draining": lambda _: maillog.draining(3, 30.0),
     "hurrying": lambda _: maillog.hurrying(),
@@ -379,7 +379,7 @@ def test_escapes_do_not_make_a_value_longer_than_its_bound(log: Log) -> None:
 
 
 def test_other_lists_tell_how_long_they_were(log: Log) -> None:
-    maillog.started("1", [str(number) for number in range(25)], [], "sqlite:///x", None)
+    maillog.started("1", [str(number) for number in range(25)], [], "sqlite:///x", None, compiled=False)
     entry = log.json()
     assert entry["listeners"][20:] == ["... (25 in all)"]
     assert "http" not in entry
