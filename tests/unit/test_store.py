@@ -239,7 +239,7 @@ async def test_recipients_keep_their_order_and_their_text(store, database, recip
 
 
 async def test_batches_of_any_size(store, database):
-    sizes = [*range(1, 10), 500, 1023, 1024, 1025, 2500]
+    sizes = [*range(1, 14), 25, 47, 48, 49, 500, 1023, 1024, 1025, 2500]
     number = 0
     for size in sizes:
         await store.write([record(number + at) for at in range(size)])

@@ -60,7 +60,8 @@ def insert_entries(
     more, of nine each 12,000 (docs/benchmarks.md).
 
     Rows of a view with triggers go through a table of their own first, and each runs a program that opens
-    every index anew; one wide row does neither: a message of nine costs a quarter less, Python included.
+    every index anew; one wide row does neither: of nine messages each costs 37,000 instructions less
+    (docs/benchmarks.md).
     """
     rows: list[object] = []
     doubts: list[object] = []
