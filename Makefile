@@ -70,7 +70,7 @@ $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@ $(VENV)/run
 
-$(INSTALLED): $(SOURCES) | $(VENV)/dev
+$(INSTALLED): $(SOURCES) | $(VENV)/dev # the relay as it is installed, for the benchmarks
 	@echo "compiling the relay into $@ ..."
 	@rm -rf $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $@ .
