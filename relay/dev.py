@@ -2,11 +2,15 @@
 
 It accepts everything, but for recipients whose local part begins with one of these words, so that people can
 see what their application does then: `reject@`, `spam@`, `defer@`, `slow@`, `drop@` (`Manner`).
+
+It serves on a socket that listens already: whoever needs its address to make a configuration has the socket
+first, so that nobody can take the port in between.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +19,13 @@ from typing import TYPE_CHECKING
 
 from aiosmtpd import smtp
 
+from relay.settings import DEV_UPSTREAM
+from relay.settings.address import Address
+
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DevUpstream", "Manner", "Message", "by_local_part"]
+__all__ = ["DevUpstream", "Manner", "Message", "by_local_part", "listen", "listen_usually"]
 
 KEPT = 100
 """Messages that are kept in memory."""
@@ -60,19 +67,36 @@ def by_local_part(recipient: str) -> Manner:
     return Manner(word) if word in set(Manner) else Manner.ACCEPT
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there, for a DevUpstream. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+def listen_usually() -> socket.socket:
+    """Listen where the upstream of `relay serve --dev` usually is, or at a free port where that is taken.
+
+    Raises OSError.
+    """
+    usual = Address.parse(DEV_UPSTREAM)
+    try:
+        return listen(usual.host, usual.port)
+    except OSError:
+        return listen(usual.host, 0)
+
+
 class DevUpstream:
     """An SMTP server on loopback that accepts every message and keeps the last ones, but for its manners."""
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        listening: socket.socket,
         *,
         manner: Callable[[str], Manner] = by_local_part,
         slow_s: float = SLOW_S,
     ) -> None:
-        self._host = host
-        self._port = port
+        """Serve on this socket, and close it at the end."""
+        self._listening = listening
         self._manner = manner
         self._slow_s = slow_s
         self._count = 0
@@ -110,8 +134,7 @@ class DevUpstream:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: smtp.SMTP(self, hostname="dev.upstream", data_size_limit=MAX_SIZE, enable_SMTPUTF8=True),
-            self._host,
-            self._port,
+            sock=self._listening,
         )
         return self
 

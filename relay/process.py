@@ -17,6 +17,7 @@ from relay.app import Relay, StartError
 from relay.reload import reload
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator, Callable, Coroutine
 
     from relay.settings import Settings
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["run", "unless"]
 
 
-def run(settings: Settings, load: Callable[[], Settings]) -> int:
-    """Run the relay until SIGTERM or SIGINT; return the exit status. `load` reads the settings again."""
+def run(settings: Settings, load: Callable[[], Settings], dev_upstream: socket.socket | None = None) -> int:
+    """Run the relay until SIGTERM or SIGINT; return the exit status. `load` reads the settings again.
+
+    `dev_upstream` is where the built-in upstream serves, a socket that listens; None: there is none.
+    """
     maillog.configure(settings.log.format, settings.log.level)
     maillog.settings(settings.effective())
     for warning in settings.warnings:
@@ -33,10 +37,10 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     if (short := descriptors.shortage(settings, descriptors.raise_limit())) is not None:
         maillog.warning(short)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings, load))
+        return runner.run(_serve(settings, load, dev_upstream))
 
 
-async def _serve(settings: Settings, load: Callable[[], Settings]) -> int:
+async def _serve(settings: Settings, load: Callable[[], Settings], dev_upstream: socket.socket | None) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_unhandled)
     try:
@@ -59,7 +63,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     loop.add_signal_handler(signal.SIGHUP, again)
-    async with _built_in_upstream(settings):
+    async with _built_in_upstream(dev_upstream):
         if await unless(ended, relay.start(passed)):
             await unless(ended, _reloads(relay, load, wanted))
             await relay.stop()
@@ -104,11 +108,11 @@ async def unless(ended: asyncio.Event, work: Coroutine[None, None, None]) -> boo
 
 
 @contextlib.asynccontextmanager
-async def _built_in_upstream(settings: Settings) -> AsyncIterator[None]:
-    if settings.dev:
+async def _built_in_upstream(listening: socket.socket | None) -> AsyncIterator[None]:
+    if listening is not None:
         from relay.dev import DevUpstream
 
-        async with DevUpstream(settings.upstreams[0].host, settings.upstreams[0].port):
+        async with DevUpstream(listening):
             yield
     else:
         yield

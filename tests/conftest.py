@@ -31,10 +31,7 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-_ONE_OF_A_KIND = {
-    *("test_readme.py", "test_demo.py"),  # two trials that start in one moment may both find a port free
-    *("test_install.py", "test_image.py", "test_systemd.py"),  # trials too, the wheel, the image, the system
-}
+_ONE_OF_A_KIND = {"test_install.py", "test_image.py", "test_systemd.py"}  # the wheel, the image, the system
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay import __version__
-from relay.cli.configuration import ConfigOption, configured, find, free_dev_upstream, loaded, loader
+from relay.cli.configuration import ConfigOption, configured, find, loaded, loader
 from relay.cli.failure import CommandError
 from relay.cli.forget import forget
 from relay.cli.health import health
@@ -27,6 +27,7 @@ from relay.cli.stats import stats
 from relay.cli.user import user
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterable
 
     from relay.selftest import Finding
@@ -77,7 +78,22 @@ def serve(
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
     gc.disable()  # what is imported stays, there is nothing to be found among it
-    load = loader(path, dev_upstream=free_dev_upstream() if dev else None)
+    if not dev:
+        return _serve(path)
+    from relay.dev import listen_usually
+
+    try:
+        upstream = listen_usually()
+    except OSError as error:
+        raise CommandError([f"relay: cannot start: the built-in upstream: {error.strerror}"]) from None
+    with upstream:
+        return _serve(path, upstream)
+
+
+def _serve(path: Path | None, upstream: socket.socket | None = None) -> int:
+    """Run the relay, with a built-in upstream where there is a socket for one."""
+    address = None if upstream is None else "{}:{}".format(*upstream.getsockname())
+    load = loader(path, dev_upstream=address)
     settings = loaded(load)
     from relay.app import StartError
     from relay.process import run
@@ -85,7 +101,7 @@ def serve(
     gc.freeze()
     gc.enable()
     try:
-        return run(settings, load)
+        return run(settings, load, upstream)
     except (StartError, OSError) as error:
         raise CommandError([f"relay: cannot start: {error}"]) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ __all__ = [
     "configured",
     "configured_to_read",
     "find",
-    "free_dev_upstream",
     "loaded",
     "loader",
 ]
@@ -70,21 +68,6 @@ def loader(path: Path | None, *, dev_upstream: str | None = None) -> Callable[[]
     from relay.settings import load
 
     return partial(load, path, os.environ, dev_upstream=dev_upstream)
-
-
-def free_dev_upstream() -> str:
-    """Return where the built-in upstream can listen: its usual port, or a free one where that is taken."""
-    from relay.settings import DEV_UPSTREAM
-    from relay.settings.address import Address
-
-    usual = Address.parse(DEV_UPSTREAM)
-    with socket.socket() as place:
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended hold nobody up
-        try:
-            place.bind((usual.host, usual.port))
-        except OSError:
-            place.bind((usual.host, 0))
-        return f"{usual.host}:{place.getsockname()[1]}"
 
 
 def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Settings:

@@ -16,7 +16,7 @@ from relay import maillog
 from relay.app import Relay
 from relay.demo.hour import MINUTES, manner_of, the_hour
 from relay.demo.player import Player
-from relay.dev import DevUpstream
+from relay.dev import DevUpstream, listen
 from relay.process import unless
 from relay.settings import DEV_UPSTREAM, load
 
@@ -102,7 +102,8 @@ async def demo(
     relay, player = Relay(settings), Player(seconds, the_hour(), tell)
     upstream = settings.upstreams[0]
     slow_s = min(SLOWEST_S, seconds / MINUTES)
-    async with DevUpstream(upstream.host, upstream.port, manner=manner_of(player.minute), slow_s=slow_s):
+    listening = listen(upstream.host, upstream.port)
+    async with DevUpstream(listening, manner=manner_of(player.minute), slow_s=slow_s):
         await relay.start()
         try:
             page = f"http://{settings.http.host}:{relay.web.port}/"

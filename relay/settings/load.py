@@ -50,7 +50,7 @@ def load(path: Path | None, environ: Mapping[str, str], *, dev_upstream: str | N
             _section(tree, "log").setdefault("format", "console")
     problems += [(_source(key, sources, source), key, reason) for key, reason in _use_files(tree, warnings)]
     try:
-        settings = Settings.model_validate(tree, context=Origin(tuple(warnings), dev_upstream is not None))
+        settings = Settings.model_validate(tree, context=Origin(tuple(warnings)))
     except ValidationError as error:
         problems += [(_source(key, sources, source), key, reason) for key, reason in _reasons(error)]
     if problems:

@@ -668,10 +668,9 @@ class LogSettings(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What came up while the settings were loaded: warnings, and whether the upstream is the built-in one."""
+    """What came up while the settings were loaded."""
 
     warnings: tuple[str, ...] = ()
-    dev: bool = False
 
 
 def _same_address(upstreams: tuple[UpstreamSettings, ...]) -> list[str]:
@@ -886,11 +885,6 @@ class Settings(_Section):
             else []
         )
         return (*self._origin.warnings, *unverified, *unused)
-
-    @property
-    def dev(self) -> bool:
-        """Whether the one upstream is the built-in one, which has to be started at its address."""
-        return self._origin.dev
 
     @property
     def relay_name(self) -> str:

@@ -59,6 +59,8 @@ class RelayProcess:
         self.http_port = 0
         self.launcher: tuple[str, ...] = ()
         """What runs the command, in front of it."""
+        self.options: tuple[str, ...] = ()
+        """Of `relay serve`, beside `--config`."""
         self.descriptors_passed: tuple[int, ...] = ()
         self._upstream_port = upstream_port
         self._process: asyncio.subprocess.Process | None = None
@@ -130,7 +132,8 @@ class RelayProcess:
         assert not self.running
         self.port = self.http_port = 0
         self.starts += 1
-        command = (*self.launcher, sys.executable, "-m", self.module, "serve", "--config", str(self.config))
+        serve = ("serve", "--config", str(self.config), *self.options)
+        command = (*self.launcher, sys.executable, "-m", self.module, *serve)
         with self.log_file.open("ab") as log, self.error_file.open("ab") as errors:
             self._log_begin = log.tell()
             self._process = await asyncio.create_subprocess_exec(

@@ -130,18 +130,17 @@ def test_all_mistakes_are_told_at_once(
 @pytest.mark.parametrize("status", [0, 1])
 def test_serve_ends_as_the_relay_ends(status: int, config: Path, app: App) -> None:
     served: list[Settings] = []
-    app(run=lambda settings, _: served.append(settings) or status)
+    app(run=lambda settings, *_: served.append(settings) or status)
 
     assert main(["serve", "--config", str(config)]) == status
     assert served[0].upstreams[0].address == "smtp.example.com:587"
-    assert not served[0].dev
 
 
 @pytest.mark.parametrize("error", [StartError("the address is in use"), OSError(98, "the address is in use")])
 def test_a_relay_that_cannot_start_says_why(
     error: Exception, config: Path, app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(settings: Settings, _load: Any) -> int:
+    def run(*_: Any) -> int:
         raise error
 
     app(run=run)
@@ -154,28 +153,93 @@ def test_serve_dev_does_not_look_for_the_default_file(app: App) -> None:
     DEFAULT.parent.mkdir()
     DEFAULT.write_text("this is not TOML")
     served: list[Settings] = []
-    app(run=lambda settings, _: served.append(settings) or 0)
+    app(run=lambda settings, *_: served.append(settings) or 0)
 
     assert main(["serve", "--dev"]) == 0
-    assert served[0].dev
+    assert [each.name for each in served[0].upstreams] == ["dev"]
 
 
-@pytest.mark.parametrize("taken", [True, False])
+@pytest.fixture
+def usual(monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    """Where the built-in upstream usually listens: here at a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        host, port = place.getsockname()
+    monkeypatch.setattr("relay.dev.DEV_UPSTREAM", f"{host}:{port}")
+    return host, port
+
+
+def test_the_built_in_upstream_holds_its_port_from_the_configuration_on(
+    app: App, usual: tuple[str, int]
+) -> None:
+    def run(settings: Settings, load: Callable[[], Settings], upstream: socket.socket) -> int:
+        assert upstream.getsockname() == usual
+        assert settings.upstreams[0].address == load().upstreams[0].address == "{}:{}".format(*usual)
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(usual)
+        socket.create_connection(usual, timeout=10).close()  # the kernel takes it: this socket listens
+        return 0
+
+    app(run=run)
+
+    assert main(["serve", "--dev"]) == 0
+    socket.create_server(usual).close()
+
+
 def test_the_built_in_upstream_goes_elsewhere_when_its_port_is_taken(
-    taken: bool, app: App, monkeypatch: pytest.MonkeyPatch
+    app: App, usual: tuple[str, int]
 ) -> None:
     served: list[Settings] = []
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        usual = f"127.0.0.1:{other.getsockname()[1]}"
-        monkeypatch.setattr("relay.settings.DEV_UPSTREAM", usual)
-        if not taken:
-            other.close()
-        app(run=lambda settings, load: served.extend((settings, load())) or 0)
 
-        assert main(["serve", "--dev"]) == 0
-    at, at_reload = (settings.upstreams[0].address for settings in served)
-    assert (at == usual) is not taken
-    assert at_reload == at
+    def run(settings: Settings, load: Callable[[], Settings], upstream: socket.socket) -> int:
+        served.append(settings)
+        assert settings.upstreams[0].address == load().upstreams[0].address
+        assert settings.upstreams[0].port == upstream.getsockname()[1]
+        return main(["serve", "--dev"]) if len(served) < 3 else 0
+
+    app(run=run)
+
+    assert main(["serve", "--dev"]) == 0
+    ports = [settings.upstreams[0].port for settings in served]
+    assert ports[0] == usual[1]
+    assert len(set(ports)) == 3
+
+
+def test_a_configuration_that_is_refused_leaves_nobody_at_the_built_in_upstreams_port(
+    config: Path, app: App, usual: tuple[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(run=pytest.fail)
+    config.write_text('[log]\nlevel = "loud"\n')
+
+    assert main(["serve", "--dev", "--config", str(config)]) == 2
+    assert capsys.readouterr().err.startswith("relay: relay.toml: log.level: ")
+    socket.create_server(usual).close()
+
+
+def test_a_built_in_upstream_that_can_listen_nowhere_is_told(
+    app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(run=pytest.fail)
+    monkeypatch.setattr("relay.dev.DEV_UPSTREAM", "192.0.2.1:2526")  # no machine has that address
+
+    assert main(["serve", "--dev"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("relay: cannot start: the built-in upstream: ")
+    assert "192.0.2.1" in said
+    assert said.count("\n") == 1
+
+
+def test_serve_without_dev_has_no_built_in_upstream(config: Path, app: App, usual: tuple[str, int]) -> None:
+    passed: list[object] = []
+
+    def run(_settings: Settings, _load: object, upstream: socket.socket | None) -> int:
+        passed.append(upstream)
+        socket.create_server(usual).close()
+        return 0
+
+    app(run=run)
+
+    assert main(["serve", "--config", str(config)]) == 0
+    assert passed == [None]
 
 
 def test_the_environment_reaches_the_settings(
@@ -184,7 +248,7 @@ def test_the_environment_reaches_the_settings(
     monkeypatch.setenv("RELAY_CONFIG", str(config))
     monkeypatch.setenv("RELAY__SERVER__MAX_RECIPIENTS", "7")
     served: list[Settings] = []
-    app(run=lambda settings, _: served.append(settings) or 0)
+    app(run=lambda settings, *_: served.append(settings) or 0)
 
     assert main(["serve"]) == 0
     assert served[0].server.max_recipients == 7
@@ -280,7 +344,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_unforeseen_is_a_line_and_no_traceback(
     config: Path, app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(settings: Settings, _load: Any) -> int:
+    def run(*_: Any) -> int:
         raise LookupError("nobody thought of it")
 
     app(run=run)
@@ -293,7 +357,7 @@ def test_the_unforeseen_is_a_line_and_no_traceback(
 
 
 def test_ctrl_c_is_no_defect(config: Path, app: App, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(settings: Settings, _load: Any) -> int:
+    def run(*_: Any) -> int:
         raise KeyboardInterrupt
 
     app(run=run)

@@ -8,15 +8,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from relay.dev import DevUpstream, Manner, by_local_part
-from tests.interop.peers import free_port
+from relay.dev import DevUpstream, Manner, by_local_part, listen
 
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    port = free_port()
-    async with DevUpstream("127.0.0.1", port, slow_s=0.2) as upstream:
-        yield port
+    listening = listen("127.0.0.1", 0)
+    async with DevUpstream(listening, slow_s=0.2) as upstream:
+        yield listening.getsockname()[1]
         assert all("reject" not in message.recipients[0] for message in upstream.messages)
 
 

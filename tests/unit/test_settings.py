@@ -116,7 +116,7 @@ def test_settings_can_be_made_without_a_file() -> None:
 
     assert settings.upstreams == (upstream,)
     assert settings.clients.allow == (network,)
-    assert (settings.warnings, settings.dev) == ((), False)
+    assert settings.warnings == ()
 
 
 def test_settings_cannot_be_changed(file: Path) -> None:
@@ -220,7 +220,6 @@ def test_an_authority_of_ones_own(file: Path, tmp_path: Path) -> None:
 def test_dev_needs_no_file() -> None:
     settings = load(None, {}, dev_upstream=DEV_UPSTREAM)
 
-    assert settings.dev
     assert [(one.name, one.address, one.tls) for one in settings.upstreams] == [("dev", DEV_UPSTREAM, "none")]
     assert settings.listeners[0].address == "127.0.0.1:2525"
     assert settings.http.address == "127.0.0.1:9025"
