@@ -84,7 +84,7 @@ class Body:
     def feed(self, block: bytes) -> bytes:
         """Return the octets that may go upstream after `block` has arrived; may be empty."""
         self.received += len(block)
-        data = self._held + block
+        data = self._held + block if self._held else block  # (compiled, to add nothing is a copy)
         # Most often the first dot that begins a line ends the message: one search says where, and that no
         # line is stuffed. 3.6 us for 4 KiB; to look for the end and to count dots took 6.2 (CPython 3.11).
         dot = data.find(_DOT) if data.find(b".") >= 0 else -1  # a lone octet is sought at memory's speed
@@ -95,8 +95,8 @@ class Body:
             self.ended = True
         else:
             held = _beginning(data)
-            content = data[: len(data) - held]
-            self._held = data[len(data) - held :]
+            content = data[:-held] if held else data
+            self._held = data[-held:] if held else b""
         if self.fault is not None or not content:
             return b""
         return self._pass(content, dot != end)
