@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,10 @@ pytestmark = [
     pytest.mark.interop,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(not shutil.which("cc"), reason="cc is not installed: apt-get install gcc"),
+    pytest.mark.skipif(
+        not Path(sysconfig.get_path("include"), "Python.h").exists(),
+        reason="this Python has no Python.h: apt-get install python3-dev",
+    ),
 ]
 
 HELD_TO = [

@@ -36,6 +36,8 @@ MEANT = [
 ]
 """Tests that go through every library that the relay stands on, and what Python's own patterns find."""
 
+FOR_ALL = {"RELAY_COMPILE": "never"}
+"""One wheel for every version. What is compiled has tests of its own: `test_compiled.py`."""
 SQLITE = "not postgres"
 """A second PostgreSQL beside that of the tests around this one would be too much for a small machine."""
 
@@ -92,7 +94,7 @@ def interpreter(version: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=ROOT, check=True, timeout=60, capture_output=True)
+    subprocess.run(build, cwd=ROOT, check=True, timeout=60, capture_output=True, env=clean() | FOR_ALL)
     (found,) = directory.glob("*.whl")
     return found
 
@@ -103,7 +105,9 @@ def install(place: Path, python: str, *what: str) -> Environment:
         pytest.skip("uv is not installed in this environment")
     subprocess.run([UV, "venv", "--quiet", "--python", python, str(place)], check=True, timeout=60)
     command = [UV, "pip", "install", "--quiet", "--python", str(place / "bin/python"), *what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=clean())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=clean() | FOR_ALL
+    )
     if done.returncode and "Failed to fetch" in done.stderr:
         pytest.skip(f"the registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
