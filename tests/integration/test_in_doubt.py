@@ -203,13 +203,13 @@ async def test_a_verdict_that_is_overdue(
             answer.set()
             await counted(running, **{outcome: 1})
         if outcome == "accepted":
-            (row,) = running.rows()
+            (row,) = await eventually(running.rows)  # it may come by the spool, on a busy machine
             assert (row["task_id"], row["client_task_id"]) == (entry["task_id"], "job-1")
             assert row["upstream_reply"].endswith("late")
             assert json.loads(row["data"])["client_reply"] == heard
         else:
             assert running.rows() == []
-        assert doubts(running) == ([entry] if outcome == "in_doubt" else [])
+        await eventually(lambda: doubts(running) == ([entry] if outcome == "in_doubt" else []))
         if client_stays:
             await client.quit()
         await nothing_left(running)
