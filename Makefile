@@ -13,7 +13,7 @@ run: $(VENV)/run ## set up and start the relay with its built-in upstream
 	@$(BIN)/relay serve --dev
 
 test: $(VENV)/dev ## set up and run the tests, in two processes
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check
@@ -27,7 +27,7 @@ format: $(VENV)/dev
 bench: $(VENV)/dev $(INSTALLED) ## all cases, beside a direct send, a naive relay and the peers installed; most of an hour; writes docs/benchmarks.md
 	@$(BIN)/python -m bench.run --write
 
-bench-quick: $(VENV)/dev $(INSTALLED) ## under two minutes, without peers
+bench-quick: $(VENV)/dev $(INSTALLED) ## under two minutes once the relay is compiled, without peers
 	@$(BIN)/python -m bench.run --quick
 
 bench-instructions: $(VENV)/dev $(INSTALLED) ## instructions a message, beside those that are stored (valgrind)
@@ -71,7 +71,7 @@ $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/run
 
 $(INSTALLED): $(SOURCES) | $(VENV)/dev # the relay as it is installed, for the benchmarks
-	@echo "compiling the relay into $@ ..."
+	@echo "installing the relay into $@, compiled where there is a compiler ..."
 	@rm -rf $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $@ .
 

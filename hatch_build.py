@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -20,8 +19,6 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 WISHES = ("auto", "always", "never")
-FLAGS = "-O2 -g0"
-"""-O3 is no faster here, and debug information is twice the time and ten times the size."""
 OPTIONS = ("--config-file=", "--no-site-packages", "--ignore-missing-imports")
 """The same wherever it is compiled: no library is looked at. So nothing that inherits from one's class can be
 compiled: its layout would not be known, and what came out would break the interpreter.
@@ -31,7 +28,7 @@ compiled: its layout would not be known, and what came out would break the inter
 class CompileHook(BuildHookInterface[Any]):
     """Adds the compiled modules to a wheel."""
 
-    _place: Path | None = None
+    _place: tempfile.TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, unless the installation is editable or nobody wants or can have it."""
@@ -40,14 +37,14 @@ class CompileHook(BuildHookInterface[Any]):
             raise ValueError(f"RELAY_COMPILE is {wish!r}; it can be {', '.join(WISHES)}")
         if version == "editable" or wish == "never":
             return
-        self._place = Path(tempfile.mkdtemp(prefix="relay-compile-"))
-        if (missing := _missing(self._place)) is not None:
+        if (missing := _missing()) is not None:
             if wish == "always":
                 raise RuntimeError(f"RELAY_COMPILE=always, and {missing}")
             self.app.display_warning(f"not compiled, the sources run in its place: {missing}")
             return
+        self._place = tempfile.TemporaryDirectory(prefix="relay-compile-")
         with contextlib.chdir(self.root):
-            made = _compile(self.config["modules"], self._place)
+            made = _compile(self.config["modules"], Path(self._place.name))
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
         build_data["force_include"].update({str(path): name for name, path in made.items()})
@@ -56,17 +53,16 @@ class CompileHook(BuildHookInterface[Any]):
         """Remove what was needed on the way."""
         del version, build_data, artifact_path
         if self._place is not None:
-            shutil.rmtree(self._place)
+            self._place.cleanup()
 
 
-def _missing(place: Path) -> str | None:
+def _missing() -> str | None:
     """Say what a compilation lacks here; None if it lacks nothing."""
-    command = [*sysconfig.get_config_var("CC").split(), "-fsyntax-only", "-x", "c", "-"]
+    command = (os.environ.get("CC") or sysconfig.get_config_var("CC")).split()
     include = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
+    look = [*command, *include, "-fsyntax-only", "-x", "c", "-"]
     try:
-        subprocess.run(
-            [*command, *include], input=b"#include <Python.h>\n", check=True, capture_output=True, cwd=place
-        )
+        subprocess.run(look, input=b"#include <Python.h>\n", check=True, capture_output=True)
     except FileNotFoundError:
         return f"there is no C compiler ({command[0]})"
     except subprocess.CalledProcessError:
@@ -79,7 +75,6 @@ def _compile(modules: list[str], place: Path) -> dict[str, Path]:
     from mypyc.build import mypycify  # not there for an editable installation, and slow to load
     from setuptools import Distribution
 
-    os.environ["CFLAGS"] = f"{os.environ.get('CFLAGS', '')} {FLAGS}"
     built = place / "built"
     extensions = mypycify(
         [*OPTIONS, *modules], multi_file=True, target_dir=str(place / "c"), opt_level="2", debug_level="0"

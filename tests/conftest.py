@@ -31,17 +31,21 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-_ONE_OF_A_KIND = {"test_install.py", "test_image.py", "test_systemd.py"}  # the wheel, the image, the system
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process where several run them."""
+    from tests.support.distribution import ByFile
+
+    return ByFile(config, log)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process where several run them, and the files that share something."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("one" if item.path.name in _ONE_OF_A_KIND else str(item.path))
-        )
+    """Begin with what takes longest, where several processes run the tests."""
+    if config.pluginmanager.hasplugin("xdist"):
+        from tests.support.distribution import LONGEST
+
+        items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

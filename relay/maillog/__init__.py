@@ -83,7 +83,7 @@ def started(
     *,
     compiled: bool,
 ) -> None:
-    """The relay runs: its addresses, its upstreams by name and address, the store's URL; as machine code?"""
+    """The relay runs: its addresses, its upstreams by name and address, the store's URL; is it compiled?"""
     current.log.info(
         "started",
         version=version,

@@ -36,8 +36,8 @@ MEANT = [
 ]
 """Tests that go through every library that the relay stands on, and what Python's own patterns find."""
 
-FOR_ALL = {"RELAY_COMPILE": "never"}
-"""One wheel for every version. What is compiled has tests of its own: `test_compiled.py`."""
+IN_THE_IMAGE = "3.12"
+"""The Python of the image, for which it is compiled."""
 SQLITE = "not postgres"
 """A second PostgreSQL beside that of the tests around this one would be too much for a small machine."""
 
@@ -94,19 +94,25 @@ def interpreter(version: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=ROOT, check=True, timeout=60, capture_output=True, env=clean() | FOR_ALL)
+    for_all = clean() | {"RELAY_COMPILE": "never"}
+    subprocess.run(build, cwd=ROOT, check=True, timeout=60, capture_output=True, env=for_all)
     (found,) = directory.glob("*.whl")
     return found
 
 
-def install(place: Path, python: str, *what: str) -> Environment:
+def install(place: Path, python: str, *what: str, compiled: str = "never") -> Environment:
     """Make an environment and install into it; skip the test where the registry cannot be reached."""
     if UV is None:
         pytest.skip("uv is not installed in this environment")
     subprocess.run([UV, "venv", "--quiet", "--python", python, str(place)], check=True, timeout=60)
     command = [UV, "pip", "install", "--quiet", "--python", str(place / "bin/python"), *what]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=clean() | FOR_ALL
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env=clean() | {"RELAY_COMPILE": compiled},
     )
     if done.returncode and "Failed to fetch" in done.stderr:
         pytest.skip(f"the registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
@@ -120,6 +126,20 @@ def test_the_wheel_alone_gives_a_relay_that_works(version: str, wheel: Path, tmp
     environment = install(
         tmp_path / "env", interpreter(version), str(wheel), "--constraint", str(constraints)
     )
+    works(environment, tmp_path, compiled=False)
+
+
+def test_it_is_compiled_for_the_python_of_the_image(tmp_path: Path) -> None:
+    """As on 3.11, which `test_compiled.py` looks into."""
+    assert f"FROM python:{IN_THE_IMAGE} AS build" in (ROOT / "Dockerfile").read_text()
+    constraints = ("--constraint", str(ROOT / "constraints.txt"))
+    python = interpreter(IN_THE_IMAGE)
+    environment = install(tmp_path / "env", python, str(ROOT), *constraints, compiled="always")
+    works(environment, tmp_path, compiled=True)
+
+
+def works(environment: Environment, tmp_path: Path, *, compiled: bool) -> None:
+    """A message goes through it, and its row is there."""
     assert "serve" in environment.run("relay", "--help")
     smtp, http = free_port(), free_port()
     ports = {"RELAY__LISTENERS__0__ADDRESS": f"127.0.0.1:{smtp}", "RELAY__HTTP__ADDRESS": f"127.0.0.1:{http}"}
@@ -135,6 +155,7 @@ def test_the_wheel_alone_gives_a_relay_that_works(version: str, wheel: Path, tmp
         assert relay.stdout is not None
         while b"started" not in (line := relay.stdout.readline()):
             assert line, (tmp_path / "log").read_text()
+        assert f"compiled={compiled}".encode() in line
         mail = EmailMessage()
         mail["From"], mail["To"], mail["X-Task-Type"] = "a@example.com", "b@example.org", "welcome"
         mail.set_content("text")

@@ -196,32 +196,46 @@ def _with_domains(recipients: Sequence[str]) -> str:
 
 
 _VIEW = f"CREATE TEMP VIEW task_done_batch AS SELECT {', '.join(f'NULL AS {name}' for name in _COLUMNS)}"
-# The recipients through the row's task_id: it may have been there before. What costs a recipient is what is
-# asked of JSON: an element with five values to extract, looked up by task_id, was twice as dear.
-_KEEP = """
+_INTO_SENDS = """
     INSERT INTO task_done (
         task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
         upstream, upstream_reply, message_id, size, duration_ms, data
     )
-    VALUES (
-        NEW.task_id, nullif(NEW.client_task_id, ''), NEW.task_type, NEW.sender, NEW.sender_domain, NEW.client,
-        NEW.moment, NEW.expires_at, NEW.upstream, NEW.said, nullif(NEW.message_id, ''),
-        NEW.size, NEW.duration_ms, NEW.data
-    )
-    ON CONFLICT (task_id) DO NOTHING;
-    INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
+    VALUES {sends} ON CONFLICT (task_id) DO NOTHING;
 """
-_KEEP_SEND = f"""{_KEEP}
+_INTO_RECIPIENTS = """
+    INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
+    {recipients} ON CONFLICT (task_done_id, ordinal) DO NOTHING;
+"""
+# The columns of a view: their names, and in a wide one the number of the slot behind them.
+_SEND_VALUES = """(
+    NEW.task_id{slot}, nullif(NEW.client_task_id{slot}, ''), NEW.task_type{slot}, NEW.sender{slot},
+    NEW.sender_domain{slot}, NEW.client{slot}, NEW.moment{slot}, NEW.expires_at{slot}, NEW.upstream{slot},
+    NEW.said{slot}, nullif(NEW.message_id{slot}, ''), NEW.size{slot}, NEW.duration_ms{slot}, NEW.data{slot}
+)"""
+# The recipients through the row's task_id: it may have been there before. What costs a recipient is what is
+# asked of JSON: an element with five values to extract, looked up by task_id, was twice as dear.
+_RECIPIENT_VALUES = """(
+    (SELECT id FROM task_done WHERE task_id = NEW.task_id{slot}), 0, NEW.recipients{slot}, NEW.domain{slot},
+    NEW.moment{slot}
+)"""
+_RECIPIENTS = """
     SELECT (SELECT id FROM task_done WHERE task_id = NEW.task_id), rowid, key, value, NEW.moment
     FROM json_each(NEW.recipients) WHERE true
-    ON CONFLICT (task_done_id, ordinal) DO NOTHING;
-"""  # noqa: S608
-_KEEP_SEND_TO_ONE = f"""{_KEEP}
-    VALUES (
-        (SELECT id FROM task_done WHERE task_id = NEW.task_id), 0, NEW.recipients, NEW.domain, NEW.moment
+"""
+
+
+def _keep_to_one(slots: Sequence[str]) -> str:
+    """Return the statements for a send to one recipient in each of the slots."""
+    sends, recipients = (
+        ", ".join(each.format(slot=slot) for slot in slots) for each in (_SEND_VALUES, _RECIPIENT_VALUES)
     )
-    ON CONFLICT (task_done_id, ordinal) DO NOTHING;
-"""  # noqa: S608
+    return _INTO_SENDS.format(sends=sends) + _INTO_RECIPIENTS.format(recipients=f"VALUES {recipients}")
+
+
+_KEEP_SEND = _INTO_SENDS.format(sends=_SEND_VALUES.format(slot="")) + _INTO_RECIPIENTS.format(
+    recipients=_RECIPIENTS
+)
 _KEEP_DOUBT = """
     INSERT INTO task_in_doubt (
         task_id, client_task_id, task_type, sender, sender_domain, client, since, expires_at,
@@ -242,7 +256,7 @@ _TRIGGERS = tuple(
     """
     for kind, statements in (
         (_SEND, _KEEP_SEND),
-        (_SEND_TO_ONE, _KEEP_SEND_TO_ONE),
+        (_SEND_TO_ONE, _keep_to_one([""])),
         (_DOUBT, _KEEP_DOUBT),
         (_END, _END_DOUBT),
     )
@@ -255,29 +269,7 @@ def _wide_view(width: int) -> str:
 
 
 def _wide_trigger(width: int) -> str:
-    sends = ", ".join(_SEND_VALUES.format(slot=slot) for slot in range(width))
-    recipients = ", ".join(_RECIPIENT_VALUES.format(slot=slot) for slot in range(width))
     return f"""
     CREATE TEMP TRIGGER task_done_batch_{width}_to_one INSTEAD OF INSERT ON task_done_batch_{width}
-    BEGIN
-        INSERT INTO task_done (
-            task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
-            upstream, upstream_reply, message_id, size, duration_ms, data
-        )
-        VALUES {sends} ON CONFLICT (task_id) DO NOTHING;
-        INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
-        VALUES {recipients} ON CONFLICT (task_done_id, ordinal) DO NOTHING;
-    END
-    """  # noqa: S608
-
-
-_SEND_VALUES = """(
-    NEW.task_id_{slot}, nullif(NEW.client_task_id_{slot}, ''), NEW.task_type_{slot}, NEW.sender_{slot},
-    NEW.sender_domain_{slot}, NEW.client_{slot}, NEW.moment_{slot}, NEW.expires_at_{slot},
-    NEW.upstream_{slot}, NEW.said_{slot}, nullif(NEW.message_id_{slot}, ''), NEW.size_{slot},
-    NEW.duration_ms_{slot}, NEW.data_{slot}
-)"""
-_RECIPIENT_VALUES = """(
-    (SELECT id FROM task_done WHERE task_id = NEW.task_id_{slot}), 0, NEW.recipients_{slot},
-    NEW.domain_{slot}, NEW.moment_{slot}
-)"""
+    BEGIN {_keep_to_one([f"_{slot}" for slot in range(width)])} END
+    """
