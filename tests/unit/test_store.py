@@ -248,6 +248,41 @@ async def test_batches_of_any_size(store, database):
     assert rows(database, "SELECT count(*) FROM task_done_recipient") == [(number,)]
 
 
+@pytest.mark.parametrize("size", [1, 3, 9, 48, 49])
+@pytest.mark.parametrize("beside", [[], [record(1000, recipients=("c@x.test", "d@y.test"))]])
+async def test_each_send_of_a_batch_keeps_its_own(store, database, size, beside):
+    """Alone among sends to one recipient, and beside another, which goes another way into SQLite."""
+    names = ("task_type", "sender", "client", "upstream", "upstream_reply", "client_task_id", "message_id")
+    figures = ("size", "duration_ms")
+    sends = []
+    for number in range(size):
+        texts = {name: f"{name}-{number}@{name}.{number}.test" for name in names}
+        if number % 2:
+            texts |= {"client_task_id": None, "message_id": None}
+        numbers = {name: 10 * number + at for at, name in enumerate(figures)}
+        at = {"sent_at": NOW + timedelta(seconds=number), "recipients": (f"b{number}@to{number}.test",)}
+        sends.append(record(number, **texts, **numbers, **at, data={"number": number}))
+    await store.write([*sends, *beside])
+    columns = ", ".join((*names, *figures, "sender_domain", "recipient", "recipient_domain"))
+    found = rows(
+        database, f"SELECT {columns} FROM task_done_send WHERE ordinal = 0 ORDER BY sent_at, task_id"
+    )
+    expected = [
+        (
+            *(getattr(send, name) for name in (*names, *figures)),
+            domain_of(send.sender),
+            send.recipients[0],
+            domain_of(send.recipients[0]),
+        )
+        for send in sends
+    ]
+    assert [row for row in found if row[0] != "mention"] == expected
+    together = (
+        "SELECT count(*) FROM task_done JOIN task_done_recipient USING (sent_at) WHERE id = task_done_id"
+    )
+    assert rows(database, together) == [(size + 2 * len(beside),)]
+
+
 async def test_a_batch_larger_than_the_recorders_is_kept_whole_or_not_at_all(store):
     batch = [record(number) for number in range(2500)]
     with pytest.raises(RejectedRecordError):
