@@ -29,8 +29,8 @@ from bench.stores import Places, arguments_of_server, enough_room, fill
 from relay.limits.rule import Rule
 from relay.records import counts
 from relay.records.by import By
-from relay.records.filters import SendFilter
 from relay.records.search import page_of_sends
+from relay.records.sends import SendFilter
 from relay.records.sqlite.hints import heed_hints
 from relay.records.statistics import statement_of
 from tests.support import postgres

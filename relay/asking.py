@@ -18,7 +18,7 @@ from relay.envelope import text
 from relay.settings.units import parse_duration
 
 if TYPE_CHECKING:
-    from relay.records.queries import SendFilter
+    from relay.records.sends import SendFilter
 
 __all__ = ["MAX_VALUE", "AskedError", "filter_of", "moment", "zone_of"]
 
@@ -88,7 +88,7 @@ def filter_of(
     Fields: sender, recipient, type, client, upstream, message_id, task_id, since, until; None or missing:
     not asked for. `aliases` gives the other spellings under which a recipient may be kept.
     """
-    from relay.records.queries import SendFilter
+    from relay.records.sends import SendFilter
 
     texts: dict[str, Any] = {
         name: _text(field, given.get(field))

@@ -25,7 +25,7 @@ from rich.cells import cell_len, set_cell_size
 from relay.cli.sends import Format
 from relay.provider import accepted_as
 from relay.records.model import Json
-from relay.records.queries import InDoubt, Send
+from relay.records.sends import InDoubt, Send
 
 __all__ = ["GAP", "Table", "details", "fitted", "printable", "writer"]
 

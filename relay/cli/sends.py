@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from relay.cli.rows import Row
-    from relay.records.queries import Queries, SendFilter
+    from relay.records.queries import Queries
+    from relay.records.sends import SendFilter
     from relay.settings import Settings
 
 __all__ = ["EPILOG", "Format", "asked", "reading", "sends"]
@@ -124,7 +125,7 @@ def search(
     wanted, place, settings = asked(given, zone, config)
 
     from relay.cli.rows import writer
-    from relay.records.queries import InDoubt, Send
+    from relay.records.sends import InDoubt, Send
 
     write = writer(output, sys.stdout, InDoubt if in_doubt else Send, zone=place)
     if follow:
@@ -157,7 +158,7 @@ def show(
     wanted, place, settings = asked({"task_id": task_id}, zone, config)
 
     from relay.cli.rows import details, writer
-    from relay.records.queries import InDoubt, Send
+    from relay.records.sends import InDoubt, Send
 
     async def find(queries: Queries) -> Sequence[Row]:
         return await queries.page(wanted, 1) or await queries.page_of_doubts(wanted, 1)

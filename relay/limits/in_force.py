@@ -14,13 +14,13 @@ from relay.limits.configured import rules_of
 from relay.limits.limits import Limits
 from relay.limits.now import LimitState, limits_now
 from relay.limits.presence import Presence, name_in
-from relay.records.counts import StoredCounts, counts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from relay.metrics import Metrics
+    from relay.records.counts import StoredCounts
     from relay.records.store import Store
     from relay.settings import Settings
 
@@ -46,6 +46,7 @@ class InForce:
         """Have limits ready if there are to be any; nothing is limited by that."""
         if self._limits is None and settings.limits:
             name = await asyncio.to_thread(name_in, self._directory)
+            counts_of = await asyncio.to_thread(_load)
             self._counts = counts_of(settings.records.connect_url)
             self._limits = Limits(self._counts, self._metrics, clock=time.time, spooling=self._spooling)
             self._presence = Presence(self._store, self._counts, self._limits, name)
@@ -75,3 +76,10 @@ class InForce:
             await self._presence.stop()
             await self._limits.close()
             await self._counts.close()
+
+
+def _load() -> Callable[[str], StoredCounts]:
+    """Load SQLAlchemy (it blocks), which a relay without limits has no need of."""
+    from relay.records.counts import counts_of
+
+    return counts_of

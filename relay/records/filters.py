@@ -1,4 +1,4 @@
-"""Which rows a search wants, and what that means for the tables: conditions, and the index that leads.
+"""What a search means for the tables: conditions, and the index that leads.
 
 Rules. Pure functions of values. Which index leads is said and not guessed: SQLite keeps no statistics here.
 """
@@ -6,53 +6,23 @@ Rules. Pure functions of values. Which index leads is said and not guessed: SQLi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from relay.records.patterns import Wanted, equals_or_like
 from relay.records.schema import UtcDateTime, task_done_recipient
+from relay.records.sends import Key, SendFilter
 
 __all__ = [
     "RECIPIENT_INDEXES",
-    "Key",
-    "SendFilter",
     "conditions_of",
     "leading_index",
     "received_by",
     "window_of",
 ]
-
-Key = tuple[datetime, int]
-"""Where a page ended: time and id of its last row."""
-
-
-@dataclass(frozen=True, slots=True)
-class SendFilter:
-    """Which rows: those to which all that is given applies.
-
-    `sender` and `recipient` are an address, matched without regard to case, `@` and a domain, or a pattern
-    with `*`; an empty `sender` is the null reverse-path. `aliases` are other spellings under which an address
-    that is whole may be kept as a recipient. `task_type`, `client` and `upstream` are names or patterns; the
-    others match exactly, `message_id` also without its angle brackets. `since` is the first moment, `until`
-    the first one that no longer counts; aware.
-    """
-
-    sender: str | None = None
-    recipient: str | None = None
-    task_type: str | None = None
-    client: str | None = None
-    message_id: str | None = None
-    task_id: UUID | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-    upstream: str | None = None
-    aliases: tuple[str, ...] = ()
-
 
 RECIPIENT_INDEXES = ("ix_task_done_recipient_recipient", "ix_task_done_recipient_recipient_domain")
 

@@ -18,9 +18,10 @@ import sqlalchemy as sa
 
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Doubt, Entry, Record
-from relay.records.queries import InDoubt, Queries, Send
+from relay.records.queries import Queries
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
 from relay.records.search import recipients_of
+from relay.records.sends import InDoubt, Send
 from relay.records.store import Store
 
 __all__ = ["Moved", "count_all", "move"]

@@ -10,80 +10,26 @@ nobody but `open_queries` knows which one a URL names.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
 from relay.records.by import By
-from relay.records.filters import Key, SendFilter
-from relay.records.model import Json
 from relay.records.over_time import counts_over_time
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of, sends_by_id
+from relay.records.sends import InDoubt, Key, Send, SendFilter
 from relay.records.statistics import MAX_GROUPS, Statistics, counted, statement_of, whole_hours
 from relay.records.store import is_postgres
 
-__all__ = ["COLUMNS", "PAGE_ROWS", "InDoubt", "Queries", "Reader", "Send", "SendFilter", "open_queries"]
+__all__ = ["PAGE_ROWS", "Queries", "Reader", "open_queries"]
 
 T = TypeVar("T")
 
 PAGE_ROWS = 200
 """Rows in memory at once; each may have a thousand recipients."""
-
-COLUMNS = tuple(column.name for column in task_done.columns)
-"""The columns of `task_done`, in their order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """One row of `task_done`, with the recipients that the upstream accepted, in their order.
-
-    Times are aware, UTC; `size` is in octets, `duration_ms` in milliseconds.
-    """
-
-    id: int
-    task_id: str
-    client_task_id: str | None
-    task_type: str
-    sender: str
-    sender_domain: str
-    client: str
-    sent_at: datetime
-    expires_at: datetime | None
-    upstream: str
-    upstream_reply: str
-    message_id: str | None
-    size: int
-    duration_ms: int
-    data: dict[str, Json]
-    recipients: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class InDoubt:
-    """One row of `task_in_doubt`, with the recipients that the upstream had accepted, in their order.
-
-    Times are aware, UTC; `size` is in octets, `duration_ms` in milliseconds, from MAIL to `since`.
-    """
-
-    id: int
-    task_id: str
-    client_task_id: str | None
-    task_type: str
-    sender: str
-    sender_domain: str
-    client: str
-    since: datetime
-    expires_at: datetime | None
-    upstream: str
-    reason: str
-    message_id: str | None
-    size: int
-    duration_ms: int
-    data: dict[str, Json]
-    recipients: tuple[str, ...]
 
 
 class Reader(Protocol):

@@ -12,14 +12,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, UUID
 
 __all__ = [
-    "SCHEMA_VERSION",
-    "SCHEMA_VERSIONS",
-    "VERSION_TABLE",
     "UtcDateTime",
     "metadata",
     "task_done",
@@ -27,28 +23,7 @@ __all__ = [
     "task_done_send",
     "task_done_state",
     "task_in_doubt",
-    "utc_text",
 ]
-
-SCHEMA_VERSIONS = ("0001", "0002", "0003", "0004")
-"""Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
-SCHEMA_VERSION = SCHEMA_VERSIONS[-1]
-VERSION_TABLE = "task_done_version"
-"""Where the revision stands. Not Alembic's default name: an application's own may be in the same database."""
-
-
-def utc_text(moment: datetime) -> str:
-    """Return an aware time as SQLite keeps it: UTC, 26 characters, in microseconds.
-
-    Raises ValueError for a naive time, whose zone would have to be guessed.
-    """
-    if moment.tzinfo is not UTC:
-        if moment.utcoffset() is None:
-            raise ValueError("a time without a zone")
-        moment = moment.astimezone(UTC)
-    if not moment.microsecond:
-        return moment.isoformat(" ", "microseconds")[:26]
-    return orjson.dumps(moment)[1:27].decode().replace("T", " ")  # a third of the time of `isoformat`
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):

@@ -17,8 +17,6 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from relay.records.filters import (
     RECIPIENT_INDEXES,
-    Key,
-    SendFilter,
     conditions_of,
     leading_index,
     received_by,
@@ -26,6 +24,7 @@ from relay.records.filters import (
 )
 from relay.records.patterns import Wanted
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
+from relay.records.sends import Key, SendFilter
 
 __all__ = ["elements_of", "page_of_doubts", "page_of_sends", "recipients_of", "sends_by_id"]
 

@@ -21,13 +21,13 @@ from sqlalchemy.sql.functions import FunctionElement
 from relay.records.by import By
 from relay.records.filters import (
     RECIPIENT_INDEXES,
-    SendFilter,
     conditions_of,
     leading_index,
     received_by,
     window_of,
 )
 from relay.records.schema import task_done, task_done_recipient
+from relay.records.sends import SendFilter
 
 __all__ = ["MAX_GROUPS", "By", "Count", "Statistics", "counted", "statement_of", "whole_hours"]
 

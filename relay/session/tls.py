@@ -12,8 +12,6 @@ import asyncio
 import ssl
 from typing import TYPE_CHECKING, Any, cast
 
-from cryptography import x509
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -66,6 +64,8 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
+        from cryptography import x509  # slow to load, and most listeners on loopback have no certificate
+
         try:
             context.load_cert_chain(cert, key, password=_no_passphrase)
             chain = x509.load_pem_x509_certificates(cert.read_bytes())

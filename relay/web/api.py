@@ -24,8 +24,7 @@ from relay.asking import AskedError, filter_of, zone_of
 from relay.provider import accepted_as
 from relay.records.by import By
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.filters import Key
-from relay.records.queries import InDoubt, Send
+from relay.records.sends import InDoubt, Key, Send
 from relay.web import openapi
 from relay.web.openapi import CURSOR, DEFAULT_LIMIT, FILTERS, MAX_LIMIT, TASK_ID
 from relay.web.overview import Overview

@@ -15,7 +15,7 @@ from typing import Final
 from uuid import UUID
 
 from relay.asking import AskedError, filter_of
-from relay.records.filters import SendFilter
+from relay.records.sends import SendFilter
 
 __all__ = ["FIELDS", "Box"]
 

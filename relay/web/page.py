@@ -28,8 +28,7 @@ from relay import __version__
 from relay.asking import AskedError, zone_of
 from relay.provider import accepted_as
 from relay.records.errors import MissingStoreError, StoreError
-from relay.records.filters import Key, SendFilter
-from relay.records.queries import InDoubt, Send
+from relay.records.sends import InDoubt, Key, Send, SendFilter
 from relay.web.api import Limits, no_limits, shown
 from relay.web.box import Box
 from relay.web.figures import SPANS, Figure, by_outcome, by_type

@@ -2,7 +2,8 @@
 
 Rules. Reads have connections of their own, in threads or of the driver's, and hold no lock that a writer
 waits for. A few run at a time, a few more wait, the rest is told to come again; each has a limit in time.
-The store is opened when it is first read, so that a relay whose store is away starts all the same.
+The store is opened when it is first read, so that a relay whose store is away starts all the same, and what
+reads it is loaded then: it is as slow to load as a start is long.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta, tzinfo
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import UUID
 
 from relay.records.by import By
 from relay.records.errors import StoreError
-from relay.records.filters import Key, SendFilter
-from relay.records.queries import InDoubt, Queries, Send, open_queries
-from relay.records.statistics import Statistics
+from relay.records.sends import InDoubt, Key, Send, SendFilter
+
+if TYPE_CHECKING:
+    from relay.records.queries import Queries
+    from relay.records.statistics import Statistics
 
 __all__ = ["BusyError", "Reading"]
 
@@ -117,5 +120,13 @@ class Reading:
     async def _open(self) -> Queries:
         async with self._opening:
             if self._queries is None:
+                open_queries = await asyncio.to_thread(_load)
                 self._queries = await open_queries(self._url, time_limit=self._time_limit)
             return self._queries
+
+
+def _load() -> Callable[..., Awaitable[Queries]]:
+    """Load SQLAlchemy (it blocks)."""
+    from relay.records.queries import open_queries
+
+    return open_queries

@@ -23,8 +23,8 @@ import pytest
 
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
 from relay.records.store import open_store
+from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
 from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.upstream import ScriptedUpstream

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from relay.asking import AskedError
-from relay.records.filters import SendFilter
+from relay.records.sends import SendFilter
 from relay.web.box import FIELDS, Box
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -20,9 +20,10 @@ from relay.cli import main
 from relay.cli.rows import HEADER, HEADER_IN_DOUBT, Table, fitted, writer
 from relay.cli.sends import Format
 from relay.records.model import Doubt, Record
-from relay.records.queries import COLUMNS, Send
 from relay.records.retention import Retention
+from relay.records.sends import Send
 from relay.records.store import open_store
+from relay.records.tables import COLUMNS
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 ROW = Record(
@@ -225,7 +226,7 @@ def test_nothing_found_is_said_on_the_side(capsys):
     for output, out, err in (
         ("table", "", "relay: no sends found\n"),
         ("json", "", ""),
-        ("csv", ",".join((*COLUMNS, "recipients")) + "\n", ""),
+        ("csv", ",".join((*COLUMNS["task_done"], "recipients")) + "\n", ""),
     ):
         assert main(["sends", "--sender=x@y", f"--format={output}"]) == 0
         assert capsys.readouterr() == (out, err)
@@ -306,7 +307,7 @@ def test_json_has_every_column_and_the_same_values():
     assert text.replace("\n", "").isprintable()
     first, second = map(json.loads, text.splitlines())
     assert first == second
-    assert list(first) == [*COLUMNS, "recipients"]
+    assert list(first) == [*COLUMNS["task_done"], "recipients"]
     assert first["sent_at"] == "2026-11-23T07:46:00.123456Z"
     assert first["expires_at"] is None
     assert first["data"] == ROW.data
@@ -317,7 +318,7 @@ def test_json_has_every_column_and_the_same_values():
 def test_csv_has_every_column_and_the_same_values():
     header, row, again = csv.reader(io.StringIO(written(Format.CSV, SEND, SEND), newline=""))
 
-    assert header == [*COLUMNS, "recipients"]
+    assert header == [*COLUMNS["task_done"], "recipients"]
     assert row == again
     values = dict(zip(header, row, strict=True))
     assert values["sender"] == "+alice@example.com"

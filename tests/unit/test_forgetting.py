@@ -11,11 +11,11 @@ from uuid import UUID
 import pytest
 
 from relay.cli import main
-from relay.records.filters import SendFilter
 from relay.records.forgetting import GONE, forget, mentions, open_eraser
 from relay.records.model import Doubt, Record
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
+from relay.records.sends import SendFilter
 from relay.records.spool import encode
 from relay.records.store import open_store
 

@@ -12,8 +12,9 @@ import pytest
 
 from relay.records.model import Doubt, Record
 from relay.records.moving import BATCH, count_all, move
-from relay.records.queries import SendFilter, open_queries
+from relay.records.queries import open_queries
 from relay.records.retention import Retention
+from relay.records.sends import SendFilter
 from relay.records.store import open_store
 from tests.support.databases import SqliteDatabase
 

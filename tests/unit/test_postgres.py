@@ -23,11 +23,13 @@ from relay.records.errors import (
 )
 from relay.records.migrations import upgrade_postgres
 from relay.records.model import Record
-from relay.records.queries import SendFilter, open_queries
+from relay.records.queries import open_queries
 from relay.records.retention import Retention
-from relay.records.schema import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE, metadata
+from relay.records.schema import metadata
 from relay.records.search import page_of_sends
+from relay.records.sends import SendFilter
 from relay.records.store import open_store
+from relay.records.tables import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE
 from tests.support import postgres
 from tests.support.certificates import Certificates
 

@@ -17,18 +17,14 @@ from relay.records import queries
 from relay.records.errors import StoreError
 from relay.records.migrations import upgrade
 from relay.records.model import Doubt, Record
-from relay.records.queries import (
-    COLUMNS,
-    PAGE_ROWS,
-    SendFilter,
-    open_queries,
-)
+from relay.records.queries import PAGE_ROWS, open_queries
 from relay.records.retention import Retention
-from relay.records.schema import SCHEMA_VERSIONS, VERSION_TABLE
 from relay.records.search import page_of_doubts, page_of_sends, recipients_of
+from relay.records.sends import SendFilter
 from relay.records.sqlite import reader as reader_module
 from relay.records.sqlite.hints import heed_hints
 from relay.records.store import open_store
+from relay.records.tables import COLUMNS, SCHEMA_VERSIONS, VERSION_TABLE
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 ROW = Record(
@@ -100,7 +96,7 @@ async def test_a_row_comes_back_whole(database):
     [[send]] = [page async for page in opened.sends(SendFilter())]
 
     assert send.recipients == ("b@x", "a@x", "b@x")
-    assert {name: getattr(send, name) for name in COLUMNS} == {
+    assert {name: getattr(send, name) for name in COLUMNS["task_done"]} == {
         "id": 1,
         "task_id": str(ROW.task_id),
         "client_task_id": "c",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from contextlib import closing
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -12,8 +13,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from relay.records import schema
+from relay.records import schema, tables
 from relay.records.migrations import alembic_config, upgrade
+from relay.records.sends import InDoubt, Send
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def migrated():
 def definitions(raw):
     """Every table and index as SQLite keeps it, whatever the spacing."""
     found = raw.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND type <> 'view'")
-    return {name: re.sub(r"\s+", "", sql).lower() for name, sql in found if name != schema.VERSION_TABLE}
+    return {name: re.sub(r"\s+", "", sql).lower() for name, sql in found if name != tables.VERSION_TABLE}
 
 
 def test_the_migrations_make_what_the_metadata_says(migrated):
@@ -43,8 +45,8 @@ def test_the_view_has_the_columns_that_the_metadata_says(migrated):
 
 def test_the_revisions_are_the_schema_versions():
     newest_first = ScriptDirectory.from_config(alembic_config()).walk_revisions()
-    assert [script.revision for script in newest_first] == list(reversed(schema.SCHEMA_VERSIONS))
-    assert schema.SCHEMA_VERSIONS[-1] == schema.SCHEMA_VERSION
+    assert [script.revision for script in newest_first] == list(reversed(tables.SCHEMA_VERSIONS))
+    assert tables.SCHEMA_VERSIONS[-1] == tables.SCHEMA_VERSION
 
 
 def test_to_migrate_again_changes_nothing(migrated):
@@ -54,7 +56,7 @@ def test_to_migrate_again_changes_nothing(migrated):
     assert not migrated.in_transaction
 
 
-@pytest.mark.parametrize("version", schema.SCHEMA_VERSIONS[:-1])
+@pytest.mark.parametrize("version", tables.SCHEMA_VERSIONS[:-1])
 def test_a_store_of_an_older_version_is_brought_up_and_keeps_what_it_has(migrated, version):
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
         engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=sa.StaticPool)
@@ -66,22 +68,40 @@ def test_a_store_of_an_older_version_is_brought_up_and_keeps_what_it_has(migrate
         upgrade(raw)
         assert definitions(raw) == definitions(migrated)
         assert raw.execute("SELECT value FROM task_done_state").fetchall() == [("as it was",)]
-        newest = raw.execute(f"SELECT version_num FROM {schema.VERSION_TABLE}").fetchall()
-        assert newest == [(schema.SCHEMA_VERSION,)]
+        newest = raw.execute(f"SELECT version_num FROM {tables.VERSION_TABLE}").fetchall()
+        assert newest == [(tables.SCHEMA_VERSION,)]
 
 
 def test_the_columns_are_those_of_the_contract():
-    assert [column.name for column in schema.task_done.columns] == [
+    assert tables.COLUMNS["task_done"] == (
         *("id", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "sent_at"),
         *("expires_at", "upstream", "upstream_reply", "message_id", "size", "duration_ms", "data"),
-    ]
+    )
     assert [column.name for column in schema.task_done_recipient.columns] == [
         *("task_done_id", "ordinal", "recipient", "recipient_domain", "sent_at")
     ]
-    assert [column.name for column in schema.task_in_doubt.columns] == [
+    assert tables.COLUMNS["task_in_doubt"] == (
         *("id", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "since"),
         *("expires_at", "upstream", "reason", "message_id", "size", "duration_ms", "recipients", "data"),
-    ]
+    )
+
+
+@pytest.mark.parametrize("table", [schema.task_done, schema.task_done_send, schema.task_in_doubt], ids=str)
+def test_the_metadata_has_the_columns_that_plain_sql_goes_by(table):
+    assert tuple(column.name for column in table.columns) == tables.COLUMNS[table.name]
+
+
+def test_what_a_read_finds_has_the_columns_too():
+    sent = [field.name for field in fields(Send)]
+    assert sent == [*tables.COLUMNS["task_done"], "recipients"]
+    assert {field.name for field in fields(InDoubt)} == set(tables.COLUMNS["task_in_doubt"])
+
+
+def test_the_names_are_those_of_the_tables_and_views(migrated):
+    found = {
+        row[0] for row in migrated.execute("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")
+    }
+    assert set(tables.NAMES) <= found
 
 
 @pytest.mark.parametrize(
@@ -142,18 +162,18 @@ def test_the_same_metadata_makes_postgresql_tables():
     ],
 )
 def test_times_are_utc_text_of_fixed_width(moment, text):
-    assert schema.utc_text(moment) == text
+    assert tables.utc_text(moment) == text
 
 
 def test_a_time_without_a_zone_is_refused():
     with pytest.raises(ValueError, match="without a zone"):
-        schema.utc_text(datetime(2026, 11, 23))  # noqa: DTZ001
+        tables.utc_text(datetime(2026, 11, 23))  # noqa: DTZ001
 
 
 def test_sqlalchemy_reads_and_compares_what_utc_text_wrote(migrated):
     moment = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
     migrated.execute(
-        "INSERT INTO task_done_state VALUES ('a', 'b', ?), ('c', 'd', NULL)", (schema.utc_text(moment),)
+        "INSERT INTO task_done_state VALUES ('a', 'b', ?), ('c', 'd', NULL)", (tables.utc_text(moment),)
     )
     engine = sa.create_engine("sqlite://", creator=lambda: migrated, poolclass=sa.StaticPool)
     state = schema.task_done_state

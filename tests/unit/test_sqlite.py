@@ -20,9 +20,9 @@ import pytest
 
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.retention import Retention
-from relay.records.schema import SCHEMA_VERSION, VERSION_TABLE
 from relay.records.sqlite.database import Database, path_of
 from relay.records.store import open_store
+from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
 
 ROOT = Path(__file__).parents[2]
 RETENTION = Retention(timedelta(days=30))

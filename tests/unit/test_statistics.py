@@ -16,11 +16,11 @@ import pytest
 from sqlalchemy.dialects import sqlite
 
 from relay.records.by import By
-from relay.records.filters import SendFilter
 from relay.records.migrations import upgrade
 from relay.records.model import Record
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
+from relay.records.sends import SendFilter
 from relay.records.sqlite.hints import heed_hints
 from relay.records.statistics import Count, Statistics, statement_of
 from relay.records.store import open_store

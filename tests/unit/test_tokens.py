@@ -12,14 +12,8 @@ import pytest
 from aiohttp import web
 
 from relay.settings import TokenSettings
-from relay.upstream.tokens import (
-    MAX_OCTETS,
-    CommandTokens,
-    EndpointTokens,
-    FileTokens,
-    TokenError,
-    token_source,
-)
+from relay.upstream.endpoint import EndpointTokens
+from relay.upstream.tokens import MAX_OCTETS, CommandTokens, FileTokens, TokenError, token_source
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -325,7 +319,7 @@ async def test_an_endpoint_that_cannot_be_reached() -> None:
 
 
 async def test_an_endpoint_that_does_not_answer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relay.upstream.tokens.TIMEOUT", 0.05)
+    monkeypatch.setattr("relay.upstream.endpoint.TIMEOUT", 0.05)
     endpoint.answers = [{"access_token": "one"}]
     endpoint.open.clear()
     with pytest.raises(TokenError, match=r"no answer in 0\.05 s"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-from relay.records.schema import VERSION_TABLE, metadata
+from relay.records.schema import metadata
+from relay.records.tables import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],

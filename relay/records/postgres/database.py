@@ -20,14 +20,7 @@ from relay.records.errors import (
     StoreError,
     UnreachableError,
 )
-from relay.records.schema import (
-    SCHEMA_VERSION,
-    SCHEMA_VERSIONS,
-    VERSION_TABLE,
-    task_done,
-    task_done_send,
-    task_in_doubt,
-)
+from relay.records.tables import COLUMNS, NAMES, SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE
 from relay.settings.dsn import shown_url
 
 try:
@@ -49,10 +42,6 @@ CLOSE_TIMEOUT_S = 5.0
 POOL_SIZE = 4
 """Connections of one relay: a commit, a late one, a step of long work, a look."""
 
-_OUR_NAMES = (
-    *(VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state"),
-    "task_in_doubt",
-)
 _LOOK = """
     SELECT current_schema() AS schema, current_setting('server_encoding') AS encoding,
         current_setting('synchronous_commit') AS synchronous_commit, pg_is_in_recovery() AS in_recovery,
@@ -207,7 +196,7 @@ async def version_in(connection: Connection, url: str, *, writes: bool) -> str |
     With `writes`, refuse also what rows cannot be entrusted to.
     """
     # One statement, thus one moment: another process may be making the tables just now.
-    found = await connection.fetchrow(_LOOK, list(_OUR_NAMES))
+    found = await connection.fetchrow(_LOOK, list(NAMES))
     name, names = shown_url(url), set(found["names"])
     if found["schema"] is None:
         raise StoreError(f"{name}: no schema of the search path exists; CREATE SCHEMA, or set search_path")
@@ -240,11 +229,11 @@ async def version_in(connection: Connection, url: str, *, writes: bool) -> str |
 
 async def check(connection: Connection, url: str) -> None:
     """Raise StoreError unless the tables have the columns that this version reads and writes."""
-    for table in (task_done, task_done_send, task_in_doubt):
-        found = {row[0] for row in await connection.fetch(_COLUMNS, table.name)}
-        missing = sorted({column.name for column in table.columns} - found)
+    for table, columns in COLUMNS.items():
+        found = {row[0] for row in await connection.fetch(_COLUMNS, table)}
+        missing = sorted(set(columns) - found)
         if missing:
-            raise StoreError(f"{shown_url(url)}: {table.name} has no column {missing[0]}; restore a backup")
+            raise StoreError(f"{shown_url(url)}: {table} has no column {missing[0]}; restore a backup")
 
 
 def explained(error: Exception, url: str) -> Exception:

@@ -17,7 +17,7 @@ from relay.records.errors import RejectedRecordError
 from relay.records.model import Doubt, Entry, Record, signed
 from relay.records.postgres.database import Connection
 from relay.records.retention import Retention
-from relay.records.schema import utc_text
+from relay.records.tables import utc_text
 
 __all__ = ["insert_entries", "statement_of"]
 

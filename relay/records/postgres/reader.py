@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
 from relay.records.postgres.database import STATEMENT_TIMEOUT_S, check, connect, explained, version_in
-from relay.records.schema import SCHEMA_VERSION
+from relay.records.tables import SCHEMA_VERSION
 from relay.settings.dsn import shown_url
 
 __all__ = ["PostgresReader"]

@@ -21,14 +21,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from relay.records.errors import MissingStoreError, RejectedRecordError, StoreError
-from relay.records.schema import (
-    SCHEMA_VERSION,
-    SCHEMA_VERSIONS,
-    VERSION_TABLE,
-    task_done,
-    task_done_send,
-    task_in_doubt,
-)
+from relay.records.tables import COLUMNS, NAMES, SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE
 
 __all__ = [
     "Database",
@@ -57,11 +50,7 @@ SMALLEST = 512
 """Octets of the smallest database: SQLite takes a shorter file for an empty one, and would write over it."""
 RETRY_EVERY_S = 0.02
 
-_OUR_NAMES = (
-    *(VERSION_TABLE, "task_done", "task_done_recipient", "task_done_send", "task_done_state"),
-    "task_in_doubt",
-)
-_PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(_OUR_NAMES))})"  # noqa: S608
+_PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(NAMES))})"  # noqa: S608
 _NEWEST = f"SELECT max(version_num) FROM {VERSION_TABLE}"  # noqa: S608
 _DATA_ERRORS = frozenset(
     {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE}
@@ -325,7 +314,7 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
 def version_in(path: Path, raw: sqlite3.Connection) -> str | None:
     """Return the schema version of the file, None when it has nothing of ours; refuse what is not ours."""
     # One statement, thus one moment: another process may be making the tables just now.
-    names = {row[0] for row in raw.execute(_PRESENT, _OUR_NAMES)}
+    names = {row[0] for row in raw.execute(_PRESENT, NAMES)}
     if not names:
         return None
     if VERSION_TABLE not in names:
@@ -344,13 +333,11 @@ def version_in(path: Path, raw: sqlite3.Connection) -> str | None:
 
 def check_columns(path: Path, raw: sqlite3.Connection) -> None:
     """Raise StoreError unless the tables have the columns that this version reads and writes."""
-    for table in (task_done, task_done_send, task_in_doubt):
-        found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (table.name,))}
-        missing = sorted({column.name for column in table.columns} - found)
+    for table, columns in COLUMNS.items():
+        found = {row[0] for row in raw.execute("SELECT name FROM pragma_table_info(?)", (table,))}
+        missing = sorted(set(columns) - found)
         if missing:
-            raise StoreError(
-                f"{path}: {table.name} has no column {missing[0]}; put a backup in the file's place"
-            )
+            raise StoreError(f"{path}: {table} has no column {missing[0]}; put a backup in the file's place")
 
 
 def _write_ahead(raw: sqlite3.Connection, busy_timeout: float) -> None:

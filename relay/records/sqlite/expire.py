@@ -11,11 +11,11 @@ from uuid import uuid4
 import orjson
 
 from relay.records.errors import ExpiryBusyError
-from relay.records.schema import utc_text
 from relay.records.sqlite.database import Database
 from relay.records.sqlite.follow import retention_state
 from relay.records.steps import PLANNED_ROWS
 from relay.records.store import LEASE, LEASE_RENEWAL_S
+from relay.records.tables import utc_text
 
 __all__ = ["Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired", "vacuum"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from relay.records.retention import Retention
-from relay.records.schema import utc_text
 from relay.records.steps import RETENTION_ROWS, Step
+from relay.records.tables import utc_text
 
 __all__ = ["begin_following", "count_due", "follow", "retention_state"]
 

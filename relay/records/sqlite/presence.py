@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from datetime import datetime
 
-from relay.records.schema import utc_text
+from relay.records.tables import utc_text
 
 __all__ = ["say_alive", "say_gone", "say_retention"]
 

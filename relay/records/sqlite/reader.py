@@ -19,7 +19,6 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import LRUCache
 
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.schema import SCHEMA_VERSION
 from relay.records.sqlite.database import (
     SMALLEST,
     check_columns,
@@ -31,6 +30,7 @@ from relay.records.sqlite.database import (
     version_in,
 )
 from relay.records.sqlite.hints import heed_hints
+from relay.records.tables import SCHEMA_VERSION
 
 __all__ = ["ATTEMPTS", "SqliteReader"]
 

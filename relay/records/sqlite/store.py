@@ -16,7 +16,6 @@ from typing import TypeVar
 from relay.records.model import Entry
 from relay.records.pacing import Pace
 from relay.records.retention import Retention
-from relay.records.schema import utc_text
 from relay.records.sqlite.database import Database, path_of
 from relay.records.sqlite.expire import (
     Lease,
@@ -31,6 +30,7 @@ from relay.records.sqlite.follow import begin_following, count_due, follow
 from relay.records.sqlite.insert import insert_entries, prepare
 from relay.records.sqlite.presence import say_alive, say_gone, say_retention
 from relay.records.steps import Step
+from relay.records.tables import utc_text
 
 __all__ = ["SqliteStore"]
 
