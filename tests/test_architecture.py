@@ -50,7 +50,6 @@ DOORS = {
     "argon2": {"auth"},
     "cryptography": {"session"},
     "tomlkit": {"auth"},
-    "structlog": {"maillog"},
     "jinja2": {"web"},
     "markupsafe": {"web"},
     "pydantic": {"settings"},

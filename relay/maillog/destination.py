@@ -10,11 +10,10 @@ import atexit
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
-import structlog
-
-from relay.maillog.line import Console, as_json, cleaned
+from relay.maillog.console import Console
+from relay.maillog.line import as_json, cleaned
 from relay.maillog.output import Output
 from relay.maillog.values import traceback_text
 from relay.outcome import Outcome
@@ -48,11 +47,28 @@ _STANDARD_LEVELS: Final = (
 )
 
 
+class Write(Protocol):
+    """Writes a line about an event, if lines of its level are written."""
+
+    def __call__(self, event: str, /, **fields: object) -> None:
+        """Write it, with these fields behind what happened, or with those of the mapping `fields`."""
+
+
+class Log(NamedTuple):
+    """What writes lines, by their level."""
+
+    debug: Write
+    info: Write
+    warning: Write
+    error: Write
+    critical: Write
+
+
 class _Current:
     """Where lines go now; `configure` replaces it."""
 
     output: Output
-    log: structlog.typing.FilteringBoundLogger
+    log: Log
     direct: Mapping[Outcome, tuple[str, Callable[[bytes], None] | None]]
     """The level of a message's line, and what writes it without a logger, if it is to be JSON."""
 
@@ -64,20 +80,27 @@ def _lines_lost(lines: int) -> None:
     current.log.error("log lines lost", lines=lines)
 
 
-def _use(render: Any, level: str, stream: BinaryIO | None) -> None:
-    current.output = Output(stream, _lines_lost)
-    # Bound once and kept: a line then costs no look-up of structlog's configuration.
-    current.log = structlog.wrap_logger(
-        current.output,
-        processors=[cleaned, render],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        context_class=dict,
-    ).bind()
-    written = _LEVELS[_LEVELS.index(level) :] if render is as_json else ()
+def _use(render: Callable[[Mapping[str, Any]], bytes], level: str, stream: BinaryIO | None) -> None:
+    output = current.output = Output(stream, _lines_lost)
+    written = _LEVELS[_LEVELS.index(level) :]
+    current.log = Log(*(_writing(output, each, render) if each in written else _nothing for each in _LEVELS))
     current.direct = {
-        outcome: (of_it, getattr(current.output, of_it) if of_it in written else None)
+        outcome: (of_it, getattr(output, of_it) if of_it in written and render is as_json else None)
         for outcome, of_it in _LEVEL_OF.items()
     }
+
+
+def _writing(output: Output, level: str, render: Callable[[Mapping[str, Any]], bytes]) -> Write:
+    line: Callable[[bytes], None] = getattr(output, level)
+
+    def write(event: str, /, **fields: object) -> None:
+        line(render(cleaned(level, event, fields)))
+
+    return write
+
+
+def _nothing(_event: str, /, **_fields: object) -> None:
+    """What a line comes to whose level is not written."""
 
 
 def flush() -> None:

@@ -1,4 +1,4 @@
-"""A line of the log as octets: JSON, or for people; the line of a message on a way of its own.
+"""A line of the log: its values clean, and as JSON; the line of a message on a way of its own.
 
 Rules: a line is always exactly one line. What its values may hold is decided in `values.py`; the short way
 of a message is taken where one look at the whole line shows that none of its values needs that.
@@ -7,18 +7,17 @@ of a message is taken where one look at the whole line shows that none of its va
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
-import structlog
 
 from relay.maillog.facts import Facts
 from relay.maillog.values import MAX_TEXT, json_text, plain, printable
 from relay.outcome import Outcome
 
-__all__ = ["Console", "as_json", "cleaned", "message_line"]
+__all__ = ["as_json", "cleaned", "message_line"]
 
 
 _WORDS: Final = {outcome: outcome.value for outcome in Outcome}
@@ -47,13 +46,9 @@ def message_line(level: str, outcome: Outcome, facts: Facts) -> bytes | None:
     return None if found.find(b"/") >= 0 and found.find(b"://") >= 0 else found  # a slash is found sooner
 
 
-def cleaned(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def cleaned(level: str, event: str, fields: MutableMapping[str, Any]) -> dict[str, Any]:
     """Give a line its time and level, first, and every value its printable form."""
-    line: dict[str, Any] = {
-        "time": datetime.now(UTC),
-        "level": level,
-        "event": printable(fields.pop("event")),
-    }
+    line: dict[str, Any] = {"time": datetime.now(UTC), "level": level, "event": printable(event)}
     for key, value in fields.pop("fields", fields).items():
         if value is None:
             continue
@@ -70,21 +65,9 @@ def cleaned(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> Mutab
     return line
 
 
-def as_json(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> bytes:
+def as_json(line: Mapping[str, Any]) -> bytes:
     """Return one JSON object."""
     try:
         return orjson.dumps(line, option=orjson.OPT_UTC_Z)
     except TypeError:  # an integer beyond 64 bits
         return json.dumps(line, default=json_text).encode()
-
-
-class Console:
-    """Lines for people; coloured on a terminal."""
-
-    def __init__(self, *, colors: bool) -> None:
-        self._render = structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=0)
-
-    def __call__(self, logger: Any, level: str, line: MutableMapping[str, Any]) -> bytes:
-        """Return one line, the time first."""
-        line["timestamp"] = line.pop("time").strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        return self._render(logger, level, line).encode("utf-8", "backslashreplace")

@@ -13,7 +13,7 @@ import pytest
 HEAVY = {
     *("aiohttp", "aiosmtpd", "aiosmtplib", "aiosqlite", "alembic", "argon2", "asyncio", "asyncpg"),
     *("cryptography", "email", "jinja2", "mako", "orjson", "prometheus_client", "pydantic", "pygments"),
-    *("rich", "sqlalchemy", "sqlite3", "ssl", "structlog", "tomlkit", "uvloop"),
+    *("rich", "sqlalchemy", "sqlite3", "ssl", "tomlkit", "uvloop"),
 }
 """Packages that take longer to import than help takes to print."""
 MOST = 300

@@ -514,6 +514,21 @@ def test_console_lines_are_plain_off_a_terminal() -> None:
     assert "sender=app@example.com" in line
 
 
+def test_console_lines_show_where_a_value_ends() -> None:
+    log = Log()
+    maillog.configure("console", "info", log.stream)
+    maillog.reloaded(["log.level"])
+    maillog.warning('a "word" = b')
+    maillog.certificate_read("2027")
+    maillog.session_refused("", "::1", "it's", None)
+    assert [line.partition(" ")[2] for line in log.lines()] == [
+        "[info     ] reloaded changed=['log.level']",
+        """[warning  ] warning text='a "word" = b'""",
+        "[info     ] certificate read not_after=2027",
+        """[info     ] session refused peer= listener=::1 reason="it's\"""",
+    ]
+
+
 def test_console_lines_are_coloured_on_a_terminal() -> None:
     master, slave = pty.openpty()
     with os.fdopen(slave, "wb") as terminal:
@@ -521,8 +536,9 @@ def test_console_lines_are_coloured_on_a_terminal() -> None:
         maillog.stopped()
         seen = os.read(master, 4096)
     os.close(master)
-    assert b"stopped" in seen
-    assert b"\x1b[" in seen
+    assert re.sub(rb"[0-9]{4}-[^\x1b]*", b"NOW", seen) == (
+        b"\x1b[2mNOW\x1b[0m [\x1b[1;32minfo     \x1b[0m] \x1b[1mstopped\x1b[0m\r\n"
+    )
 
 
 # --------------------------------------------------------------------------------- the standard library
