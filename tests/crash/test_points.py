@@ -260,6 +260,32 @@ async def test_the_migration(tmp_path: Path, upstream: ScriptedUpstream) -> None
         assert relay.errors() == ""
 
 
+async def test_the_new_file(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """Whichever statement it comes to, the file has nothing in it or all that it is to have."""
+    relay = RelayProcess(tmp_path, upstream.port, module="tests.support.killpoints")
+    async with relay:
+        statements = 1
+        while True:
+            relay.environment = {VARIABLE: f"in the new file:{statements}"}
+            await relay.spawn()
+            with contextlib.suppress(AssertionError):
+                await relay.event("started")
+            if relay.running:
+                break
+            assert await relay.ended() == -signal.SIGKILL
+            assert relay.rows("SELECT name FROM sqlite_schema") == []
+            statements += 6
+
+        assert statements > 7
+        assert await relay.terminate() == 0
+        relay.environment = {}
+        await relay.start()
+        assert await send(relay, "first") == 250
+        assert await relay.terminate() == 0
+        assert ids(relay.rows, "task_done") == ["first"]
+        assert relay.errors() == ""
+
+
 def test_the_table_is_the_one_that_operators_read() -> None:
     section = (ROOT / "docs" / "reliability.md").read_text().partition("\n## Crash points\n")[2]
     table = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
@@ -288,7 +314,8 @@ def shown(crash: Crash) -> str:
 
 
 def test_every_point_is_tried() -> None:
-    apart = {"before the spool forgets", "behind the spool forgot", "in the migration", "in the expiry"}
+    apart = {"before the spool forgets", "behind the spool forgot", "in the expiry"}
+    apart |= {"in the migration", "in the new file"}
     assert {crash.point for crash in CRASHES} | apart == POINTS.keys()
 
 

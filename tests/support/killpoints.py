@@ -18,11 +18,12 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from relay.cli import main
 from relay.records import spool
-from relay.records.sqlite import store
+from relay.records.sqlite import database, store
 from relay.reply import Reply
 from relay.settlement import Settlement
 from relay.upstream.connection import Connection
@@ -152,6 +153,19 @@ def _migration(passed: Passed) -> None:
     migrations.upgrade = wrapped
 
 
+def _new_file(passed: Passed) -> None:
+    """Each statement that makes the tables of a new file, before it."""
+    make_tables = database.make_tables
+
+    def wrapped(path: Path, connection: sqlite3.Connection) -> str:
+        connection.set_trace_callback(lambda _: passed())
+        version = make_tables(path, connection)
+        connection.set_trace_callback(None)
+        return version
+
+    database.make_tables = wrapped
+
+
 def _expiry(passed: Passed) -> None:
     """A step has deleted its rows and is not committed."""
     delete = store.delete
@@ -189,6 +203,7 @@ POINTS: dict[str, Callable[[Passed], None]] = {
     "before the spool forgets": _at(spool.Spool, "forget"),
     "behind the spool forgot": _at(spool.Spool, "forget", behind=True),
     "in the migration": _migration,
+    "in the new file": _new_file,
     "in the expiry": _expiry,
 }
 """By name: what makes the process pass the point."""

@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
@@ -16,6 +15,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from relay.records import schema, tables
 from relay.records.migrations import alembic_config, upgrade
 from relay.records.sends import InDoubt, Send
+from relay.records.sqlite.database import Database
+from tests.support import tables as support
 
 
 @pytest.fixture
@@ -36,6 +37,15 @@ def test_the_migrations_make_what_the_metadata_says(migrated):
         engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=sa.StaticPool)
         schema.metadata.create_all(engine)
         assert definitions(migrated) == definitions(raw)
+
+
+async def test_a_new_file_is_made_as_the_migrations_make_it(migrated, tmp_path):
+    """If not: python -m tests.support.tables > relay/records/sqlite/tables.sql"""
+    await (await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)).close()
+    with closing(sqlite3.connect(tmp_path / "t.db")) as raw:
+        assert support.definitions(raw) == support.definitions(migrated)
+        versions = f"SELECT * FROM {tables.VERSION_TABLE}"
+        assert raw.execute(versions).fetchall() == migrated.execute(versions).fetchall()
 
 
 def test_the_view_has_the_columns_that_the_metadata_says(migrated):
@@ -59,11 +69,7 @@ def test_to_migrate_again_changes_nothing(migrated):
 @pytest.mark.parametrize("version", tables.SCHEMA_VERSIONS[:-1])
 def test_a_store_of_an_older_version_is_brought_up_and_keeps_what_it_has(migrated, version):
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
-        engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=sa.StaticPool)
-        config = alembic_config()
-        with engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, version)
+        upgrade(raw, version)
         raw.execute("INSERT INTO task_done_state VALUES ('kept', 'as it was', NULL)")
         upgrade(raw)
         assert definitions(raw) == definitions(migrated)

@@ -19,10 +19,12 @@ from pathlib import Path
 import pytest
 
 from relay.records.errors import RejectedRecordError, StoreError
+from relay.records.migrations import upgrade
 from relay.records.retention import Retention
 from relay.records.sqlite.database import Database, path_of
 from relay.records.store import open_store
 from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
+from tests.support.tables import definitions
 
 ROOT = Path(__file__).parents[2]
 RETENTION = Retention(timedelta(days=30))
@@ -257,10 +259,10 @@ async def test_a_file_that_another_process_holds(tmp_path):
     await (await Database.open(path, create=True, busy_timeout=1)).close()
 
 
-async def test_an_error_in_the_middle_of_a_migration_leaves_nothing(tmp_path):
+async def test_an_error_in_the_middle_of_making_the_tables_leaves_nothing(tmp_path):
     path = tmp_path / "t.db"
     with closing(sqlite3.connect(path)) as raw:
-        # The name of an index of ours, on a table that is not: the third or so of the statements fails.
+        # The name of an index of ours, on a table that is not: one of the statements fails.
         raw.executescript("CREATE TABLE other (x); CREATE INDEX ix_task_done_sender ON other (x);")
     assert "ix_task_done_sender already exists" in await open_error(path)
     with closing(sqlite3.connect(path)) as raw:
@@ -268,10 +270,21 @@ async def test_an_error_in_the_middle_of_a_migration_leaves_nothing(tmp_path):
     assert names == ["ix_task_done_sender", "other"]
 
 
+async def test_an_error_in_the_middle_of_a_migration_leaves_what_was(tmp_path):
+    path = tmp_path / "t.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        upgrade(raw, "0003")
+        raw.executescript("CREATE TABLE other (x); CREATE VIEW task_done_by_sender AS SELECT x FROM other;")
+        before = definitions(raw)
+    assert "task_done_by_sender already exists" in await open_error(path)
+    with closing(sqlite3.connect(path)) as raw:
+        assert definitions(raw) == before
+        assert raw.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("0003",)]
+
+
 OPENER = textwrap.dedent("""
     import asyncio, sys
     from datetime import timedelta
-    import relay.records.migrations
     from relay.records.retention import Retention
     from relay.records.store import open_store
 
@@ -317,7 +330,7 @@ async def test_stores_that_open_a_new_file_at_the_same_time_in_one_process(tmp_p
         await store.close()
 
 
-def test_a_start_with_nothing_to_migrate_does_not_load_alembic(tmp_path):
+def test_alembic_is_loaded_where_there_is_something_to_migrate_alone(tmp_path):
     script = textwrap.dedent("""
         import asyncio, sys
         from datetime import timedelta
@@ -331,11 +344,15 @@ def test_a_start_with_nothing_to_migrate_does_not_load_alembic(tmp_path):
         asyncio.run(main())
         print("alembic" in sys.modules)
     """)
-    run = [sys.executable, "-c", script, str(tmp_path / "t.db")]
-    answers = [
-        subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)
-    ]
-    assert answers == ["True\n", "False\n"]
+    with closing(sqlite3.connect(tmp_path / "old.db", isolation_level=None)) as raw:
+        upgrade(raw, "0003")
+
+    def open_it(name):
+        run = [sys.executable, "-c", script, str(tmp_path / name)]
+        return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert [open_it("new.db"), open_it("new.db")] == ["False\n"] * 2
+    assert [open_it("old.db"), open_it("old.db")] == ["True\n", "False\n"]
 
 
 async def test_a_transaction_that_fails_is_undone(tmp_path):

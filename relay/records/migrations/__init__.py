@@ -36,8 +36,8 @@ def alembic_config() -> Config:
     return config
 
 
-def upgrade(connection: sqlite3.Connection) -> None:
-    """Bring the schema to the newest version, wholly or not at all.
+def upgrade(connection: sqlite3.Connection, version: str = "head") -> None:
+    """Bring the schema to `version`, wholly or not at all.
 
     Of two processes that come at once, one waits for the other and then finds nothing to do. Raises
     `sqlite3.Error`, also when the wait for the lock takes longer than the connection's timeout.
@@ -48,7 +48,7 @@ def upgrade(connection: sqlite3.Connection) -> None:
         # rolls it back. It also rolls back as it connects: no transaction can be begun before that.
         with _ONE_AT_A_TIME, engine.begin() as adopted:
             adopted.exec_driver_sql("BEGIN IMMEDIATE")
-            _upgrade(adopted)
+            _upgrade(adopted, version)
     except sa.exc.DBAPIError as error:
         raise (error.orig or error) from error
 

@@ -30,6 +30,7 @@ __all__ = [
     "explained",
     "in_transaction",
     "interrupt",
+    "make_tables",
     "on_thread",
     "path_of",
     "version_in",
@@ -50,6 +51,8 @@ SMALLEST = 512
 """Octets of the smallest database: SQLite takes a shorter file for an empty one, and would write over it."""
 RETRY_EVERY_S = 0.02
 
+_TABLES = Path(__file__).with_name("tables.sql")
+"""What the migrations come to, as a script: a test compares the two."""
 _PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(NAMES))})"  # noqa: S608
 _NEWEST = f"SELECT max(version_num) FROM {VERSION_TABLE}"  # noqa: S608
 _DATA_ERRORS = frozenset(
@@ -304,11 +307,29 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
     raw.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}")
     raw.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     raw.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+    if version is None:
+        version = make_tables(path, raw)
     if version != SCHEMA_VERSION:
         # Alembic takes longer to load than all the rest of a start.
         from relay.records.migrations import upgrade
 
         upgrade(raw)
+
+
+def make_tables(path: Path, raw: sqlite3.Connection) -> str:
+    """Make in a new file what the migrations would, all or nothing, and return the version that it then has.
+
+    That of another process, if that was first.
+    """
+
+    def work(raw: sqlite3.Connection) -> str:
+        if (version := version_in(path, raw)) is not None:
+            return version
+        for statement in _TABLES.read_text("utf-8").split(";\n"):
+            raw.execute(statement)
+        return SCHEMA_VERSION
+
+    return in_transaction(raw, work)
 
 
 def version_in(path: Path, raw: sqlite3.Connection) -> str | None:
