@@ -2,7 +2,7 @@
 
 from relay.settings.changes import RESTART, Changes, compare
 from relay.settings.limits import ExceptionSettings, LimitSettings
-from relay.settings.load import DEV_UPSTREAM, SettingsError, load, schema
+from relay.settings.load import DEV_UPSTREAM, SettingsError, load
 from relay.settings.model import (
     ClientSettings,
     ExpirySettings,
@@ -21,6 +21,7 @@ from relay.settings.model import (
     UpstreamSettings,
 )
 from relay.settings.networks import Network
+from relay.settings.schema import schema
 
 __all__ = [
     "DEV_UPSTREAM",

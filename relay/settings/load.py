@@ -17,7 +17,7 @@ from pydantic import SecretStr, ValidationError
 from relay.settings.environment import Key, dotted, model_at, overlay, unknown_key
 from relay.settings.model import Origin, Settings
 
-__all__ = ["DEV_UPSTREAM", "SettingsError", "load", "schema"]
+__all__ = ["DEV_UPSTREAM", "SettingsError", "load"]
 
 DEV_UPSTREAM = "127.0.0.1:2526"
 """Where the built-in upstream of `relay serve --dev` listens, unless that port is taken."""
@@ -56,16 +56,6 @@ def load(path: Path | None, environ: Mapping[str, str], *, dev_upstream: str | N
     if problems:
         raise SettingsError([f"{where}: {dotted(key)}: {reason}" for where, key, reason in problems])
     return settings
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON Schema of the file, in the forms in which people write it."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **Settings.model_json_schema(mode="validation"),
-        "title": "relay.toml",
-        "description": "Configuration of the SMTP relay",
-    }
 
 
 def _one_line(text: str) -> str:

@@ -14,6 +14,5 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         validate_default=True,
-        use_attribute_docstrings=True,
         hide_input_in_errors=True,  # the input may be a secret
     )

@@ -17,12 +17,13 @@ import typer.main
 from pydantic import BaseModel
 
 from relay.cli.commands import app
+from relay.settings import schema
 from relay.settings.model import Settings
 
 __all__ = ["SCHEMA", "commands_page", "default", "form", "key_tables", "settings_page", "write"]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SCHEMA: dict[str, Any] = Settings.model_json_schema(mode="validation")
+SCHEMA: dict[str, Any] = schema()
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -88,8 +89,8 @@ def default(model: type[BaseModel], key: str) -> str:
 def rows(model: type[BaseModel]) -> list[list[str]]:
     properties = SCHEMA["$defs"][model.__name__]["properties"]
     return [
-        [f"`{key}`", default(model, key), form(properties[key]), field.description or ""]
-        for key, field in model.model_fields.items()
+        [f"`{key}`", default(model, key), form(properties[key]), properties[key]["description"]]
+        for key in model.model_fields
     ]
 
 
