@@ -19,6 +19,7 @@ from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
 from relay.auth.users import Users
 from relay.bookkeeping import Bookkeeping
+from relay.late import late
 from relay.limits.in_force import InForce
 from relay.metrics import Metrics
 from relay.records.spool import SpoolError
@@ -28,13 +29,15 @@ from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
 from relay.upstream.upstreams import Upstreams
-from relay.web import Access, Api, Overview, Page, Reading, Site, Web
+from relay.web import Overview, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import ModuleType
 
     from relay.session.doorkeeper import Authenticator
     from relay.settings import Settings
+    from relay.web.server import Web
 
 __all__ = ["Relay", "StartError"]
 
@@ -60,6 +63,7 @@ class Relay:
             task_types=parts.task_types(settings),
         )
         self._token = secrets.token_hex(6)
+        self._loading: asyncio.Task[ModuleType] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._hurried = False
         self.records = Bookkeeping(self.metrics)
@@ -105,6 +109,8 @@ class Relay:
 
     async def _start_parts(self, passed: Sequence[systemd.Inherited]) -> None:
         settings, records = self.settings, self.records
+        # As long as all the rest takes, and mostly not Python's work: beside it, and done before mail comes.
+        self._loading = asyncio.get_running_loop().create_task(late(_load_http), name="loading")
         await records.start(settings)
         self.upstreams = Upstreams(settings, self.metrics, token=self._token)
         if settings.clients.users_file is not None:
@@ -125,6 +131,7 @@ class Relay:
             doorkeeper=self.doorkeeper,
             certificate=self.certificate,
         )
+        await self._loading
         self.web = self.make_web(settings)
         await self.web.start(settings.http.host, settings.http.port)
         # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
@@ -158,16 +165,18 @@ class Relay:
 
     def make_web(self, settings: Settings) -> Web:
         """Return the HTTP side; what it tells of goes on where its address changes."""
-        page = Page(
-            self._reading,
+        from relay.web.site import make_web
+
+        return make_web(
+            settings,
+            self.metrics,
             self._overview,
+            self._reading,
+            readiness=self.readiness,
             hostname=lambda: self.settings.server.hostname,
             listens=lambda: self.reception.addresses,
             limits=self.limits.shown,
         )
-        api = Api(self._reading, self._overview, self.limits.shown)
-        site = Site(Access(settings), self._overview, [api, page])
-        return Web(self.metrics, self.readiness, site)
 
     # While it runs
 
@@ -257,6 +266,8 @@ class Relay:
 
     async def _stop_parts(self) -> None:
         """Stop what did start."""
+        if self._loading is not None:
+            await asyncio.wait((self._loading,))
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.wait((self._sweeping,))
@@ -274,3 +285,9 @@ class Relay:
             await self.web.stop()
         await self._reading.close()
         self.supervisor.close()
+
+
+def _load_http() -> ModuleType:
+    from relay.web import site
+
+    return site

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -65,6 +66,8 @@ async def _serve(settings: Settings, load: Callable[[], Settings], dev_upstream:
     loop.add_signal_handler(signal.SIGHUP, again)
     async with _built_in_upstream(dev_upstream):
         if await unless(ended, relay.start(passed)):
+            gc.freeze()
+            gc.enable()
             await unless(ended, _reloads(relay, load, wanted))
             await relay.stop()
         else:

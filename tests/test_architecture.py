@@ -31,6 +31,7 @@ LAYERS = [
     {"limits"},
     {"upstream", "records", "account", "history"},
     {"answers", "metrics", "maillog", "body", "chunks", "classify", "policy", "settings", "pseudonyms"},
+    {"late"},
     {"limits.rule"},
     {"records.bound", "records.identity", "records.line", "records.model", "envelope", "content"},
     {"reply", "outcome", "credentials", "provider"},

@@ -77,7 +77,7 @@ def serve(
 ) -> int:
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
-    gc.disable()  # what is imported stays, there is nothing to be found among it
+    gc.disable()  # until it runs: what is imported stays, there is nothing to be found among it
     if not dev:
         return _serve(path)
     from relay.dev import listen_usually
@@ -98,8 +98,6 @@ def _serve(path: Path | None, upstream: socket.socket | None = None) -> int:
     from relay.app import StartError
     from relay.process import run
 
-    gc.freeze()
-    gc.enable()
     try:
         return run(settings, load, upstream)
     except (StartError, OSError) as error:

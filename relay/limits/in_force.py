@@ -10,6 +10,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
+from relay.late import late
 from relay.limits.configured import rules_of
 from relay.limits.limits import Limits
 from relay.limits.now import LimitState, limits_now
@@ -46,7 +47,7 @@ class InForce:
         """Have limits ready if there are to be any; nothing is limited by that."""
         if self._limits is None and settings.limits:
             name = await asyncio.to_thread(name_in, self._directory)
-            counts_of = await asyncio.to_thread(_load)
+            counts_of = await late(_load)
             self._counts = counts_of(settings.records.connect_url)
             self._limits = Limits(self._counts, self._metrics, clock=time.time, spooling=self._spooling)
             self._presence = Presence(self._store, self._counts, self._limits, name)
@@ -79,7 +80,7 @@ class InForce:
 
 
 def _load() -> Callable[[str], StoredCounts]:
-    """Load SQLAlchemy (it blocks), which a relay without limits has no need of."""
+    """Load SQLAlchemy, of which a relay without limits has no need."""
     from relay.records.counts import counts_of
 
     return counts_of

@@ -67,7 +67,8 @@ class Dialer:
         self._upstream = upstream
         self._hostname = hostname
         self._own_token = own_token
-        self._context = _tls_context(upstream)
+        # To load the certificate authorities takes a while.
+        self._context = None if upstream.tls == "none" else _tls_context(upstream)
         self._tokens = token_source(upstream.token) if upstream.token is not None else None
 
     async def dial(self, credentials: Credentials | None = None) -> Dialed:

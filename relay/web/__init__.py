@@ -1,10 +1,9 @@
-"""The HTTP side: metrics, health, page and API. With the upstream's tokens the only importer of aiohttp."""
+"""The HTTP side: metrics, health, page and API. With the upstream's tokens the only importer of aiohttp.
 
-from relay.web.access import Access
-from relay.web.api import Api
+What is here has no need of it; `site` has the rest, which takes long to load.
+"""
+
 from relay.web.overview import Overview
-from relay.web.page import Page
 from relay.web.reading import Reading
-from relay.web.server import BindError, Site, Web
 
-__all__ = ["Access", "Api", "BindError", "Overview", "Page", "Reading", "Site", "Web"]
+__all__ = ["Overview", "Reading"]

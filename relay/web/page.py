@@ -16,7 +16,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlencode
@@ -26,6 +25,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.asking import AskedError, zone_of
+from relay.late import late
 from relay.provider import accepted_as
 from relay.records.errors import MissingStoreError, StoreError
 from relay.records.sends import InDoubt, Key, Send, SendFilter
@@ -117,6 +117,7 @@ class Page:
         self._limits = limits
         self._kept = _Kept()
         self._static = _static_files()
+        self._templates: Environment | None = None
 
     def routes(self) -> Iterable[web.AbstractRouteDef]:
         """Return the routes."""
@@ -133,14 +134,16 @@ class Page:
 
     async def _get_overview(self, request: web.Request) -> web.Response:
         values = await self._live(_span(request))
-        return self._html(request, "overview.html", here="/", live_only=False, form=Box.of({}), **values)
+        return await self._html(
+            request, "overview.html", here="/", live_only=False, form=Box.of({}), **values
+        )
 
     async def _get_live(self, request: web.Request) -> web.Response:
         """Answer with the parts of the overview that change, as they stand."""
         span = _span(request)
 
         async def render() -> str:
-            return self._render("_live.html", live_only=True, **await self._live(span))
+            return await self._render("_live.html", live_only=True, **await self._live(span))
 
         return _answer(
             request, (await self._kept.get(f"live {span}", render, at_most=_NOW_S)).encode(), "text/html"
@@ -237,7 +240,7 @@ class Page:
         if len(found) > ROWS:
             found = found[:ROWS]
             older = _address(request.path, [*query, ("after", _cursor(found[-1]))])
-        return self._html(
+        return await self._html(
             request,
             "sends.html",
             status=status,
@@ -258,11 +261,11 @@ class Page:
         except (ValueError, MissingStoreError):
             row = None
         except StoreError as error:
-            return self._problem(request, 503, "The records cannot be read", _sentence(error))
+            return await self._problem(request, 503, "The records cannot be read", _sentence(error))
         if row is None:
             text = "No send has this task id, and no message in doubt. It may have expired."
-            return self._problem(request, 404, "Not found", text)
-        return self._html(
+            return await self._problem(request, 404, "Not found", text)
+        return await self._html(
             request,
             "send.html",
             here="",
@@ -284,30 +287,18 @@ class Page:
             raise web.HTTPNotFound
         return _answer(request, *found)
 
-    @cached_property
-    def _templates(self) -> Environment:
-        """Made for the first who looks: a start has no time for it."""
-        import jinja2
+    async def _problem(self, request: web.Request, status: int, title: str, text: str) -> web.Response:
+        return await self._html(request, "problem.html", status=status, here="", title=title, text=text)
 
-        environment = jinja2.Environment(
-            loader=jinja2.DictLoader(_template_files()),
-            auto_reload=False,
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            finalize=visible,
-        )
-        environment.filters.update(FILTERS)
-        return environment
+    async def _html(
+        self, request: web.Request, template: str, *, status: int = 200, **values: Any
+    ) -> web.Response:
+        text = await self._render(template, **values)
+        return _answer(request, text.encode(), "text/html", status)
 
-    def _problem(self, request: web.Request, status: int, title: str, text: str) -> web.Response:
-        return self._html(request, "problem.html", status=status, here="", title=title, text=text)
-
-    def _html(self, request: web.Request, template: str, *, status: int = 200, **values: Any) -> web.Response:
-        return _answer(request, self._render(template, **values).encode(), "text/html", status)
-
-    def _render(self, template: str, **values: Any) -> str:
+    async def _render(self, template: str, **values: Any) -> str:
+        if self._templates is None:
+            self._templates = await late(_load_templates)
         found = self._templates.get_template(template)
         return found.render(hostname=self._hostname(), version=__version__, **values)
 
@@ -334,6 +325,26 @@ class _Kept:
             rest = min(max((ended - begun) * _REST, _SHORTEST_REST_S), at_most)
             self._values[name] = ended + rest, fresh
             return fresh
+
+
+def _load_templates() -> Environment:
+    """Make all of them ready: to load jinja2 and to compile takes a while, which a start has not."""
+    import jinja2
+
+    files = _template_files()
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(files),
+        auto_reload=False,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    environment.filters.update(FILTERS)
+    for name in files:
+        environment.get_template(name)
+    return environment
 
 
 def _template_files() -> dict[str, str]:

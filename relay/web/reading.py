@@ -3,7 +3,7 @@
 Rules. Reads have connections of their own, in threads or of the driver's, and hold no lock that a writer
 waits for. A few run at a time, a few more wait, the rest is told to come again; each has a limit in time.
 The store is opened when it is first read, so that a relay whose store is away starts all the same, and what
-reads it is loaded then: it is as slow to load as a start is long.
+reads it is loaded then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import UUID
 
+from relay.late import late
 from relay.records.by import By
 from relay.records.errors import StoreError
 from relay.records.sends import InDoubt, Key, Send, SendFilter
@@ -120,13 +121,13 @@ class Reading:
     async def _open(self) -> Queries:
         async with self._opening:
             if self._queries is None:
-                open_queries = await asyncio.to_thread(_load)
+                open_queries = await late(_load)
                 self._queries = await open_queries(self._url, time_limit=self._time_limit)
             return self._queries
 
 
 def _load() -> Callable[..., Awaitable[Queries]]:
-    """Load SQLAlchemy (it blocks)."""
+    """Load SQLAlchemy, which is as slow to load as half a start."""
     from relay.records.queries import open_queries
 
     return open_queries

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from relay import __version__
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, WAITED_FOR, Metrics
 from relay.outcome import Outcome
-from relay.web import Web
+from relay.web.server import Web
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 TEXT = "text/plain"

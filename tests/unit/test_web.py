@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from relay.metrics import Metrics
-from relay.web import BindError, Web
+from relay.web.server import BindError, Web
 
 
 class Readiness:
