@@ -18,7 +18,7 @@ class Case:
 
     name: str
     title: str
-    kind: Literal["load", "idle", "work"] = "load"
+    kind: Literal["load", "idle", "work", "start"] = "load"
     sessions: int = 20
     size: int = 4096
     keep: bool = True
@@ -73,6 +73,11 @@ _ALL = (
         sessions=4, size=10 * MIB, keep=False, warm_up=4, least=8,
     ),
     Case("slow", "200 sessions, kept open, 4 KiB, upstream takes 100 ms for each", sessions=200, delay=0.1),
+    Case("start", "from the start, with new files, to the first greeting; relay --help", kind="start"),
+    Case(
+        "start-again", "from the start, with 1,000 rows in the table, to the first greeting; relay --help",
+        kind="start", rows=1000, only=(*_RELAY, "relay-python"),
+    ),
     Case("idle", "1,000 idle sessions", kind="idle", sessions=1000, own_client=True),
     _waiting("plain", "a command at a time"),
     _waiting("pipelined", "MAIL, RCPT and DATA at once"),

@@ -195,8 +195,8 @@ def said_port(process: subprocess.Popen[str], name: str) -> int:
     return int(line)
 
 
-def await_greeting(port: int, process: subprocess.Popen[str], log: Path, seconds: float = 60.0) -> None:
-    """Wait until the process greets there; RunError, with its last words, if it does not."""
+def await_greeting(port: int, process: subprocess.Popen[str], log: Path, seconds: float = 60.0) -> float:
+    """Wait until the process greets there, and return when it did; RunError, with its last words, if not."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -205,8 +205,9 @@ def await_greeting(port: int, process: subprocess.Popen[str], log: Path, seconds
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as client:
             client.settimeout(10)
             if client.recv(512).startswith(b"220"):
+                greeted = time.perf_counter()
                 client.sendall(b"QUIT\r\n")
                 client.recv(512)
-                return
-        time.sleep(0.02)
+                return greeted
+        time.sleep(0.005)
     raise RunError(f"nobody greets on port {port}")

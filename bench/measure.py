@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ from bench.cases import Case
 from bench.ends import OwnSink, Sink, await_count, send, sink
 from bench.errors import RunError
 from bench.processes import Running
-from bench.targets import Target, rows, started
+from bench.targets import RELAYS, Target, rows, started
 
 KIB = 1024
 OPENING = 50
@@ -42,7 +45,7 @@ def measure(
     case: Case, target: Target, number: int, seconds: float, directory: Path, *, postfix: bool
 ) -> Result:
     """Run it; raises RunError where it does not count."""
-    run = {"load": _load, "idle": _idle, "work": _work}[case.kind]
+    run = {"load": _load, "idle": _idle, "work": _work, "start": _start}[case.kind]
     with _table(case, directory) as rows_before:
         with sink(case, directory, postfix=postfix) as taking:
             with started(target, case, taking, directory) as (port, process):
@@ -105,6 +108,36 @@ def _load(
         values["cpu_ms"] = (process.cpu_s() - before) * 1e3 / count
         values["peak_mib"] = process.peak() / KIB / KIB
     return warm_up + count, values
+
+
+def _start(
+    case: Case,
+    target: Target,
+    port: int,
+    process: Running | None,
+    taking: Sink,
+    seconds: float,  # noqa: ARG001
+    *,
+    postfix: bool,
+) -> Outcome:
+    """How long it took is known already; one message shows that it works."""
+    if process is None:
+        raise RunError("there is nobody who starts")
+    values = {"start_ms": process.start_s * 1e3, "peak_mib": process.peak() / KIB / KIB}
+    send(port, case, 1, postfix=postfix)
+    await_count(taking, 1)
+    if target.name in RELAYS:
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "relay", "--help"],
+            env=os.environ | RELAYS[target.name](),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RunError(f"relay --help ended with {done.returncode}")
+        values["help_ms"] = (time.perf_counter() - began) * 1e3
+    return 1, values
 
 
 # Memory: sessions that only stand there, and sessions in the middle of a body

@@ -118,6 +118,8 @@ class Running:
     def __init__(self, process: subprocess.Popen[str], family: ControlGroup | Descendants) -> None:
         self.process = process
         self.family = family
+        self.start_s = 0.0
+        """From its start to its first greeting."""
 
     def check(self) -> None:
         """Raise RunError if it has ended."""

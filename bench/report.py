@@ -16,6 +16,8 @@ from bench.measure import Result
 from bench.targets import TARGETS
 
 COLUMNS = {
+    "start_ms": "start to greeting, ms",
+    "help_ms": "relay --help, ms",
     "rate": "messages/s",
     "cpu_ms": "CPU-ms a message",
     "opening_ms": "CPU-ms to open one",

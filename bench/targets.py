@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def started(target: Target, case: Case, sink: Sink, directory: Path) -> Iterator
         assert target.command is not None
         command = target.command(directory, port, sink.port)
     log = directory / f"{target.name}.log"
+    began = time.perf_counter()
     with running(command, log, environment=environment) as process:
-        await_greeting(port, process.process, log)
+        process.start_s = await_greeting(port, process.process, log) - began
         yield port, process
 
 

@@ -59,6 +59,21 @@ def test_both_databases_side_by_side(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_starts_are_measured(tmp_path: Path) -> None:
+    short = ["--rounds", "1", "--ends", "own", "--directory", str(tmp_path)]
+    runs = tmp_path / "runs.json"
+    targets = ["--targets", "direct", "naive", "relay"]
+    shown = run(
+        "run", "--cases", "start", "start-again", *targets, *short, "--json", str(runs), progress=True
+    )
+    results = [json.loads(line) for line in runs.read_text("utf-8").splitlines()]
+    measured = {(each["case"], each["target"]): each["values"] for each in results}
+    assert measured.keys() == {("start", "naive"), ("start", "relay"), ("start-again", "relay")}
+    assert all(values["start_ms"] > 0 for values in measured.values())
+    assert [("help_ms" in values) for values in measured.values()] == [False, True, True]
+    assert "start to greeting, ms | relay --help, ms |" in shown
+
+
 def test_a_run_counts_messages_and_rows_and_makes_tables(tmp_path: Path) -> None:
     cases = ["keep", "recipients-10", "waiting-pipelined"]
     short = ["--rounds", "1", "--seconds", "0.1", "--ends", "own", "--directory", str(tmp_path)]
