@@ -109,7 +109,7 @@ class Relay:
 
     async def _start_parts(self, passed: Sequence[systemd.Inherited]) -> None:
         settings, records = self.settings, self.records
-        # As long as all the rest takes, and mostly not Python's work: beside it, and done before mail comes.
+        # It takes a while, a part of it without the interpreter: beside the rest, and done before mail comes.
         self._loading = asyncio.get_running_loop().create_task(late(_load_http), name="loading")
         await records.start(settings)
         self.upstreams = Upstreams(settings, self.metrics, token=self._token)
@@ -131,12 +131,14 @@ class Relay:
             doorkeeper=self.doorkeeper,
             certificate=self.certificate,
         )
-        await self._loading
+        # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
+        await asyncio.gather(self.upstreams.probe(), self._open_http(settings, self._loading))
+        await self.reception.open([each.socket for each in passed])
+
+    async def _open_http(self, settings: Settings, loading: asyncio.Task[ModuleType]) -> None:
+        await loading
         self.web = self.make_web(settings)
         await self.web.start(settings.http.host, settings.http.port)
-        # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
-        await self.upstreams.probe()
-        await self.reception.open([each.socket for each in passed])
 
     def _services(self, settings: Settings) -> Services:
         """Return what transactions need; what was left over counts against the limits from here on."""
