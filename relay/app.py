@@ -19,7 +19,6 @@ from relay.auth.passthrough import Passthrough
 from relay.auth.userfile import UsersError
 from relay.auth.users import Users
 from relay.bookkeeping import Bookkeeping
-from relay.late import late
 from relay.limits.in_force import InForce
 from relay.metrics import Metrics
 from relay.records.spool import SpoolError
@@ -29,15 +28,14 @@ from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
 from relay.upstream.upstreams import Upstreams
-from relay.web import Overview, Reading
+from relay.web import Overview, Reading, Web
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import ModuleType
 
     from relay.session.doorkeeper import Authenticator
     from relay.settings import Settings
-    from relay.web.server import Web
+    from relay.web.door import Server
 
 __all__ = ["Relay", "StartError"]
 
@@ -63,7 +61,7 @@ class Relay:
             task_types=parts.task_types(settings),
         )
         self._token = secrets.token_hex(6)
-        self._loading: asyncio.Task[ModuleType] | None = None
+        self._answering: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._hurried = False
         self.records = Bookkeeping(self.metrics)
@@ -109,8 +107,6 @@ class Relay:
 
     async def _start_parts(self, passed: Sequence[systemd.Inherited]) -> None:
         settings, records = self.settings, self.records
-        # It takes a while, a part of it without the interpreter: beside the rest, and done before mail comes.
-        self._loading = asyncio.get_running_loop().create_task(late(_load_http), name="loading")
         await records.start(settings)
         self.upstreams = Upstreams(settings, self.metrics, token=self._token)
         if settings.clients.users_file is not None:
@@ -131,14 +127,17 @@ class Relay:
             doorkeeper=self.doorkeeper,
             certificate=self.certificate,
         )
+        self.web = self.make_web(settings)
+        await self.web.listen(settings.http.host, settings.http.port)
+        self._answering = asyncio.get_running_loop().create_task(self.web.answer(), name="http")
         # Mail is refused with 451 while they are away; what they can do should be known before an EHLO.
-        await asyncio.gather(self.upstreams.probe(), self._open_http(settings, self._loading))
+        await self.upstreams.probe()
         await self.reception.open([each.socket for each in passed])
 
-    async def _open_http(self, settings: Settings, loading: asyncio.Task[ModuleType]) -> None:
-        await loading
-        self.web = self.make_web(settings)
-        await self.web.start(settings.http.host, settings.http.port)
+    async def answering(self) -> None:
+        """Return once HTTP is answered, which begins while mail is taken; raises what cannot be loaded."""
+        if self._answering is not None:
+            await asyncio.shield(self._answering)
 
     def _services(self, settings: Settings) -> Services:
         """Return what transactions need; what was left over counts against the limits from here on."""
@@ -167,18 +166,22 @@ class Relay:
 
     def make_web(self, settings: Settings) -> Web:
         """Return the HTTP side; what it tells of goes on where its address changes."""
-        from relay.web.site import make_web
 
-        return make_web(
-            settings,
-            self.metrics,
-            self._overview,
-            self._reading,
-            readiness=self.readiness,
-            hostname=lambda: self.settings.server.hostname,
-            listens=lambda: self.reception.addresses,
-            limits=self.limits.shown,
-        )
+        def make_server() -> Server:
+            from relay.web.site import make_server
+
+            return make_server(
+                settings,
+                self.metrics,
+                self._overview,
+                self._reading,
+                readiness=self.readiness,
+                hostname=lambda: self.settings.server.hostname,
+                listens=lambda: self.reception.addresses,
+                limits=self.limits.shown,
+            )
+
+        return Web(make_server)
 
     # While it runs
 
@@ -268,8 +271,9 @@ class Relay:
 
     async def _stop_parts(self) -> None:
         """Stop what did start."""
-        if self._loading is not None:
-            await asyncio.wait((self._loading,))
+        if self._answering is not None:
+            self._answering.cancel()
+            await asyncio.wait((self._answering,))
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.wait((self._sweeping,))
@@ -287,9 +291,3 @@ class Relay:
             await self.web.stop()
         await self._reading.close()
         self.supervisor.close()
-
-
-def _load_http() -> ModuleType:
-    from relay.web import site
-
-    return site

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,11 +19,12 @@ T = TypeVar("T")
 
 async def late(load: Callable[[], T]) -> T:
     """Return what `load` returns, which imports modules (it blocks); what it raises is raised here."""
-    collects = gc.isenabled()
+    collects, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         return await asyncio.to_thread(load)
     finally:
-        gc.freeze()
+        if len(sys.modules) > known:
+            gc.freeze()
         if collects:
             gc.enable()

@@ -66,10 +66,10 @@ async def _serve(settings: Settings, load: Callable[[], Settings], dev_upstream:
     loop.add_signal_handler(signal.SIGHUP, again)
     async with _built_in_upstream(dev_upstream):
         if await unless(ended, relay.start(passed)):
-            gc.freeze()
-            gc.enable()
-            await unless(ended, _reloads(relay, load, wanted))
-            await relay.stop()
+            try:
+                await unless(ended, _work(relay, load, wanted))
+            finally:
+                await relay.stop()
         else:
             maillog.stopped()
     _ignore_signals(loop)
@@ -86,6 +86,14 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
     for number in signals:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
+
+
+async def _work(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:
+    """Have the relay as it is to be for long, then reload whenever it is wanted."""
+    await relay.answering()
+    gc.freeze()
+    gc.enable()
+    await _reloads(relay, load, wanted)
 
 
 async def _reloads(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from relay.app import Relay
     from relay.session.reception import Bound
     from relay.settings import Changes, Settings
-    from relay.web.server import Web
+    from relay.web import Web
 
 __all__ = ["reload"]
 

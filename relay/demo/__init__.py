@@ -106,6 +106,7 @@ async def demo(
     async with DevUpstream(listening, manner=manner_of(player.minute), slow_s=slow_s):
         await relay.start()
         try:
+            await relay.answering()
             page = f"http://{settings.http.host}:{relay.web.port}/"
             tell(f"A relay listens on {relay.reception.addresses[0]}; its upstream sends nothing to anybody.")
             tell(f"  page      {page}")

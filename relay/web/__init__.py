@@ -3,7 +3,8 @@
 What is here has no need of it; `site` has the rest, which takes long to load.
 """
 
+from relay.web.door import BindError, Web
 from relay.web.overview import Overview
 from relay.web.reading import Reading
 
-__all__ = ["Overview", "Reading"]
+__all__ = ["BindError", "Overview", "Reading", "Web"]

@@ -9,6 +9,7 @@ routes, and what stands before them.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -24,7 +25,7 @@ from relay.web.problem import problem
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["BindError", "Part", "Site", "Web"]
+__all__ = ["Part", "Server", "Site"]
 
 _STOP_TIMEOUT_S: Final = 2.0
 """How long a stop waits for answers that are on their way."""
@@ -32,10 +33,6 @@ _STOP_TIMEOUT_S: Final = 2.0
 
 _MAX_LINE: Final = 96 * 1024
 """Octets of a request line: a search may have several long values, percent-encoded."""
-
-
-class BindError(OSError):
-    """The address cannot be listened on; the text is one line for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ class Part(Protocol):
         """Return the routes."""
 
 
-class Web:
+class Server:
     """Answers /metrics, /healthz and /readyz, and a site.
 
     `readiness` tells whether the relay can do its work now, and lines of text for whoever asks: the reason
@@ -72,16 +69,14 @@ class Web:
         self._site = site
         self._sampling: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
-        self.port = 0
-        """The TCP port, once started; useful when port 0 was asked for."""
 
     def follow(self, settings: Settings) -> None:
         """Go by changed settings: who gets the site. The address stays."""
         if self._site is not None:
             self._site.access.follow(settings)
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen on `host` (an IP address or a name) and `port`, 0 for any; raise BindError."""
+    async def serve(self, listening: Sequence[socket.socket]) -> None:
+        """Answer who comes to these sockets."""
         guards = [] if self._site is None else [self._site.access.middleware]
         app = web.Application(middlewares=[_safe, *guards, _errors])
         app.on_response_prepare.append(_without_server)
@@ -95,27 +90,21 @@ class Web:
         for part in () if self._site is None else self._site.parts:
             app.add_routes(part.routes())
         # The relay owns signals and logs; a scraper every few seconds would fill an access log.
-        runner = web.AppRunner(
+        self._runner = web.AppRunner(
             app,
             handle_signals=False,
             access_log=None,
             shutdown_timeout=_STOP_TIMEOUT_S,
             max_line_size=_MAX_LINE,
         )
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            await runner.cleanup()
-            reason = error.strerror or str(error)
-            raise BindError(f"http.address: cannot listen on {host} port {port}: {reason}") from error
-        self._runner = runner
-        self.port = runner.addresses[0][1]
+        await self._runner.setup()
+        for each in listening:
+            await web.SockSite(self._runner, each).start()
         if self._site is not None:
             self._sampling = asyncio.create_task(_sample(self._site.overview), name="overview")
 
     async def stop(self) -> None:
-        """Close the listener and finish the answers that are on their way; harmless when not started."""
+        """Close the sockets and finish the answers that are on their way."""
         if self._sampling is not None:
             self._sampling.cancel()
             await asyncio.wait((self._sampling,))

@@ -1,4 +1,4 @@
-"""The HTTP side put together: page and API, who gets them, the server.
+"""Who answers over HTTP, put together: page and API, who gets them, the server.
 
 Whoever imports this loads aiohttp, which reads the machine's certificate authorities while it is loaded.
 """
@@ -13,16 +13,16 @@ from relay.web.api import Api, Limits
 from relay.web.overview import Overview
 from relay.web.page import Page
 from relay.web.reading import Reading
-from relay.web.server import Site, Web
+from relay.web.server import Server, Site
 
 if TYPE_CHECKING:
     from relay.metrics import Metrics
     from relay.settings import Settings
 
-__all__ = ["make_web"]
+__all__ = ["make_server"]
 
 
-def make_web(
+def make_server(
     settings: Settings,
     metrics: Metrics,
     overview: Overview,
@@ -32,8 +32,8 @@ def make_web(
     hostname: Callable[[], str],
     listens: Callable[[], Iterable[str]],
     limits: Limits,
-) -> Web:
-    """Return the HTTP side by these settings, of a relay with these parts, which tells this of itself."""
+) -> Server:
+    """Return the server by these settings, of a relay with these parts, which tells this of itself."""
     page = Page(reading, overview, hostname=hostname, listens=listens, limits=limits)
     api = Api(reading, overview, limits)
-    return Web(metrics, readiness, Site(Access(settings), overview, [api, page]))
+    return Server(metrics, readiness, Site(Access(settings), overview, [api, page]))

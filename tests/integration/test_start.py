@@ -5,37 +5,42 @@ Asked of a real process, by what Python itself says of its imports (PYTHONPROFIL
 
 from __future__ import annotations
 
+import asyncio
 import re
+import signal
 import sys
 from pathlib import Path
 
 from tests.support.client import Client
+from tests.support.listening import LISTENS
 from tests.support.process import RelayProcess
 
 UPSTREAM_PORT = 1
 """Of the upstream that the files name: with --dev it is not used."""
-LATER = {
-    *("alembic", "asyncpg", "cryptography", "jinja2", "mako", "pygments", "rich", "sqlalchemy", "tomlkit"),
-}
+LATER = {"alembic", "asyncpg", "cryptography", "jinja2", "mako", "pygments", "rich", "sqlalchemy", "tomlkit"}
 """Libraries that are loaded when they are needed first."""
 NEEDED = {
     *("aiosmtpd.smtp", "aiosmtplib", "aiosqlite", "prometheus_client", "ssl", "uvloop"),
     *("relay.session.session", "relay.upstream.dial", "relay.records.sqlite.insert", "relay.maillog.line"),
-    *("aiohttp.web", "relay.web.api", "relay.web.page"),
 }
-"""Some of what a message takes, and HTTP."""
+"""Some of what a message takes."""
 
 
 def trial(directory: Path) -> RelayProcess:
-    relay = RelayProcess(directory, UPSTREAM_PORT)
+    relay = RelayProcess(directory, UPSTREAM_PORT, module="tests.support.listening")
     relay.options = ("--dev",)
     relay.environment = {"PYTHONPROFILEIMPORTTIME": "1"}
     return relay
 
 
-def loaded(relay: RelayProcess) -> set[str]:
-    """The modules that the process has loaded until now."""
-    return set(re.findall(r"^import time: .*\| +(\S+)$", relay.errors(), re.MULTILINE))
+def loaded(relay: RelayProcess) -> tuple[set[str], set[str]]:
+    """The modules that the process had loaded when it began to listen, and those that it has since."""
+    before, listens, since = relay.errors().partition(LISTENS)
+    assert listens
+    one, other = (
+        set(re.findall(r"^import time: .*\| +(\S+)$", text, re.MULTILINE)) for text in (before, since)
+    )
+    return one, other
 
 
 def libraries(modules: set[str]) -> set[str]:
@@ -52,17 +57,21 @@ async def send(relay: RelayProcess) -> None:
 async def test_what_is_loaded_before_it_listens_and_what_is_not(tmp_path: Path) -> None:
     async with trial(tmp_path) as relay:
         await relay.start()
-        at_first = loaded(relay)
-        assert libraries(at_first) & LATER == set()
-        assert at_first >= NEEDED
+        before, _ = loaded(relay)
+        assert libraries(before) & LATER == set()
+        assert before >= NEEDED
 
-        await send(relay)
         assert (await relay.get("/metrics"))[0] == (await relay.get("/readyz"))[0] == 200
-        assert libraries(loaded(relay) - at_first) == set()
+        _, http = loaded(relay)
+        assert libraries(http) & LATER == set()
+        await send(relay)
+        _, since = loaded(relay)
+        assert libraries(since - http) == set()
 
         status, page = await relay.get("/")
         assert (status, "b@example.org" in page) == (200, True)
-        assert libraries(loaded(relay)) & LATER == {"jinja2", "sqlalchemy"}
+        _, since = loaded(relay)
+        assert libraries(since) & LATER == {"jinja2", "sqlalchemy"}
         assert await relay.terminate() == 0
 
 
@@ -70,26 +79,57 @@ async def test_what_limits_count_by_is_loaded_before_it_listens(tmp_path: Path) 
     async with trial(tmp_path) as relay:
         relay.write(relay.text() + '[[limits]]\nscope = "sender"\nmax = 9\nper = "1h"\n')
         await relay.start()
-        at_first = loaded(relay)
-        assert "relay.records.counts" in at_first
+        before, _ = loaded(relay)
+        assert before >= {"relay.records.counts", "relay.records.sqlite.reader"}
+        await relay.get("/healthz")
+        _, http = loaded(relay)
         await send(relay)
-        assert libraries(loaded(relay) - at_first) == set()
+        _, since = loaded(relay)
+        assert libraries(since - http) == set()
         assert await relay.terminate() == 0
 
 
-async def test_a_library_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
+async def test_mail_does_not_wait_for_what_answers_http(tmp_path: Path) -> None:
+    go = tmp_path / "go"
     async with trial(tmp_path) as relay:
-        break_library(relay, "aiohttp")
+        replace_library(relay, "aiohttp", WAITS.format(go=str(go)))
+        await relay.start()
+        await send(relay)
+        asked = asyncio.create_task(relay.get("/readyz"))
+        await send(relay)
+        assert not asked.done()
+        go.touch()
+        status, text = await asked
+        assert (status, text.partition("\n")[0]) == (200, "ready")
+        assert await relay.terminate() == 0
+
+
+async def test_a_relay_that_is_told_to_end_does_not_wait_for_it_either(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    async with trial(tmp_path) as relay:
+        replace_library(relay, "aiohttp", WAITS.format(go=str(go)))
+        await relay.start()
+        relay.signal(signal.SIGTERM)
+        await relay.event("stopped")
+        go.touch()  # the interpreter ends its threads in order
+        assert await relay.ended() == 0
+
+
+async def test_without_what_answers_http_the_relay_ends_in_order(tmp_path: Path) -> None:
+    async with trial(tmp_path) as relay:
+        replace_library(relay, "aiohttp", BROKEN)
         await relay.spawn()
         assert await relay.ended() == 1
-        assert relay.errors().startswith("relay: ImportError: broken on purpose (relay/web/")
-        assert relay.errors().count("\n") == 1
-        assert "started" not in [line["event"] for line in relay.log()]
+        said = [line for line in relay.errors().splitlines() if not line.startswith("import time:")]
+        assert said[0] == LISTENS
+        assert [line.partition(" (")[0] for line in said[1:]] == ["relay: ImportError: broken on purpose"]
+        events = [line["event"] for line in relay.log()]
+        assert events.index("started") < events.index("draining") < events.index("stopped")
 
 
 async def test_one_that_cannot_be_loaded_later_is_an_error_of_what_needs_it(tmp_path: Path) -> None:
     async with trial(tmp_path) as relay:
-        break_library(relay, "sqlalchemy")
+        replace_library(relay, "sqlalchemy", BROKEN)
         await relay.start()
         assert (await relay.get("/"))[0] == 500
         line = await relay.event("unforeseen")
@@ -98,9 +138,21 @@ async def test_one_that_cannot_be_loaded_later_is_an_error_of_what_needs_it(tmp_
         assert await relay.terminate() == 0
 
 
-def break_library(relay: RelayProcess, name: str) -> None:
-    """Have the process find a library that cannot be loaded."""
-    place = relay.directory / "broken"
+BROKEN = "raise ImportError('broken on purpose')\n"
+WAITS = """
+import importlib, sys, time
+from pathlib import Path
+while not Path({go!r}).exists():
+    time.sleep(0.005)
+sys.path.remove(str(Path(__file__).parent))
+del sys.modules["aiohttp"]
+sys.modules["aiohttp"] = importlib.import_module("aiohttp")
+"""
+
+
+def replace_library(relay: RelayProcess, name: str, source: str) -> None:
+    """Have the process find this in place of a library."""
+    place = relay.directory / "in place"
     place.mkdir()
-    (place / f"{name}.py").write_text("raise ImportError('broken on purpose')\n")
-    relay.environment = {"PYTHONPATH": str(place)}
+    (place / f"{name}.py").write_text(source)
+    relay.environment["PYTHONPATH"] = str(place)

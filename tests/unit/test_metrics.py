@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from relay import __version__
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS, WAITED_FOR, Metrics
 from relay.outcome import Outcome
-from relay.web.server import Web
+from relay.web import Web
+from relay.web.server import Server
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 TEXT = "text/plain"
@@ -34,7 +35,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def scrape(metrics: Metrics) -> AsyncIterator[Scrape]:
-    web = Web(metrics, lambda: (True, []))
+    web = Web(lambda: Server(metrics, lambda: (True, [])))
     await web.start("127.0.0.1", 0)
 
     async def scrape(accept: str) -> Series:

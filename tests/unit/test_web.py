@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from relay.metrics import Metrics
-from relay.web.server import BindError, Web
+from relay.web import BindError, Web
+from relay.web.server import Server
 
 
 class Readiness:
@@ -35,7 +36,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def web(metrics: Metrics, readiness: Readiness) -> AsyncIterator[Web]:
-    web = Web(metrics, readiness)
+    web = Web(lambda: Server(metrics, readiness))
     await web.start("127.0.0.1", 0)
     yield web
     await web.stop()
@@ -105,7 +106,7 @@ async def test_metrics_are_those_of_the_relay(client: aiohttp.ClientSession, met
 async def test_an_address_in_use_is_named_on_one_line(
     metrics: Metrics, readiness: Readiness, web: Web
 ) -> None:
-    second = Web(metrics, readiness)
+    second = Web(lambda: Server(metrics, readiness))
     with pytest.raises(BindError) as caught:
         await second.start("127.0.0.1", web.port)
     text = str(caught.value)
@@ -117,11 +118,11 @@ async def test_an_address_in_use_is_named_on_one_line(
 
 async def test_a_host_that_is_not_here_is_named(metrics: Metrics, readiness: Readiness) -> None:
     with pytest.raises(BindError, match=r"cannot listen on 192\.0\.2\.1 port 9025"):
-        await Web(metrics, readiness).start("192.0.2.1", 9025)
+        await Web(lambda: Server(metrics, readiness)).start("192.0.2.1", 9025)
 
 
 async def test_stop_frees_the_port_and_may_be_called_twice(metrics: Metrics, readiness: Readiness) -> None:
-    web = Web(metrics, readiness)
+    web = Web(lambda: Server(metrics, readiness))
     await web.start("127.0.0.1", 0)
     port = web.port
     await web.stop()
@@ -145,7 +146,7 @@ async def test_stop_does_not_wait_for_an_idle_scraper(web: Web) -> None:
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 async def test_ipv6_works(metrics: Metrics, readiness: Readiness) -> None:
-    web = Web(metrics, readiness)
+    web = Web(lambda: Server(metrics, readiness))
     try:
         await web.start("::1", 0)
     except BindError as error:
