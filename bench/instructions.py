@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 from bench import installed
 from bench.cases import Case
@@ -194,6 +195,7 @@ def _counter(directory: Path) -> Iterator[_Counter]:
         log = directory / "relay.log"
         with running(command, log, environment={"PYTHONHASHSEED": "0"} | installed.environment()) as relay:
             await_greeting(port, relay.process, log, seconds=300)
+            urlopen(f"http://127.0.0.1:{http_port}/healthz", timeout=300).close()  # all is loaded by then
             counter = _Counter(directory, port, relay.process.pid, taking)
             counter.control("-i", "on")
             yield counter

@@ -73,6 +73,9 @@ def _cpu_ms(limits: str, messages: int) -> float:
             command = [sys.executable, "-m", "relay", "serve", "--config", str(config)]
             with running(command, log) as relay:
                 await_greeting(port, relay.process, log)
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{http_port}/healthz"
+                ).close()  # all is loaded by then
                 _load(port, 500)  # connections, caches, the first look-up
                 before = relay.cpu_s()
                 _load(port, messages)

@@ -52,6 +52,7 @@ async def test_a_message_of_50_mib_costs_no_memory_of_its_size(
 ) -> None:
     async with RelayProcess(tmp_path, upstream.port) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
         relay.forget_peak()
         before = relay.memory("VmHWM")
@@ -71,6 +72,7 @@ async def test_as_much_in_one_chunk_and_in_many_costs_no_more(
     many = [large[at : at + 100_000] for at in range(0, LARGE, 100_000)]
     async with RelayProcess(tmp_path, upstream.port) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
         relay.forget_peak()
         before = relay.memory("VmHWM")
@@ -95,6 +97,7 @@ async def test_four_such_messages_to_an_upstream_that_reads_slowly(
     upstream.script = {"body": StopReading()}
     async with RelayProcess(tmp_path, upstream.port) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         relay.forget_peak()
         before = relay.memory("VmHWM")
         async with asyncio.TaskGroup() as group:
@@ -123,6 +126,7 @@ async def test_many_in_a_body_that_the_upstream_does_not_take(
     server = {"max_connections_per_client": IN_A_BODY}
     async with RelayProcess(tmp_path, upstream.port, server=server, upstream=many) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
         before = relay.memory()
         upstream.script = {"body": StopReading()}
@@ -158,6 +162,7 @@ async def test_a_thousand_idle_sessions(tmp_path: Path, upstream: ScriptedUpstre
     server = {"max_connections": SESSIONS + 10, "max_connections_per_client": SESSIONS + 10}
     async with RelayProcess(tmp_path, upstream.port, server=server) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
         await relay.until("client_sessions", 0)
         descriptors, before = relay.descriptors(), relay.memory()
