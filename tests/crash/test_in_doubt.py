@@ -172,6 +172,7 @@ async def test_the_journal_costs_no_system_call(tmp_path: Path, upstream: Script
     """Of all that the relay's threads ask of the system for a message nothing has to do with the journal."""
     async with RelayProcess(tmp_path, upstream.port) as relay:
         await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
         async with Client(relay.port) as client:
             await client.ehlo()
             await client.message("a@example.test", ["b@example.test"], CONTENT % 0)
