@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sqlite3
+import threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -282,6 +283,28 @@ async def test_a_cancelled_run_gives_its_lease_back(store, database):
     assert 0 < len(left(database)) < 1000
     await store.expire(NOW, 5000)
     assert left(database) == []
+
+
+@only_sqlite
+async def test_a_run_that_is_cancelled_as_it_takes_the_lease_gives_it_back(store, database):
+    busy, free = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def be_busy(_):
+        loop.call_soon_threadsafe(busy.set)
+        free.wait(30)
+
+    before = asyncio.create_task(store._database.run(be_busy))
+    await busy.wait()
+    running = asyncio.create_task(store.expire(NOW, 1))
+    await asyncio.sleep(0)  # the lease is asked for, and will be taken whatever becomes of the run
+    running.cancel()
+    await asyncio.sleep(0)
+    free.set()
+    await asyncio.wait([before, running])
+    assert running.cancelled()
+    await store.count()  # all that was asked for before is done
+    assert lease(database) == []
 
 
 # The loop

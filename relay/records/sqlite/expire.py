@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,11 @@ class Lease:
 
     async def take(self) -> None:
         """Become the one; raises ExpiryBusyError while another is."""
-        await self._database.transaction(lambda raw: _take_lease(raw, self.owner, self._clock()))
+        try:
+            await self._database.transaction(lambda raw: _take_lease(raw, self.owner, self._clock()))
+        except asyncio.CancelledError:
+            await self.drop()  # what was asked for is done all the same
+            raise
 
     async def kept(self, *, in_doubt: bool = False) -> bool:
         """Show life, now and then or if `in_doubt`; False: we were silent for so long that another did."""
