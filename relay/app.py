@@ -1,8 +1,9 @@
 """The composition root: builds the parts, starts them, looks after their time, drains and stops them.
 
-Start: records (nothing is accepted that could not be recorded), upstreams, HTTP, then the listeners. Stop, in
-the opposite order: listeners and sessions drain, settled messages are recorded, everything closes. While it
-runs `reload.py` may exchange parts. No decisions about mail are made here.
+Start: records (nothing is accepted that could not be recorded), upstreams, the address of HTTP, then the
+listeners; what answers HTTP is loaded beside the first mail. Stop, in the opposite order: listeners and
+sessions drain, settled messages are recorded, everything closes. While it runs `reload.py` may exchange
+parts. No decisions about mail are made here.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Relay:
     async def start(self, passed: Sequence[systemd.Inherited] = ()) -> None:
         """Start everything, listeners last; raises StartError, with nothing left running.
 
+        HTTP is answered a little later, see `answering`.
         `passed` are the sockets of listeners that a supervisor has opened.
         """
         try:

@@ -91,7 +91,7 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
 async def _work(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:
     """Have the relay as it is to be for long, then reload whenever it is wanted."""
     await relay.answering()
-    gc.freeze()
+    gc.freeze()  # what was loaded stays: there is nothing to be found among it
     gc.enable()
     await _reloads(relay, load, wanted)
 

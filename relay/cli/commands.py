@@ -77,7 +77,7 @@ def serve(
 ) -> int:
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
-    gc.disable()  # until it runs: what is imported stays, there is nothing to be found among it
+    gc.disable()  # until all is loaded
     if not dev:
         return _serve(path)
     from relay.dev import listen_usually
