@@ -6,7 +6,7 @@ the log's event and whether there is a row, so that they cannot disagree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -49,54 +49,78 @@ class Sender:
     """The TCP port that it connects from; None: there is none, or it is not known."""
 
 
-@dataclass(slots=True)
 class _Kept:
     """What is kept of a message whose envelope is complete, as records may have it."""
 
-    sender: str
-    recipients: tuple[str, ...]
-    """Those that the upstream accepted, or may have accepted."""
-    data: dict[str, Json]
-    """All but what the client heard."""
+    __slots__ = ("data", "recipients", "sender")
+
+    def __init__(self, sender: str, recipients: tuple[str, ...], data: dict[str, Json]) -> None:
+        """`recipients`: those that the upstream accepted, or may have; `data`: what has no other place."""
+        self.sender = sender
+        self.recipients = recipients
+        self.data = data
 
 
-@dataclass(slots=True)
 class Account:
     """What is known of one transaction. Times ending in `_s` are in seconds, sizes in octets."""
 
-    task_id: UUID
-    sender: Sender
-    upstream: str | None
-    envelope: Envelope
-    began: float = 0.0
-    """When MAIL came, in the loop's time."""
-    waited_s: float = 0.0
-    """Until there was a connection to the upstream."""
-    replies_s: float = 0.0
-    """For the upstream before the end of data: its replies, and when it took content slower than it came."""
-    upstream_s: float = 0.0
-    """From the end of data to the upstream's verdict."""
-    commit_s: float = 0.0
-    """Until the row was durable."""
-    total_s: float = 0.0
-    """From MAIL to now."""
-    received: int = 0
-    """Octets of content that the client sent."""
-    size: int = 0
-    """Octets of the message as RFC 1870 counts them."""
-    found: Classification | None = None
-    """What the header section said; None if none came."""
-    client_heard: Reply | None = None
-    """The reply to the end of data that the client was given."""
-    client_gone: bool = False
-    """Whether the client left before it could be given one."""
-    names: Pseudonyms | None = None
-    """Gives what recipients are called in records and log; None: by their addresses."""
+    __slots__ = (
+        "_kept",
+        "began",
+        "client_gone",
+        "client_heard",
+        "commit_s",
+        "envelope",
+        "found",
+        "names",
+        "received",
+        "replies_s",
+        "sender",
+        "size",
+        "task_id",
+        "total_s",
+        "unknown",
+        "upstream",
+        "upstream_s",
+        "waited_s",
+    )
 
-    unknown: int = 0
-    """Recipients whose replies were not known when the end of data went up."""
+    def __init__(
+        self, task_id: UUID, sender: Sender, envelope: Envelope, began: float, names: Pseudonyms | None = None
+    ) -> None:
+        """Begin when MAIL comes: `began`, in the loop's time.
 
-    _kept: _Kept | None = field(default=None, init=False)
+        `names` gives what recipients are called in records and log; None: by their addresses.
+        """
+        self.task_id = task_id
+        self.sender = sender
+        self.envelope = envelope
+        self.began = began
+        self.names = names
+        self.upstream: str | None = None
+        self.waited_s = 0.0
+        """Until there was a connection to the upstream."""
+        self.replies_s = 0.0
+        """For the upstream before the end of data: its replies, and content taken slower than it came."""
+        self.upstream_s = 0.0
+        """From the end of data to the upstream's verdict."""
+        self.commit_s = 0.0
+        """Until the row was durable."""
+        self.total_s = 0.0
+        """From MAIL to now."""
+        self.received = 0
+        """Octets of content that the client sent."""
+        self.size = 0
+        """Octets of the message as RFC 1870 counts them."""
+        self.found: Classification | None = None
+        """What the header section said; None if none came."""
+        self.client_heard: Reply | None = None
+        """The reply to the end of data that the client was given."""
+        self.client_gone = False
+        """Whether the client left before it could be given one."""
+        self.unknown = 0
+        """Recipients whose replies were not known when the end of data went up."""
+        self._kept: _Kept | None = None
 
     def line(self, found: Classification) -> bytes:
         """Return the message as the journal has it, whole.

@@ -14,16 +14,17 @@ Rules, in force for every way in which TCP may cut the octets:
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from relay.content import Fault, Header, clean, far_beyond
 
 __all__ = ["Body"]
 
-_DOT = b"\r\n."
-_END_OF_DATA = b"\r\n.\r\n"
-_BARE_CR = re.compile(rb"\r(?!\n)")
-_LONE_DOT = re.compile(rb"\r\n\.(?=\n)")
-_BARE_LF = re.compile(rb"(?<!\r)\n(\.?)")
+_DOT: Final = b"\r\n."
+_END_OF_DATA: Final = b"\r\n.\r\n"
+_BARE_CR: Final = re.compile(rb"\r(?!\n)")
+_LONE_DOT: Final = re.compile(rb"\r\n\.(?=\n)")
+_BARE_LF: Final = re.compile(rb"(?<!\r)\n(\.?)")
 
 
 class Body:

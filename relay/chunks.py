@@ -11,11 +11,13 @@ Rules, in force for every way in which TCP and the client may cut the octets:
 
 from __future__ import annotations
 
+from typing import Final
+
 from relay.content import Fault, Header, clean, far_beyond
 
 __all__ = ["MAX_CHUNK", "Chunks"]
 
-MAX_CHUNK = 2**31 - 1
+MAX_CHUNK: Final = 2**31 - 1
 """Octets of one chunk. A larger size could be a small one to an upstream that counts in 32 bits, and the rest
 of the chunk commands."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 __all__ = ["MAX_HEADER", "MAX_RECEIVED_OVERSHOOT", "Fault", "Header", "clean", "far_beyond"]
 
-MAX_HEADER = 64 * 1024
+MAX_HEADER: Final = 64 * 1024
 """Octets of the header section that are kept for classification; the rest streams past."""
-MAX_RECEIVED_OVERSHOOT = 1024 * 1024
+MAX_RECEIVED_OVERSHOOT: Final = 1024 * 1024
 """Octets that are still read after the size limit was passed, beyond half of that limit."""
 
 

@@ -5,8 +5,7 @@ Rules: no I/O. The first thing that decides is the outcome; what only follows fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from relay.account import negative_outcome
 from relay.outcome import Outcome
@@ -18,20 +17,25 @@ if TYPE_CHECKING:
 __all__ = ["Course"]
 
 
-@dataclass(slots=True)
+_UNAVAILABLE: Final = Outcome.UNAVAILABLE
+
+
 class Course:
     """What the upstream has said so far, and the relay instead of it."""
 
-    envelope: Envelope
-    """With the replies to the recipients."""
-    mail_reply: Reply | None = None
-    mail_refused: bool = False
-    data_reply: Reply | None = None
-    """To DATA, or the first one by which a chunk was refused."""
-    broken: Reply | None = None
-    """The answer to whatever still comes, since nothing goes up any more; None: it does."""
-    broken_as: Outcome = Outcome.UNAVAILABLE
-    """The outcome that this makes."""
+    __slots__ = ("broken", "broken_as", "data_reply", "envelope", "mail_refused", "mail_reply")
+
+    def __init__(self, envelope: Envelope) -> None:
+        """Begin with nothing said; `envelope` has the replies to the recipients."""
+        self.envelope = envelope
+        self.mail_reply: Reply | None = None
+        self.mail_refused = False
+        self.data_reply: Reply | None = None
+        """To DATA, or the first one by which a chunk was refused."""
+        self.broken: Reply | None = None
+        """The answer to whatever still comes, since nothing goes up any more; None: it does."""
+        self.broken_as = _UNAVAILABLE
+        """The outcome that this makes."""
 
     @property
     def nobody_accepted(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,14 +10,16 @@ if TYPE_CHECKING:
 __all__ = ["Envelope", "Recipient", "domain_of", "text"]
 
 
-@dataclass(slots=True)
 class Recipient:
     """One RCPT command: the forward-path between its angle brackets, and the upstream's reply to it."""
 
-    path: bytes
-    reply: Reply | None = None
-    refused_here: bool = False
-    """Whether the reply is a refusal of the relay's own policy."""
+    __slots__ = ("path", "refused_here", "reply")
+
+    def __init__(self, path: bytes, reply: Reply | None = None) -> None:
+        self.path = path
+        self.reply = reply
+        self.refused_here = False
+        """Whether the reply is a refusal of the relay's own policy."""
 
     @property
     def negative(self) -> bool:
@@ -26,12 +27,14 @@ class Recipient:
         return self.reply is not None and not self.reply.positive
 
 
-@dataclass(slots=True)
 class Envelope:
     """Reverse-path and recipients, in the order in which the client gave them."""
 
-    reverse_path: bytes
-    recipients: list[Recipient] = field(default_factory=list)
+    __slots__ = ("recipients", "reverse_path")
+
+    def __init__(self, reverse_path: bytes, recipients: list[Recipient] | None = None) -> None:
+        self.reverse_path = reverse_path
+        self.recipients: list[Recipient] = [] if recipients is None else recipients
 
     @property
     def accepted(self) -> list[Recipient]:

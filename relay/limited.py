@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from relay.answers import NO_MAIL, NO_RECIPIENTS
 from relay.body import Body
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LimitedTransaction"]
 
-GO_AHEAD = Reply.plain(354, "End data with <CR><LF>.<CR><LF>")
+GO_AHEAD: Final = Reply.plain(354, "End data with <CR><LF>.<CR><LF>")
 
 Answer = Callable[[Reply], None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,16 +14,16 @@ __all__ = ["LOCAL", "Address", "client_address", "may_relay", "may_send", "trust
 
 Address = IPv4Address | IPv6Address
 
-LOCAL = IPv4Address("127.0.0.1")
+LOCAL: Final = IPv4Address("127.0.0.1")
 """What a peer on a unix socket counts as: it has no address, and is on this machine."""
 
 # Local part (RFC 5321 4.1.2): a quoted string, or octets of which none means anything to a parser; then the
 # one "@", and a domain or an address literal.
-_MAILBOX = re.compile(
+_MAILBOX: Final = re.compile(
     rb'(?:"((?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*)"|([^\x00-\x20\x7f"()<>\[\]:;@\\,]+))'
     rb'@([^\x00-\x20\x7f"()<>:;@\\,\[\]]+|\[[^\x00-\x20\x7f"()<>@\\,\[\]]+\])'
 )
-_QUOTED_PAIR = re.compile(rb"\\(.)")
+_QUOTED_PAIR: Final = re.compile(rb"\\(.)")
 
 
 def client_address(peer: str) -> Address | None:

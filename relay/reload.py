@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from relay import maillog, parts
@@ -136,8 +136,7 @@ async def _exchange(relay: Relay, changes: Changes, fresh: _Fresh) -> None:
     _exchange_users(relay, settings, fresh.files)
     if fresh.files.certificate is not None:
         relay.use_certificate(fresh.files.certificate)
-    services = replace(
-        relay.reception.services,
+    services = relay.reception.services.renewed(
         classifier=parts.classifier(settings),
         normalize=settings.server.bare_newlines == "normalize",
         max_message_size=settings.server.max_message_size,

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Final
 
 __all__ = ["MAX_LINE", "MAX_REPLY", "USUAL_SIZE", "MalformedReplyError", "Reply", "ReplyParser", "usual"]
 
-MAX_LINE = 4096
+MAX_LINE: Final = 4096
 """Octets in one reply line. RFC 5321 4.5.3.1.5 asks for 512; real servers write more."""
-MAX_REPLY = 64 * 1024
+MAX_REPLY: Final = 64 * 1024
 """Octets in one reply, all its lines together."""
-USUAL_SIZE = 128
+USUAL_SIZE: Final = 128
 """Octets of a reply that `usual` takes."""
 
-_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
-_WHOLE = re.compile(rb"([2-5][0-9][0-9]) [\t\x20-\x7e]*\r\n")
-_UNFINISHED = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
-_PRINTABLE = bytes(octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256))
+_LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n\0]*))?\r\n")
+_WHOLE: Final = re.compile(rb"([2-5][0-9][0-9]) [\t\x20-\x7e]*\r\n")
+_UNFINISHED: Final = re.compile(rb"(?:[2-5](?:[0-9](?:[0-9](?:[ -][^\r\n\0]*)?)?)?)?\r?\Z")
+_PRINTABLE: Final = bytes(
+    octet if 0x20 <= octet < 0x7F or octet in b"\t\r\n" else 0x3F for octet in range(256)
+)
 
 
 class MalformedReplyError(ValueError):

@@ -14,7 +14,7 @@ went up once is never sent again. The client is told once (`_tell`).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from relay import maillog
 from relay.account import negative_outcome
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from relay.services import Services
 
 __all__ = ["Settlement"]
+
+_ACCEPTED: Final = Outcome.ACCEPTED  # CPython 3.11 finds a member of an enumeration by way of an exception
 
 
 class Settlement:
@@ -202,7 +204,7 @@ class Settlement:
         """Only now may the client hear it."""
         self._account.commit_s = self._services.loop.time() - self._settled_at
         self._tell(verdict)
-        self._end(Outcome.ACCEPTED, verdict)
+        self._end(_ACCEPTED, verdict)
 
     def _not_kept(self, what: str, error: BaseException) -> None:
         self._services.metrics.record_error()

@@ -15,9 +15,8 @@ where an outcome is counted and logged, once for each transaction.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from relay.account import Account, Sender, negative_outcome
 from relay.answers import (
@@ -57,31 +56,40 @@ if TYPE_CHECKING:
 
 __all__ = ["Command", "Transaction", "refused_at_mail"]
 
-WRITE_SIZE = 16 * 1024
+WRITE_SIZE: Final = 16 * 1024
 """Octets of content that gather before they are written: a small message then goes up in one piece, for half
 the system calls of one that is passed on segment by segment."""
 
-MAX_AHEAD = 10
+MAX_AHEAD: Final = 10
 """Recipients that a message may go up with before their replies are known: for each of those the spool keeps
 a place (the RFCs have no such limit)."""
 
-PROVEN = 5.0
+PROVEN: Final = 5.0
 """Seconds for which a connection that has given a reply is taken to be alive. One that was idle for longer
 proves it by the reply to MAIL first: until then it can be replaced, and with a whole message up it cannot."""
 
-_XFORWARD = "xforward"
+_XFORWARD: Final = "xforward"
 
 
-@dataclass(slots=True)
 class Command:
     """One that goes up."""
 
-    verb: str
-    line: bytes
-    answer: Callable[[Reply], None]
-    recipient: Recipient | None = None
-    without_auth: bytes | None = None
-    """The line for an upstream without AUTH, if it is another."""
+    __slots__ = ("answer", "line", "recipient", "verb", "without_auth")
+
+    def __init__(
+        self,
+        verb: str,
+        line: bytes,
+        answer: Callable[[Reply], None],
+        recipient: Recipient | None = None,
+        without_auth: bytes | None = None,
+    ) -> None:
+        """`without_auth` is the line for an upstream without AUTH, if it is another."""
+        self.verb = verb
+        self.line = line
+        self.answer = answer
+        self.recipient = recipient
+        self.without_auth = without_auth
 
 
 class Transaction:
@@ -139,7 +147,7 @@ class Transaction:
         self._route = route
         self._client = client
         self._loop = services.loop
-        self._account = Account(uuid7(), sender, None, self.envelope, self._loop.time(), names=services.names)
+        self._account = Account(uuid7(), sender, self.envelope, self._loop.time(), services.names)
         self._lease = Lease(services, self._account)
         self._queued: deque[Command] = deque()
         self._sent: deque[Command] = deque()
@@ -718,7 +726,8 @@ class Transaction:
 
 def refused_at_mail(metrics: Metrics, sender: Sender, reverse_path: bytes, reply: Reply) -> None:
     """Count and log a transaction that the relay's own policy refused at MAIL."""
-    account = Account(uuid7(), sender, None, Envelope(reverse_path), client_heard=reply)
+    account = Account(uuid7(), sender, Envelope(reverse_path), 0.0)
+    account.client_heard = reply
     account.close(metrics, Outcome.REFUSED, None)
 
 

@@ -18,7 +18,8 @@ from relay.auth.verdict import Verdict
 from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS
 from relay.reply import Reply
 from relay.upstream.capabilities import UNKNOWN
-from relay.upstream.pool import MAX_LOGIN_AGE, UnavailableError
+from relay.upstream.idle import MAX_LOGIN_AGE
+from relay.upstream.pool import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

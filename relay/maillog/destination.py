@@ -85,18 +85,23 @@ def _use(render: Callable[[Mapping[str, Any]], bytes], level: str, stream: Binar
     written = _LEVELS[_LEVELS.index(level) :]
     current.log = Log(*(_writing(output, each, render) if each in written else _nothing for each in _LEVELS))
     current.direct = {
-        outcome: (of_it, getattr(output, of_it) if of_it in written and render is as_json else None)
+        outcome: (of_it, _way_out(output, of_it) if of_it in written and render is as_json else None)
         for outcome, of_it in _LEVEL_OF.items()
     }
 
 
 def _writing(output: Output, level: str, render: Callable[[Mapping[str, Any]], bytes]) -> Write:
-    line: Callable[[bytes], None] = getattr(output, level)
+    line = _way_out(output, level)
 
     def write(event: str, /, **fields: object) -> None:
         line(render(cleaned(level, event, fields)))
 
     return write
+
+
+def _way_out(output: Output, level: str) -> Callable[[bytes], None]:
+    """Errors do not wait."""
+    return output.line_at_once if level in ("error", "critical") else output.line
 
 
 def _nothing(_event: str, /, **_fields: object) -> None:

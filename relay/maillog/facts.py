@@ -29,7 +29,7 @@ class Facts(TypedDict, total=False):
     data to the upstream's reply, making the row durable, and from MAIL to now.
     """
 
-    outcome: Outcome | None
+    outcome: Outcome | str | None
     task_id: Required[UUID | str]
     client: Required[str]
     listener: Required[str]

@@ -21,6 +21,8 @@ __all__ = ["as_json", "cleaned", "message_line"]
 
 
 _WORDS: Final = {outcome: outcome.value for outcome in Outcome}
+_LEVELS: Final = {level: level.encode() for level in ("debug", "info", "warning", "error", "critical")}
+_UTC_Z: Final = orjson.OPT_UTC_Z
 
 
 def message_line(level: str, outcome: Outcome, facts: Facts) -> bytes | None:
@@ -29,15 +31,21 @@ def message_line(level: str, outcome: Outcome, facts: Facts) -> bytes | None:
     One look at the whole line instead of one at each value: if it is ASCII without an escape, a DEL and a
     URL, so is each value, and none is longer than all.
     """
-    line = {"time": datetime.now(UTC), "level": level, "event": "message", **facts}
+    moment = orjson.dumps(datetime.now(UTC), option=_UTC_Z)
     try:
-        line["outcome"] = _WORDS[outcome]  # orjson asks an enumeration by way of a property
-        # As round(value, 6), in a fifth of its time.
-        line["wait_s"] = round(facts["wait_s"] * 1e6) / 1e6
-        line["upstream_s"] = round(facts["upstream_s"] * 1e6) / 1e6
-        line["commit_s"] = round(facts["commit_s"] * 1e6) / 1e6
-        line["total_s"] = round(facts["total_s"] * 1e6) / 1e6
-        found = orjson.dumps(line, bytes.decode, orjson.OPT_UTC_Z)
+        # Written over: what `cleaned` makes of them, if it comes to that, is the same.
+        facts["outcome"] = _WORDS[outcome]  # orjson asks an enumeration by way of a property
+        # As round(value, 6), in a tenth of its time.
+        facts["wait_s"] = int(facts["wait_s"] * 1e6 + 0.5) / 1e6
+        facts["upstream_s"] = int(facts["upstream_s"] * 1e6 + 0.5) / 1e6
+        facts["commit_s"] = int(facts["commit_s"] * 1e6 + 0.5) / 1e6
+        facts["total_s"] = int(facts["total_s"] * 1e6 + 0.5) / 1e6
+        # In two: to put the facts behind the first three members of one object is to copy them all.
+        found = b'{"time":%b,"level":"%b","event":"message",%b' % (
+            moment,
+            _LEVELS[level],
+            orjson.dumps(facts, bytes.decode)[1:],
+        )
     except (TypeError, ValueError, OverflowError):  # no UTF-8, a lone surrogate, a number that is none
         return None
     # `in` asks first whether it is given a number, and makes an exception of the answer; `find` does not.

@@ -30,7 +30,7 @@ class Output:
         self._waiting: list[bytes] = []
         self._size = 0
         self._due: asyncio.AbstractEventLoop | None = None  # will flush; one that was closed never does
-        self._thread = 0  # in which it runs
+        self._thread_id = 0  # in which it runs
         # Libraries log in threads of their own, and in finalizers, which may run in the midst of a flush.
         self._lock = threading.RLock()
 
@@ -40,7 +40,7 @@ class Output:
             self._waiting.append(line + b"\n")
             self._size += len(line)
             due = self._due
-            if due is not None and self._thread == threading.get_ident() and due.is_running():
+            if due is not None and self._thread_id == threading.get_ident() and due.is_running():
                 # The loop is known; to ask for it costs a system call (CPython 3.11).
                 if self._size >= MAX_WAITING:
                     self.flush()
@@ -53,7 +53,7 @@ class Output:
             if self._size >= MAX_WAITING:
                 self.flush()
             elif self._due is not loop:
-                self._due, self._thread = loop, threading.get_ident()
+                self._due, self._thread_id = loop, threading.get_ident()
                 loop.call_soon(self.flush)
 
     def line_at_once(self, line: bytes) -> None:
@@ -61,9 +61,6 @@ class Output:
         with self._lock:
             self._waiting.append(line + b"\n")
             self.flush()
-
-    debug = info = warning = line
-    error = critical = line_at_once
 
     def flush(self) -> None:
         """Write the lines that wait."""

@@ -6,20 +6,22 @@ there already, and says how long its values are as JSON.
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = ["MAX_REASON", "MAX_VERDICT", "lines_bound"]
 
-MAX_VERDICT = 4 * 1024
+MAX_VERDICT: Final = 4 * 1024
 """Characters of the upstream's verdict that a row holds: as many as the reply parser takes in one line. Of a
 whole reply it takes 64 KiB, for which 20 messages in flight would ask for a reserve of 2.5 MiB."""
 
-MAX_REASON = 256
+MAX_REASON: Final = 256
 """Characters of the reason for a doubt that its entry holds."""
 
-_PRINTABLE = bytes(range(0x20, 0x7F))
-_LONGEST = 6
+_PRINTABLE: Final = bytes(range(0x20, 0x7F))
+_LONGEST: Final = 6
 """Octets that the spool makes of one in the journal at most: of DEL `\\u007f`; of a character of two octets
 `\\u00e9`, of one of four `\\ud83d\\ude00`. All else stands in both alike, escapes with it."""
-_FIXED = 1024 + 6 * MAX_REASON
+_FIXED: Final = 1024 + 6 * MAX_REASON
 """Octets of names, numbers, times, checksum, the relay's own words and the reason of a doubt in a line."""
 
 

@@ -30,7 +30,7 @@ import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from relay.records.line import whole_line
@@ -39,18 +39,18 @@ from relay.records.spool import SpoolError
 
 __all__ = ["KILLED", "ROOM", "SLOT_SIZE", "Found", "Journal", "line_of"]
 
-SLOT_SIZE = 16 * 1024
+SLOT_SIZE: Final = 16 * 1024
 """Octets of a slot: whole pages, and room for some hundred recipients."""
-ROOM = SLOT_SIZE - 8
+ROOM: Final = SLOT_SIZE - 8
 """Octets that a message may take."""
-KILLED = "the relay was killed before the upstream's answer came"
+KILLED: Final = "the relay was killed before the upstream's answer came"
 """The reason of a doubt that was found in the journal."""
 
-_LONGEST_TEXT = 128  # characters of a text (as JSON up to 12 octets each), where it would not fit otherwise
-_RETRY_S = 1.0
-_FREE = bytes(8)
-_header = struct.Struct("=II").pack
-_log = logging.getLogger(__name__)
+_LONGEST_TEXT: Final = 128  # characters of a text (12 octets each, as JSON) where it would not fit otherwise
+_RETRY_S: Final = 1.0
+_FREE: Final = bytes(8)
+_header: Final = struct.Struct("=II").pack
+_log: Final = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):

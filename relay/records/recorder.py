@@ -26,7 +26,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, TypeVarTuple
+from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Entry, Record, Settled
@@ -34,20 +34,20 @@ from relay.records.spool import Spool, SpoolError, encode
 
 __all__ = ["MAX_BATCH", "USUAL_PLACE", "RecordWriter", "Recorder", "RecorderMetrics"]
 
-MAX_BATCH = 500
+MAX_BATCH: Final = 500
 """Rows in one commit, and in one step of a replay."""
 
-USUAL_PLACE = 16 * 1024
+USUAL_PLACE: Final = 16 * 1024
 """Octets of the reserve for a usual message; when there is less to give, new mail is refused."""
 
-_REPLAY_TIMEOUT_S = 60.0  # nobody waits for a replay: a slow store may take its time
-_SPOOL_TIMEOUT_S = 30.0  # a disk that does not answer for so long has failed
-_LONGEST_PAUSE = 50  # times the first pause between two probes of a store that is away
-_HELD_ROWS = 1000  # lost rows that are tried again, beside the log
-_LARGEST_RESERVE = 256 * 1024 * 1024  # octets; promises beyond it are refused, however much disk there is
-_RESERVE_PAUSE_S = 1.0  # between two attempts to take disk space
+_REPLAY_TIMEOUT_S: Final = 60.0  # nobody waits for a replay: a slow store may take its time
+_SPOOL_TIMEOUT_S: Final = 30.0  # a disk that does not answer for so long has failed
+_LONGEST_PAUSE: Final = 50  # times the first pause between two probes of a store that is away
+_HELD_ROWS: Final = 1000  # lost rows that are tried again, beside the log
+_LARGEST_RESERVE: Final = 256 * 1024 * 1024  # octets; no promises beyond it, however much disk there is
+_RESERVE_PAUSE_S: Final = 1.0  # between two attempts to take disk space
 
-_log = logging.getLogger(__name__)
+_log: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
 

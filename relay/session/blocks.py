@@ -8,14 +8,14 @@ which costs less for each read.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from relay.session.session import Session
 
 __all__ = ["BLOCK", "Blocks"]
 
-BLOCK = 48 * 1024
+BLOCK: Final = 48 * 1024
 """Octets that are read at once from such a client: with all else that is kept for it, it has 64 KiB."""
 
 

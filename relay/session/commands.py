@@ -9,7 +9,7 @@ upstream to say. Nothing is decoded, folded or rewritten: what passes is forward
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from relay.reply import Reply
 from relay.session.lines import MAX_AUTH_LINE
@@ -19,16 +19,15 @@ __all__ = [
     "Chunk",
     "CommandError",
     "Mail",
-    "Rcpt",
     "is_text",
     "parse_bdat",
     "parse_mail",
     "parse_rcpt",
 ]
 
-DEFAULT_LINE_LIMIT = 512
+DEFAULT_LINE_LIMIT: Final = 512
 """Octets of a command line, CRLF included (RFC 5321 4.5.3.1.4)."""
-LINE_LIMITS = {
+LINE_LIMITS: Final = {
     # What the offered extensions add: SIZE 26 (RFC 1870), BODY 17 (RFC 6152), SMTPUTF8 10 (RFC 6531),
     # AUTH 500 (RFC 4954), RET and ENVID 115, NOTIFY 28 and ORCPT 507 (RFC 3461).
     b"MAIL": DEFAULT_LINE_LIMIT + 26 + 17 + 10 + 500 + 115,
@@ -40,20 +39,20 @@ LINE_LIMITS = {
 # Runs of one set, possessive: a third of the time that an alternative for each octet takes. No group is
 # possessive, here or elsewhere: CPython before 3.11.5 matches those wrongly (gh-100061). None needs to be:
 # each repeat of a group can be read in one way only, so that a line that fails is gone back through once.
-_VISIBLE = rb'[^\x00-\x20\x7f"\\<>]*+'
-_QUOTED = rb'"(?:[^\x00-\x1f\x7f"\\]++|\\[\x20-\x7e])*"'
-_ARGUMENT = re.compile(
+_VISIBLE: Final = rb'[^\x00-\x20\x7f"\\<>]*+'
+_QUOTED: Final = rb'"(?:[^\x00-\x1f\x7f"\\]++|\\[\x20-\x7e])*"'
+_ARGUMENT: Final = re.compile(
     rb"(FROM|TO): *+<(%b(?:%b%b)*)>((?: ++[^ ]++)*) *+" % (_VISIBLE, _QUOTED, _VISIBLE), re.IGNORECASE
 )
-_PARAMETER = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20\x7f]+))?")
-_AUTH = re.compile(rb" +AUTH=[^ ]+(?= |$)", re.IGNORECASE)
-_CHUNK = re.compile(rb"([0-9]{1,20})( LAST)?", re.IGNORECASE)  # RFC 3030 2
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_PARAMETER: Final = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20\x7f]+))?")
+_AUTH: Final = re.compile(rb" +AUTH=[^ ]+(?= |$)", re.IGNORECASE)
+_CHUNK: Final = re.compile(rb"([0-9]{1,20})( LAST)?", re.IGNORECASE)  # RFC 3030 2
+_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 # C1 controls, line and paragraph separators: valid UTF-8 that terminals and logs would obey.
-_CONTROL_UTF8 = re.compile("[\x80-\x9f\u2028\u2029]")
+_CONTROL_UTF8: Final = re.compile("[\x80-\x9f\u2028\u2029]")
 
-_BAD_UTF8 = Reply.own(501, "5.2", "The address is not valid UTF-8 text")
-_NEEDS_SMTPUTF8 = Reply.own(553, "6.7", "An address beyond ASCII needs SMTPUTF8 on MAIL (RFC 6531)")
+_BAD_UTF8: Final = Reply.own(501, "5.2", "The address is not valid UTF-8 text")
+_NEEDS_SMTPUTF8: Final = Reply.own(553, "6.7", "An address beyond ASCII needs SMTPUTF8 on MAIL (RFC 6531)")
 
 
 class CommandError(Exception):
@@ -83,12 +82,6 @@ class Chunk(NamedTuple):
     last: bool
 
 
-class Rcpt(NamedTuple):
-    """RCPT: the forward-path as given."""
-
-    forward_path: bytes
-
-
 def parse_mail(argument: bytes) -> Mail:
     """Parse what follows "MAIL "; raises CommandError."""
     path, parameters, at = _parse(argument, b"FROM", "MAIL FROM:<address>")
@@ -102,13 +95,13 @@ def parse_mail(argument: bytes) -> Mail:
     return Mail(path, int(size) if size else None, smtputf8, binary, without_auth)
 
 
-def parse_rcpt(argument: bytes, *, smtputf8: bool) -> Rcpt:
-    """Parse what follows "RCPT "; raises CommandError."""
+def parse_rcpt(argument: bytes, *, smtputf8: bool) -> bytes:
+    """Parse what follows "RCPT "; return the forward-path as given, or raise CommandError."""
     path, _, _ = _parse(argument, b"TO", "RCPT TO:<address>")
     if not path:
         raise CommandError(Reply.own(501, "1.3", "A recipient's address is missing"))
     _check_text(path, smtputf8=smtputf8)
-    return Rcpt(path)
+    return path
 
 
 def parse_bdat(argument: bytes) -> Chunk | None:

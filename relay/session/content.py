@@ -6,7 +6,7 @@ read and thrown away, since its octets are content whatever the answer will be (
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from relay.answers import NO_RECIPIENTS
 from relay.chunks import Chunks
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Content"]
 
-DATA_RATE_GRACE = 30.0
+DATA_RATE_GRACE: Final = 30.0
 """Seconds before the minimum data rate of the content counts."""
-CONTESTED_GRACE = 5.0
+CONTESTED_GRACE: Final = 5.0
 """Seconds before the content of a client that holds more than its share, while others wait, must come at
 CONTESTED_RATE times the minimum data rate."""
-CONTESTED_RATE = 10
+CONTESTED_RATE: Final = 10
 
 
 class Content:

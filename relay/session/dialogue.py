@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from relay import maillog
 from relay.records.identity import uuid7
@@ -47,30 +47,30 @@ if TYPE_CHECKING:
 
 __all__ = ["Dialogue", "Wire"]
 
-MAX_INPUT = 64 * 1024
+MAX_INPUT: Final = 64 * 1024
 """Octets of input that may wait before reading stops."""
-MAX_OWED = 100
+MAX_OWED: Final = 100
 """Replies that may be outstanding before the next command is looked at."""
-ERRORS_SLOW = 10
+ERRORS_SLOW: Final = 10
 """Errors after which each further one costs the client a wait."""
-ERRORS_END = 20
+ERRORS_END: Final = 20
 """Errors that end the session."""
-ERROR_WAIT = 0.25
+ERROR_WAIT: Final = 0.25
 """Seconds of that wait."""
-MAX_IDLE_COMMANDS = 100
+MAX_IDLE_COMMANDS: Final = 100
 """Commands other than a transaction's in a row; a session is for sending mail."""
-CONTESTED_SILENCE = 2.0
+CONTESTED_SILENCE: Final = 2.0
 """Seconds of silence that end the lease of a client which holds more than its share while others wait."""
 
-_FOREIGN_VERBS = frozenset(
+_FOREIGN_VERBS: Final = frozenset(
     (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE", b"PATCH", b"PROXY")
 )
 """First words of HTTP, and of the PROXY header: behind one, the peer's address is not the client's."""
 
-_BARRIERS = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT", b"STARTTLS", b"AUTH"))
+_BARRIERS: Final = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT", b"STARTTLS", b"AUTH"))
 """Commands that end a transaction or cannot be within one: they wait until all replies have been given."""
 
-_BEFORE_TLS = frozenset((b"EHLO", b"NOOP", b"STARTTLS", b"QUIT"))
+_BEFORE_TLS: Final = frozenset((b"EHLO", b"NOOP", b"STARTTLS", b"QUIT"))
 """What may be said before TLS where TLS is required (RFC 3207 section 4)."""
 
 
@@ -90,7 +90,16 @@ class State(Enum):
 
 
 # By name, since looking a member up at its class costs ten times as much, forty times a message.
-COMMANDS, SECURING, CHALLENGED, DECIDING, AWAITS_354, CONTENT, CHUNK, SETTLING, ENDING, CLOSED = State
+COMMANDS: Final = State.COMMANDS
+SECURING: Final = State.SECURING
+CHALLENGED: Final = State.CHALLENGED
+DECIDING: Final = State.DECIDING
+AWAITS_354: Final = State.AWAITS_354
+CONTENT: Final = State.CONTENT
+CHUNK: Final = State.CHUNK
+SETTLING: Final = State.SETTLING
+ENDING: Final = State.ENDING
+CLOSED: Final = State.CLOSED
 
 
 class Wire(Protocol):
@@ -486,7 +495,7 @@ class Dialogue:
             self._error(answers.NO_TRANSACTION)
             return
         try:
-            rcpt = parse_rcpt(argument, smtputf8=self._smtputf8)
+            path = parse_rcpt(argument, smtputf8=self._smtputf8)
         except CommandError as error:
             self._error(error.reply)
             return
@@ -494,7 +503,7 @@ class Dialogue:
             self._reception.metrics.rejected("too_many_recipients")
             self._replies.say(answers.TOO_MANY_RECIPIENTS)
             return
-        transaction.rcpt(b"RCPT " + argument + b"\r\n", rcpt.forward_path, self._replies.owe())
+        transaction.rcpt(b"RCPT " + argument + b"\r\n", path, self._replies.owe())
 
     def _data(self, argument: bytes) -> None:
         transaction = self._open_transaction()
@@ -878,4 +887,4 @@ class Dialogue:
         }
 
 
-_VERBS = Dialogue._acts()  # noqa: SLF001
+_VERBS: Final = Dialogue._acts()  # noqa: SLF001

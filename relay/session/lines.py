@@ -8,16 +8,17 @@ commands where the other sees one. The octets are walked by offset, not copied l
 from __future__ import annotations
 
 import re
+from typing import Final
 
 __all__ = ["MAX_AUTH_LINE", "MAX_LINE", "USUAL", "EndlessLineError", "Lines", "NotCrlfError"]
 
-MAX_LINE = 2048
+MAX_LINE: Final = 2048
 """Octets after which a line without end is no command line, whatever follows."""
-MAX_AUTH_LINE = 12288
+MAX_AUTH_LINE: Final = 12288
 """Octets of AUTH and of the lines of its exchange, CRLF included (RFC 4954 section 4)."""
 
 
-USUAL = re.compile(rb"([A-Za-z]{4}+)(?: ([ -~]{0,505}+))?\r\n")
+USUAL: Final = re.compile(rb"([A-Za-z]{4}+)(?: ([ -~]{0,505}+))?\r\n")
 """A line such as nearly all are, its verb and its argument: four letters, printable ASCII, no longer than any
 may be (RFC 5321 4.5.3.1.4). Nothing of what makes a line wrong in itself is left to look at.
 """

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from relay import maillog
 from relay.limited import LimitedTransaction
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Bound", "Reception"]
 
-CROWDED_IDLE = 10.0
+CROWDED_IDLE: Final = 10.0
 """Seconds without a transaction after which a session makes room for another when all places are taken."""
-COMMIT_TIMEOUT = 5.0
+COMMIT_TIMEOUT: Final = 5.0
 """Seconds that rows of the last messages get to become durable before the sessions are cut."""
 
 

@@ -10,18 +10,18 @@ takes connections and drops them is not well.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from random import Random
 
 __all__ = ["LONGEST_PAUSE", "SHORTEST_PAUSE", "THRESHOLD", "Breaker"]
 
-THRESHOLD = 3
+THRESHOLD: Final = 3
 """Failures in a row that open it."""
-SHORTEST_PAUSE = 0.5
+SHORTEST_PAUSE: Final = 0.5
 """Seconds before the first attempt, at least; at most twice that."""
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE: Final = 30.0
 """Seconds that a pause lasts at most."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from relay.reply import USUAL_SIZE, MalformedReplyError, Reply, ReplyParser, usual
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Connection", "Failure", "Lessee", "Owner"]
 
-QUIT_TIMEOUT = 5.0
+QUIT_TIMEOUT: Final = 5.0
 """Seconds that the reply to QUIT is waited for, then the upstream's end of TLS, before it is cut."""
 
-_UNLIKE = "end_of_data"
+_UNLIKE: Final = "end_of_data"
 """The command whose replies differ from each other as a rule, by what the upstream calls the message."""
 
 

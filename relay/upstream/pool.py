@@ -1,4 +1,4 @@
-"""The pool of one upstream's connections: bounded, reused last in first out, retired in time.
+"""The pool of one upstream's connections: bounded, reused, retired in time.
 
 Rules: every connection, from the first octet of its handshake to its end, holds one of `max_connections`
 permits. A connection belongs to an identity, the relay's own account or the credentials of a client, and
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import re
 import secrets
 import sys
-from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +25,7 @@ from relay.upstream.breaker import Breaker
 from relay.upstream.capabilities import UNKNOWN, Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import UNREACHABLE, Dialer, DialError
+from relay.upstream.idle import Idle, same
 from relay.upstream.shares import Shares, Waiter
 
 if TYPE_CHECKING:
@@ -36,14 +35,12 @@ if TYPE_CHECKING:
     from relay.metrics import UpstreamMetrics
     from relay.settings import UpstreamSettings
 
-__all__ = ["MAX_LOGIN_AGE", "Pool", "UnavailableError"]
+__all__ = ["Pool", "UnavailableError"]
 
 BUSY = Reply.own(451, "3.2", "No connection to the upstream server is free now, try again later")
 LOG_IN_AGAIN = Reply.own(530, "7.0", "The upstream server refuses this login now: connect and log in again")
 CLOSE_TIMEOUT = 2.0
 """Seconds that the upstream gets to answer QUIT when the pool closes."""
-MAX_LOGIN_AGE = 300.0
-"""Seconds for which a login of a client counts: a password that was revoked must end."""
 RELAY = ""
 """The client on whose account the relay's own doings go: probes, and logins that are tried."""
 
@@ -86,9 +83,7 @@ class Pool:
         self._dialer = dialer
         self._key = secrets.token_bytes(32)
         self._open: set[Connection] = set()
-        self._idle_own: deque[Connection] = deque()
-        self._idle: dict[bytes | None, deque[Connection]] = {None: self._idle_own}
-        """By identity; one that has none idle has no entry, but for the relay's own."""
+        self._idle = Idle(upstream.max_age)
         self._dialing = 0
         self._shares = Shares(upstream.max_connections)
         self._leaving: set[Connection] = set()
@@ -178,29 +173,14 @@ class Pool:
 
     def take(self, client: str, credentials: Credentials | None = None) -> Connection | None:
         """Return an idle connection of this identity at once, or None; the caller must release it."""
-        if credentials is not None:
-            return self._take(client, self.identity(credentials))
-        idle = self._idle_own
-        while idle:
-            connection = idle.pop()
-            if connection.usable:
-                connection.leased_to = client
-                self._shares.lend(client)
-                return connection
-        return None
+        return self._take(client, None if credentials is None else self.identity(credentials))
 
     def _take(self, client: str, identity: bytes | None) -> Connection | None:
-        idle = self._idle.get(identity)
-        now = self._now()
-        while idle:
-            connection = idle.pop()
-            self._forget_if_empty(identity)
-            if self._worn(connection, now):
-                connection.quit()
-            elif connection.usable and _same(connection.identity, identity):
-                self._lend(connection, client)
-                return connection
-        return None
+        connection = self._idle.take(identity, self._loop.time())
+        if connection is not None:
+            connection.leased_to = client
+            self._shares.lend(client)
+        return connection
 
     async def acquire(
         self, client: str, credentials: Credentials | None = None, *, fresh: bool = False
@@ -253,8 +233,8 @@ class Pool:
             connection.quit()
 
     def _back(self, connection: Connection) -> None:
-        now = self._now()
-        if self._closing or self._worn(connection, now):
+        now = self._loop.time()
+        if self._closing or self._idle.worn(connection, now):
             connection.quit()
             return
         connection.reused = True
@@ -263,14 +243,14 @@ class Pool:
             return
         if self.draining:
             connection.quit()
-            return
-        self._idle.setdefault(connection.identity, deque()).append(connection)
+        else:
+            self._idle.put(connection)
 
     def _hand_on(self, connection: Connection) -> bool:
         """Give it to whose turn it is, or end it if that one can only use its permit; False: not needed."""
 
         def takes(waiter: Waiter) -> bool:
-            return not waiter.fresh and _same(waiter.identity, connection.identity)
+            return not waiter.fresh and same(waiter.identity, connection.identity)
 
         waiter = self._shares.next(lambda _: True)
         if waiter is not None and not takes(waiter):
@@ -285,12 +265,6 @@ class Pool:
         self._grant(waiter, connection)
         return True
 
-    def _worn(self, connection: Connection, now: float) -> bool:
-        max_age = self._settings.max_age
-        if connection.identity is not None:
-            max_age = min(max_age, MAX_LOGIN_AGE)
-        return connection.transactions >= connection.max_transactions or now - connection.opened_at > max_age
-
     def _lend(self, connection: Connection, client: str) -> None:
         connection.leased_to = client
         self._shares.lend(client)
@@ -299,10 +273,6 @@ class Pool:
         if connection.leased_to is not None:
             self._shares.give_back(connection.leased_to)
             connection.leased_to = None
-
-    def _forget_if_empty(self, identity: bytes | None) -> None:
-        if identity is not None and not self._idle[identity]:
-            del self._idle[identity]
 
     # Room for a connection
 
@@ -325,7 +295,7 @@ class Pool:
 
     def _end_oldest_idle(self) -> None:
         """End the connection that has been idle longest, of whatever identity."""
-        oldest = min((idle[0] for idle in self._idle.values() if idle), key=_idle_since, default=None)
+        oldest = self._idle.oldest()
         if oldest is not None:
             oldest.abort("made room for a new connection")
 
@@ -449,10 +419,9 @@ class Pool:
     def _retire(self, identity: bytes) -> None:
         """Use no connection of this identity again: what it is logged in with is not valid any more."""
         for connection in tuple(self._open):
-            if _same(connection.identity, identity):
+            if same(connection.identity, identity):
                 connection.max_transactions = 0
-        for connection in self._idle.pop(identity, ()):
-            connection.quit()
+        self._idle.quit(identity)
 
     # Looking after them
 
@@ -486,13 +455,13 @@ class Pool:
                 maillog.upstream_drained(self.name, self._settings.address)
         for connection in tuple(self._open):
             connection.check(now)
-        for connection in [each for idle in self._idle.values() for each in idle]:
-            if now - connection.idle_since > self._settings.idle_timeout or self._worn(connection, now):
-                self._not_idle(connection)
+        for connection in self._idle:
+            if now - connection.idle_since > self._settings.idle_timeout or self._idle.worn(connection, now):
+                self._idle.remove(connection)
                 connection.quit()
         if self._replaced:
             return
-        idle = self._idle_count
+        idle = len(self._idle)
         self.metrics.connections(idle=idle, active=len(self._open) - idle, connecting=self._dialing)
 
     def xforward_refused(self, connection: Connection, reply: Reply) -> None:
@@ -511,7 +480,7 @@ class Pool:
         self._open.discard(connection)
         self._leaving.discard(connection)
         self._end_lease(connection)
-        self._not_idle(connection)
+        self._idle.remove(connection)
         maillog.upstream_retired(self.name, self._settings.address, reason)
         self._pass_permits()
         if not self._open:
@@ -531,36 +500,16 @@ class Pool:
             connection.abort("the relay stops")
 
     def _quit_idle(self) -> None:
-        for connection in [each for idle in self._idle.values() for each in idle]:
-            self._not_idle(connection)
+        for connection in self._idle:
+            self._idle.remove(connection)
             connection.quit()
 
-    def _not_idle(self, connection: Connection) -> None:
-        idle = self._idle.get(connection.identity, ())
-        if connection in idle:
-            self._idle[connection.identity].remove(connection)
-            self._forget_if_empty(connection.identity)
-
-    @property
-    def _idle_count(self) -> int:
-        return sum(len(idle) for idle in self._idle.values())
-
     def __repr__(self) -> str:
-        idle = self._idle_count
+        idle = len(self._idle)
         return (
             f"<Pool {self.name}: {len(self._open) - idle} active, {idle} idle, "
             f"{self._dialing} connecting, {self._shares.waiting} waiting>"
         )
-
-
-def _same(one: bytes | None, other: bytes | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return hmac.compare_digest(one, other)
-
-
-def _idle_since(connection: Connection) -> float:
-    return connection.idle_since
 
 
 def _mail_max(capabilities: Capabilities) -> int:

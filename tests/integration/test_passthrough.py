@@ -16,7 +16,8 @@ from relay.credentials import Password, Token
 from relay.metrics import Metrics
 from relay.settings import UpstreamSettings
 from relay.upstream.dial import Dialer
-from relay.upstream.pool import MAX_LOGIN_AGE, Pool, UnavailableError
+from relay.upstream.idle import MAX_LOGIN_AGE
+from relay.upstream.pool import Pool, UnavailableError
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.upstream import Close, Garbage, ScriptedUpstream

@@ -820,11 +820,10 @@ class Stage:
         """Hold what is now against what must always be."""
         assert not self.broken, self.broken[0]
         assert not self.loop.errors, f"{self.loop.errors}"
-        for idle in self.pool._idle.values():
-            for connection in idle:
-                line: Any = connection._transport
-                assert line.clean, f"given back unclean: {line.asked} {line.spoiled} {line._mode}"
-                assert connection.lessee is None
+        for connection in self.pool._idle:
+            line: Any = connection._transport
+            assert line.clean, f"given back unclean: {line.asked} {line.spoiled} {line._mode}"
+            assert connection.lessee is None
         for line in self.lines:
             assert not line.spoiled or not line.usable, f"trusted although {line.spoiled}"
         if self.transaction.concluded:

@@ -45,8 +45,8 @@ senders = st.builds(Sender, client=texts, listener=st.just("127.0.0.1:25"), addr
 
 
 def account_of(sender: Sender, upstream: str, envelope: Envelope, **told: object) -> Account:
-    account = Account(uuid7(), sender, upstream, envelope, size=10**12, total_s=10.0**8)
-    for name, value in told.items():
+    account = Account(uuid7(), sender, envelope, 0.0)
+    for name, value in {"upstream": upstream, "size": 10**12, "total_s": 10.0**8, **told}.items():
         setattr(account, name, value)
     return account
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from functools import cache
+from typing import Final
 from uuid import UUID
 
 import orjson
@@ -23,18 +24,18 @@ from relay.records.tables import utc_text
 
 __all__ = ["insert_entries", "prepare"]
 
-_AT_ONCE = 1024
+_AT_ONCE: Final = 1024
 """Rows of the view in one statement: two for each entry of the recorder's largest batch. SQLite takes no more
 than 32,766 values."""
-_COLUMNS = (
+_COLUMNS: Final = (
     *("kind", "task_id", "client_task_id", "task_type", "sender", "sender_domain", "client", "moment"),
     *("expires_at", "upstream", "said", "message_id", "size", "duration_ms", "recipients", "domain", "data"),
 )
-_NOTHING = (0,) * len(_COLUMNS)
+_NOTHING: Final = (0,) * len(_COLUMNS)
 """A row that no trigger takes. Not NULL: the sqlite3 module looks for an adapter of each None, which costs as
 much as ten texts. So an id that is not there is an empty text, too."""
 _SEND, _SEND_TO_ONE, _DOUBT, _END = 1, 2, 3, 4
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+_WIDTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Slots of the wider views. SQLite takes no more than 2,000 columns, and each slot takes time at a start."""
 
 
@@ -195,31 +196,33 @@ def _with_domains(recipients: Sequence[str]) -> str:
     return f"{{{b','.join(members).decode()}}}"
 
 
-_VIEW = f"CREATE TEMP VIEW task_done_batch AS SELECT {', '.join(f'NULL AS {name}' for name in _COLUMNS)}"
-_INTO_SENDS = """
+_VIEW: Final = (
+    f"CREATE TEMP VIEW task_done_batch AS SELECT {', '.join(f'NULL AS {name}' for name in _COLUMNS)}"
+)
+_INTO_SENDS: Final = """
     INSERT INTO task_done (
         task_id, client_task_id, task_type, sender, sender_domain, client, sent_at, expires_at,
         upstream, upstream_reply, message_id, size, duration_ms, data
     )
     VALUES {sends} ON CONFLICT (task_id) DO NOTHING;
 """
-_INTO_RECIPIENTS = """
+_INTO_RECIPIENTS: Final = """
     INSERT INTO task_done_recipient (task_done_id, ordinal, recipient, recipient_domain, sent_at)
     {recipients} ON CONFLICT (task_done_id, ordinal) DO NOTHING;
 """
 # The columns of a view: their names, and in a wide one the number of the slot behind them.
-_SEND_VALUES = """(
+_SEND_VALUES: Final = """(
     NEW.task_id{slot}, nullif(NEW.client_task_id{slot}, ''), NEW.task_type{slot}, NEW.sender{slot},
     NEW.sender_domain{slot}, NEW.client{slot}, NEW.moment{slot}, NEW.expires_at{slot}, NEW.upstream{slot},
     NEW.said{slot}, nullif(NEW.message_id{slot}, ''), NEW.size{slot}, NEW.duration_ms{slot}, NEW.data{slot}
 )"""
 # The recipients through the row's task_id: it may have been there before. What costs a recipient is what is
 # asked of JSON: an element with five values to extract, looked up by task_id, was twice as dear.
-_RECIPIENT_VALUES = """(
+_RECIPIENT_VALUES: Final = """(
     (SELECT id FROM task_done WHERE task_id = NEW.task_id{slot}), 0, NEW.recipients{slot}, NEW.domain{slot},
     NEW.moment{slot}
 )"""
-_RECIPIENTS = """
+_RECIPIENTS: Final = """
     SELECT (SELECT id FROM task_done WHERE task_id = NEW.task_id), rowid, key, value, NEW.moment
     FROM json_each(NEW.recipients) WHERE true
 """
@@ -233,10 +236,10 @@ def _keep_to_one(slots: Sequence[str]) -> str:
     return _INTO_SENDS.format(sends=sends) + _INTO_RECIPIENTS.format(recipients=f"VALUES {recipients}")
 
 
-_KEEP_SEND = _INTO_SENDS.format(sends=_SEND_VALUES.format(slot="")) + _INTO_RECIPIENTS.format(
+_KEEP_SEND: Final = _INTO_SENDS.format(sends=_SEND_VALUES.format(slot="")) + _INTO_RECIPIENTS.format(
     recipients=_RECIPIENTS
 )
-_KEEP_DOUBT = """
+_KEEP_DOUBT: Final = """
     INSERT INTO task_in_doubt (
         task_id, client_task_id, task_type, sender, sender_domain, client, since, expires_at,
         upstream, reason, message_id, size, duration_ms, recipients, data
@@ -248,8 +251,8 @@ _KEEP_DOUBT = """
     WHERE NOT EXISTS (SELECT 1 FROM task_done WHERE task_id = NEW.task_id)
     ON CONFLICT (task_id) DO NOTHING;
 """
-_END_DOUBT = "DELETE FROM task_in_doubt WHERE task_id = NEW.task_id;"
-_TRIGGERS = tuple(
+_END_DOUBT: Final = "DELETE FROM task_in_doubt WHERE task_id = NEW.task_id;"
+_TRIGGERS: Final = tuple(
     f"""
     CREATE TEMP TRIGGER task_done_batch_{kind} INSTEAD OF INSERT ON task_done_batch WHEN NEW.kind = {kind}
     BEGIN {statements} END
