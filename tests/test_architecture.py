@@ -60,6 +60,9 @@ DOORS = {
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+_WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+COMPILED: list[str] = _WHEEL["hooks"]["custom"]["modules"]
+
 
 def name_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -128,12 +131,26 @@ def test_no_group_of_a_pattern_is_possessive() -> None:
                 assert not group.search(text), f"{name_of(path)}: {text}"
 
 
+def test_the_message_path_is_compiled() -> None:
+    assert "relay/transaction.py" in COMPILED
+    assert all((ROOT / module).is_file() for module in COMPILED)
+
+
+@pytest.mark.parametrize("module", COMPILED)
+def test_constants_of_what_is_compiled_are_final(module: str) -> None:
+    """Every other name of a module is looked up in a dict, 117 times a message when they were not."""
+    constant = re.compile(r"_?[A-Z][A-Z0-9_]*")
+    for node in ast.parse((ROOT / module).read_text()).body:
+        if isinstance(node, ast.Assign):
+            names = {
+                each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)
+            }
+            assert not {name for name in names if constant.fullmatch(name)}, f"line {node.lineno}"
+
+
 def test_nothing_that_is_compiled_inherits_from_a_library() -> None:
     """Libraries are not there when it is compiled: the layout of such a class would be a guess."""
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    modules = wheel["hooks"]["custom"]["modules"]
-    assert "relay/transaction.py" in modules
-    for module in modules:
+    for module in COMPILED:
         tree = ast.parse((ROOT / module).read_text())
         foreign = {
             (alias.asname or alias.name).partition(".")[0]

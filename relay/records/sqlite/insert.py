@@ -34,7 +34,10 @@ _COLUMNS: Final = (
 _NOTHING: Final = (0,) * len(_COLUMNS)
 """A row that no trigger takes. Not NULL: the sqlite3 module looks for an adapter of each None, which costs as
 much as ten texts. So an id that is not there is an empty text, too."""
-_SEND, _SEND_TO_ONE, _DOUBT, _END = 1, 2, 3, 4
+_SEND: Final = 1
+_SEND_TO_ONE: Final = 2
+_DOUBT: Final = 3
+_END: Final = 4
 _WIDTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Slots of the wider views. SQLite takes no more than 2,000 columns, and each slot takes time at a start."""
 
