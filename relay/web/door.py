@@ -45,6 +45,7 @@ class Web:
         self._make_server = make_server
         self._listening: list[socket.socket] = []
         self._server: Server | None = None
+        self._changed: Settings | None = None  # before there was a server
         self.port = 0
         """The TCP port, once it listens; useful when port 0 was asked for."""
 
@@ -68,13 +69,18 @@ class Web:
 
     async def answer(self) -> None:
         """Answer whoever comes, and who waits; raises what cannot be loaded."""
-        self._server = await late(self._make_server)
-        await self._server.serve(self._listening)
+        server = await late(self._make_server)
+        if self._changed is not None:
+            server.follow(self._changed)
+        self._server = server
+        await server.serve(self._listening)
 
     def follow(self, settings: Settings) -> None:
         """Go by changed settings: who gets the site. The address stays."""
         if self._server is not None:
             self._server.follow(settings)
+        else:
+            self._changed = settings
 
     async def stop(self) -> None:
         """Close the listener and finish the answers that are on their way; harmless when not started."""

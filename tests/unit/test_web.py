@@ -10,8 +10,10 @@ import aiohttp
 import pytest
 
 from relay.metrics import Metrics
-from relay.web import BindError, Web
-from relay.web.server import Server
+from relay.settings import Settings
+from relay.web import BindError, Overview, Web
+from relay.web.access import Access
+from relay.web.server import Server, Site
 
 
 class Readiness:
@@ -132,6 +134,28 @@ async def test_stop_frees_the_port_and_may_be_called_twice(metrics: Metrics, rea
     await web.start("127.0.0.1", port)
     assert web.port == port
     await web.stop()
+
+
+async def test_settings_that_change_before_it_answers_are_those_it_answers_by(
+    metrics: Metrics, readiness: Readiness
+) -> None:
+    def settings(*hosts: str) -> Settings:
+        upstream = {"name": "primary", "address": "192.0.2.1:25"}
+        return Settings.model_validate({"upstreams": [upstream], "http": {"hosts": hosts}})
+
+    site = Site(Access(settings("before.example")), Overview(metrics, readiness), [])
+    web = Web(lambda: Server(metrics, readiness, site))
+    await web.listen("127.0.0.1", 0)
+    web.follow(settings("after.example"))
+    await web.answer()
+    asked = {}
+    async with aiohttp.ClientSession() as client:
+        for host in ("before.example", "after.example"):
+            url = f"http://127.0.0.1:{web.port}/nothing"
+            async with client.get(url, headers={"Host": host}) as answer:
+                asked[host] = answer.status
+    await web.stop()
+    assert asked == {"before.example": 421, "after.example": 404}
 
 
 async def test_stop_does_not_wait_for_an_idle_scraper(web: Web) -> None:
