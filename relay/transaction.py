@@ -64,7 +64,7 @@ MAX_AHEAD: Final = 10
 """Recipients that a message may go up with before their replies are known: for each of those the spool keeps
 a place (the RFCs have no such limit)."""
 
-PROVEN: Final = 5.0
+PROVEN = 5.0
 """Seconds for which a connection that has given a reply is taken to be alive. One that was idle for longer
 proves it by the reply to MAIL first: until then it can be replaced, and with a whole message up it cannot."""
 

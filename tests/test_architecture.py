@@ -63,6 +63,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 _WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
 COMPILED: list[str] = _WHEEL["hooks"]["custom"]["modules"]
 
+SHORTENED = {"DATA_RATE_GRACE", "ERROR_WAIT", "PROVEN"}
+"""Waits that tests shorten, of what is compiled too: a constant that is Final stands in the machine code."""
+
 
 def name_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -145,7 +148,7 @@ def test_constants_of_what_is_compiled_are_final(module: str) -> None:
             names = {
                 each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)
             }
-            assert not {name for name in names if constant.fullmatch(name)}, f"line {node.lineno}"
+            assert not {name for name in names - SHORTENED if constant.fullmatch(name)}, f"line {node.lineno}"
 
 
 def test_nothing_that_is_compiled_inherits_from_a_library() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Content"]
 
-DATA_RATE_GRACE: Final = 30.0
+DATA_RATE_GRACE = 30.0
 """Seconds before the minimum data rate of the content counts."""
 CONTESTED_GRACE: Final = 5.0
 """Seconds before the content of a client that holds more than its share, while others wait, must come at

@@ -55,7 +55,7 @@ ERRORS_SLOW: Final = 10
 """Errors after which each further one costs the client a wait."""
 ERRORS_END: Final = 20
 """Errors that end the session."""
-ERROR_WAIT: Final = 0.25
+ERROR_WAIT = 0.25
 """Seconds of that wait."""
 MAX_IDLE_COMMANDS: Final = 100
 """Commands other than a transaction's in a row; a session is for sending mail."""

@@ -105,6 +105,7 @@ class Access:
         async def guard(
             request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
         ) -> web.StreamResponse:
-            return self.refusal(request) or await handler(request)
+            refusal = self.refusal(request)  # whose truth is that of an empty mapping, in older versions
+            return await handler(request) if refusal is None else refusal
 
         return guard
