@@ -105,7 +105,7 @@ class Access:
         async def guard(
             request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
         ) -> web.StreamResponse:
-            refusal = self.refusal(request)  # whose truth is that of an empty mapping, in older versions
+            refusal = self.refusal(request)  # false, as an empty mapping is, before aiohttp 3.12
             return await handler(request) if refusal is None else refusal
 
         return guard
