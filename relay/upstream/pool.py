@@ -146,7 +146,7 @@ class Pool:
 
     def lost(self, reason: str) -> None:
         """A new connection was lost before MAIL was answered on it."""
-        if self._breaker.lost(self._now()):
+        if self._breaker.lost(self._loop.time()):
             self.last_error = reason
             self._went_down(reason)
 
@@ -166,9 +166,6 @@ class Pool:
         self.draining = self._drain_told = False
         self.metrics.drained(value=False)
 
-    def _now(self) -> float:
-        return self._loop.time()
-
     # Leasing
 
     def take(self, client: str, credentials: Credentials | None = None) -> Connection | None:
@@ -178,8 +175,7 @@ class Pool:
     def _take(self, client: str, identity: bytes | None) -> Connection | None:
         connection = self._idle.take(identity, self._loop.time())
         if connection is not None:
-            connection.leased_to = client
-            self._shares.lend(client)
+            self._lend(connection, client)
         return connection
 
     async def acquire(
@@ -400,7 +396,7 @@ class Pool:
             maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
             # Nor does an exchange that a client's own credentials have broken: it could shut out all others.
             counts = identity is None or error.stage != "auth"
-            if counts and self._breaker.refused(self._now(), decisive=decisive):
+            if counts and self._breaker.refused(self._loop.time(), decisive=decisive):
                 self._went_down(f"{error.stage}: {error}")
             return
         self.last_error = None
@@ -410,7 +406,7 @@ class Pool:
 
     def _went_down(self, reason: str) -> None:
         self.metrics.up(value=False)
-        pause = cast("float", self._breaker.retry_at) - self._now()
+        pause = cast("float", self._breaker.retry_at) - self._loop.time()
         maillog.upstream_down(self.name, self._settings.address, reason, pause)
 
     def _left_alone(self) -> UnavailableError:
@@ -436,10 +432,10 @@ class Pool:
             await self._room(RELAY, None, fresh=True)
             connection, _ = await self._dial(RELAY, None, None, decisive=True)
         except UnavailableError:
-            self._breaker.not_tried(self._now())
+            self._breaker.not_tried(self._loop.time())
         except Exception as error:
             maillog.unforeseen("upstream", None, error)
-            self._breaker.not_tried(self._now())
+            self._breaker.not_tried(self._loop.time())
         else:
             self.release(connection, reset=False)
         finally:

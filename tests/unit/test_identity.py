@@ -42,6 +42,28 @@ def test_equal_milliseconds_increase() -> None:
     assert {milliseconds(identity) for identity in identities} == {1_700_000_000_000}
 
 
+def test_the_time_beyond_the_millisecond_comes_next() -> None:
+    """RFC 9562 section 6.2, method 3: identities of several processes sort by it, too."""
+    second = 1_700_000_000_000_000_000
+    parts = [
+        IdentitySource(clock=lambda at=at: second + at).next().int >> 64 & 0xFFF
+        for at in (0, 250_000, 999_999)
+    ]
+
+    assert parts == [0, 1024, 4095]
+
+
+def test_what_has_no_room_to_count_up_goes_on_with_the_next_time() -> None:
+    source = IdentitySource(clock=lambda: 1_700_000_000_000_000_000)
+    first = source.next()
+    source._count = (1 << 62) - 1
+    following = [source.next() for _ in range(3)]
+
+    assert first < following[0] < following[1] < following[2]
+    assert {(each.version, each.variant) for each in following} == {(7, RFC_4122)}
+    assert following[0].int >> 64 == (first.int >> 64) + 1
+
+
 @given(st.lists(st.integers(min_value=0, max_value=2**47 * 1_000_000), min_size=2))
 def test_any_clock_gives_increasing_version_7(readings: list[int]) -> None:
     ticks = iter(readings)

@@ -158,6 +158,27 @@ async def test_settings_that_change_before_it_answers_are_those_it_answers_by(
     assert asked == {"before.example": 421, "after.example": 404}
 
 
+async def test_what_says_what_was_sent_asks_for_the_token(metrics: Metrics, readiness: Readiness) -> None:
+    upstream = {"name": "primary", "address": "192.0.2.1:25"}
+    settings = Settings.model_validate({"upstreams": [upstream], "http": {"token": "a-token-of-some-length"}})
+    site = Site(Access(settings), Overview(metrics, readiness), [])
+    web = Web(lambda: Server(metrics, readiness, site))
+    await web.start("127.0.0.1", 0)
+    told = []
+    async with aiohttp.ClientSession() as client:
+        for path, token in (
+            ("/api/x", ""),
+            ("/api/x", "another"),
+            ("/api/x", "a-token-of-some-length"),
+            ("/healthz", ""),
+        ):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with client.get(f"http://127.0.0.1:{web.port}{path}", headers=headers) as answer:
+                told.append(answer.status)
+    await web.stop()
+    assert told == [401, 401, 404, 200]
+
+
 async def test_stop_does_not_wait_for_an_idle_scraper(web: Web) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
