@@ -29,7 +29,7 @@ def message_line(level: str, outcome: Outcome, facts: Facts) -> bytes | None:
     """Return the JSON line of a message whose values need no cleaning, None if one might.
 
     One look at the whole line instead of one at each value: if it is ASCII without an escape, a DEL and a
-    URL, so is each value, and none is longer than all.
+    URL, so is each value, and none is longer than all. Outcome and times in `facts` are written over.
     """
     moment = orjson.dumps(datetime.now(UTC), option=_UTC_Z)
     try:
