@@ -146,7 +146,8 @@ def greets_and_stares(listening: socket.socket, context: ssl.SSLContext, greetin
     accepted, _ = listening.accept()
     accepted.settimeout(DEADLINE_S)
     secured = context.wrap_socket(accepted, server_side=True)
-    secured.sendall(greeting)
+    with contextlib.suppress(ssl.SSLEOFError, ConnectionError):  # what is too long is not read to its end
+        secured.sendall(greeting)
     with socket.socket(fileno=secured.detach()) as wire, contextlib.suppress(ConnectionResetError):
         wire.settimeout(DEADLINE_S)
         while wire.recv(65536):
