@@ -18,8 +18,9 @@ from relay.records.agreement import AGAIN_S, Agreement
 from relay.records.expiry import ExpiryLoop
 from relay.records.inspection import entries_waiting
 from relay.records.journal import Journal
-from relay.records.recorder import USUAL_PLACE, Recorder
+from relay.records.recorder import Recorder
 from relay.records.spool import RESERVE, Spool
+from relay.records.spooler import USUAL_PLACE
 from relay.records.store import Store, StoreError, open_store, utc_now
 
 if TYPE_CHECKING:

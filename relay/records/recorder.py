@@ -3,8 +3,13 @@
 What it keeps are entries: rows of accepted messages, doubts, and the ends of doubts, all on the same way and
 in the order in which they were given; "row" below stands for each of them.
 
-Group commit: while one commit is in flight the next batch collects. No timer, no artificial delay; alone, a
-row is committed at once.
+A row's way, top to bottom: `record` takes it; `_next` makes a batch of all that have come; `_begin_write`
+gives that to the store, and `_written` hears what came of it, and releases those who wait. What the store
+does not take goes the long way, in a task (`_keep_elsewhere`).
+
+Group commit: while one commit is in flight the next batch collects. No artificial delay; alone, a row is
+committed at once. A commit is begun and ended by callbacks: a task for it, with a timer and a wait, costs as
+much as the insert of a row, and a lone message 0.1 ms (docs/benchmarks.md).
 
 Rules:
 - A row goes to the store; when the store fails or does not answer in time, to the spool; when that fails too,
@@ -12,54 +17,43 @@ Rules:
   released in each case: its message was accepted, and an error now would make a duplicate.
 - Once a row went to the spool all that follow go there, and the spool is replayed in order. The replay runs
   beside the message path; only the last, short step holds it, for as long as a commit.
-- There is at most one `write` in the store at any time. One that is late is left to finish (the store is
-  idempotent by `task_id`), and nothing else is asked of the store until it has.
-- The spool's calls block, so they run in one thread of their own, in order.
-- Before the end of data of a message goes up its row is promised a place in the reserve of the spool, disk
-  space taken ahead, so that a full disk cannot come between an acceptance and its row. More is taken as
-  soon as half of it is promised, and where that fails it is tried again every second.
+- One batch, or that step, has the turn at any time. There is at most one `write` in the store: one that is
+  late is left to finish (the store is idempotent by `task_id`), and nothing else is asked of the store until
+  it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
 
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Entry, Record, Settled
-from relay.records.spool import Spool, SpoolError, encode
+from relay.records.spool import Spool, SpoolError
+from relay.records.spooler import Spooler, SpoolerMetrics
 
-__all__ = ["MAX_BATCH", "USUAL_PLACE", "RecordWriter", "Recorder", "RecorderMetrics"]
+__all__ = ["MAX_BATCH", "RecordWriter", "Recorder", "RecorderMetrics"]
 
 MAX_BATCH: Final = 500
 """Rows in one commit, and in one step of a replay."""
 
-USUAL_PLACE: Final = 16 * 1024
-"""Octets of the reserve for a usual message; when there is less to give, new mail is refused."""
-
 _REPLAY_TIMEOUT_S: Final = 60.0  # nobody waits for a replay: a slow store may take its time
-_SPOOL_TIMEOUT_S: Final = 30.0  # a disk that does not answer for so long has failed
 _LONGEST_PAUSE: Final = 50  # times the first pause between two probes of a store that is away
 _HELD_ROWS: Final = 1000  # lost rows that are tried again, beside the log
-_LARGEST_RESERVE: Final = 256 * 1024 * 1024  # octets; no promises beyond it, however much disk there is
-_RESERVE_PAUSE_S: Final = 1.0  # between two attempts to take disk space
 
 _log: Final = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
-_Arguments = TypeVarTuple("_Arguments")
 
 
 class RecordWriter(Protocol):
     """What the recorder needs of a store."""
 
-    async def write(self, entries: Sequence[Entry], /) -> None:
+    def write(self, entries: Sequence[Entry], /) -> Awaitable[None]:
         """Commit `entries` in one durable transaction, idempotent by task_id."""
 
 
-class RecorderMetrics(Protocol):
+class RecorderMetrics(SpoolerMetrics, Protocol):
     """What the recorder counts."""
 
     def row_recorded(self, task_type: str, /) -> None:
@@ -73,12 +67,6 @@ class RecorderMetrics(Protocol):
 
     def records_pending(self, rows: int, /) -> None:
         """Set the number of rows that are not durable yet."""
-
-    def records_spooled(self, rows: int, /) -> None:
-        """Set the number of rows in the spool."""
-
-    def records_reserve(self, octets: int, /) -> None:
-        """Set the disk space that is taken ahead for rows and not written yet, in octets."""
 
 
 class Recorder:
@@ -103,52 +91,55 @@ class Recorder:
         probe_pause: float = 0.1,
     ) -> None:
         self._store = store
-        self._spool = spool
+        self._spooler = Spooler(spool, metrics)
         self._metrics = metrics
         self._commit_timeout = commit_timeout
         self._log_lost = log_lost
         self._refuse_while_away = refuse_while_away
         self._probe_pause = probe_pause
+        self._loop: asyncio.AbstractEventLoop
+        self._open = False  # between `start` and the end of `close`
+        self._closing = False
         # The batch that collects: rows, and those who wait for them, in the same order.
         self._rows: list[Entry] = []
         self._waiting: list[asyncio.Future[None]] = []
-        self._wake = asyncio.Event()
-        self._turn = asyncio.Lock()  # held for each batch, and for the step that goes back to the store
-        self._closing = False
-        self._hurry: asyncio.Future[None]  # done: do not wait for the store any longer; made by `start`
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._writer: asyncio.Task[None] | None = None
-        self._replayer: asyncio.Task[None] | None = None
+        # The batch that has the turn.
+        self._turn_taken = False
+        self._turn_awaited: asyncio.Future[None] | None = None  # by the step that goes back to the store
+        self._batch: list[Entry] = []
+        self._batch_waiting: list[asyncio.Future[None]] = []
+        self._long_way: asyncio.Task[None] | None = None
+        self._drained: asyncio.Future[None]  # closing, and the turn is nobody's; made by `start`
         # The store's side.
         self._away: str | None = None  # why rows go to the spool
-        self._in_store: asyncio.Task[StoreError | None] | None = None  # in flight, or late
+        self._in_store: asyncio.Future[None] | None = None  # in flight, or late
+        self._awaited = False  # whether the batch waits for it
+        self._begun = 0.0
         self._commit_seconds = 0.0  # how long the last one took
+        self._limit: asyncio.TimerHandle | None = None
+        self._hurry: asyncio.Future[None]  # done: do not wait for the store any longer; made by `start`
+        # The way back.
+        self._replayer: asyncio.Task[None] | None = None
         self._carried: list[Entry] = []  # read from the spool, not yet taken by the store
-        # The spool's side.
-        self._spooling = ThreadPoolExecutor(1, "spool")
-        self._stuck: asyncio.Future[Any] | None = None  # a call that the disk has not answered in time
-        self._spool_failure: str | None = None
         self._held: list[Entry] = []  # in the log only; tried again
-        self._short: str | None = None  # why the reserve is not as large as it should be
-        self._wanted = 0  # octets that the reserve should have; 0: its usual size
-        self._provider: asyncio.Task[None] | None = None
 
     def follow(self, *, commit_timeout: float, refuse_while_away: bool) -> None:
-        """Go on with other values, from the next batch on."""
+        """Go on with other values."""
         self._commit_timeout = commit_timeout
         self._refuse_while_away = refuse_while_away
+        if self._limit is not None:
+            self._limit.cancel()
+            self._look_at_write()
 
     def start(self) -> None:
         """Begin to keep rows, and replay what an earlier process left in the spool. Needs a running loop."""
-        self._hurry = asyncio.get_running_loop().create_future()
-        self._metrics.records_spooled(self._spool.rows)
-        self._metrics.records_reserve(self._spool.reserve.free)
-        if self._spool.shortage is not None:
-            self._fall_short(self._spool.shortage)
-            self._see_to_reserve()
-        if self._spool.rows:
-            self._go_away(f"{self._spool.rows} rows wait in the spool", pause=0.0)
-        self._writer = asyncio.create_task(self._write_batches(), name="recorder")
+        self._loop = asyncio.get_running_loop()
+        self._hurry = self._loop.create_future()
+        self._drained = self._loop.create_future()
+        self._spooler.start()
+        self._open = True
+        if self._spooler.rows:
+            self._go_away(f"{self._spooler.rows} rows wait in the spool", pause=0.0)
 
     def record(self, entry: Entry) -> asyncio.Future[None]:
         """Take the entry at once, so that entries are kept in the order of the calls.
@@ -156,44 +147,37 @@ class Recorder:
         What is returned is done once the entry is durable, or is in the log because neither store nor spool
         took it. It never raises; to cancel it does not take the entry back.
         """
-        if self._loop is None:  # asked for once: it costs a system call (CPython 3.11)
-            self._loop = asyncio.get_running_loop()
-        kept: asyncio.Future[None] = self._loop.create_future()
-        if self._writer is None or self._writer.done():
+        if not self._open:
             self._lose([entry])
-            kept.set_result(None)
-            return kept
+            lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            lost.set_result(None)
+            return lost
+        kept: asyncio.Future[None] = self._loop.create_future()
         self._rows.append(entry)
         self._waiting.append(kept)
-        self._wake.set()
+        if not self._turn_taken:
+            self._turn_taken = True
+            self._loop.call_soon(self._next)  # not at once: others may come with what is read just now
         return kept
 
     def promise(self, octets: int) -> bool:
-        """Keep a place of so many octets for a row to come; return False where there is none now.
+        """Keep a place of so many octets in the spool for a row to come; return False: there is none now.
 
         Whoever was promised one gives it back with `release`, once its rows are durable or there are none.
         """
-        reserve = self._spool.reserve
-        granted = reserve.promise(octets)
-        wanted = reserve.promised if granted else reserve.promised + octets
-        if 2 * wanted > reserve.free:
-            self._see_to_reserve(min(4 * wanted, _LARGEST_RESERVE))
-        return granted
+        return self._spooler.promise(octets)
 
     def release(self, octets: int) -> None:
         """Give a promised place back."""
-        self._spool.reserve.release(octets)
+        self._spooler.release(octets)
 
     def refusal(self) -> str | None:
         """Return why new mail must be refused now, or None while rows can be kept."""
-        if self._away is not None and self._spool_failure is not None:
-            return f"{self._away}; {self._spool_failure}"
+        if self._away is not None and self._spooler.failure is not None:
+            return f"{self._away}; {self._spooler.failure}"
         if self._away is not None and self._refuse_while_away:
             return self._away
-        reserve = self._spool.reserve
-        if self._short is not None and reserve.free - reserve.promised < USUAL_PLACE:
-            return f"no disk space to take ahead: {self._short}"
-        return None
+        return self._spooler.shortage
 
     def away(self) -> str | None:
         """Return why rows go to the spool, or None while the store takes them."""
@@ -210,76 +194,149 @@ class Recorder:
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         self._closing = True
-        self._wake.set()
-        for task in (self._replayer, self._provider):
-            if task is not None:
-                task.cancel()
-        if self._writer is not None:
-            await asyncio.wait((self._writer,), timeout=timeout / 2)
-            if not self._writer.done():
+        if self._replayer is not None:
+            self._replayer.cancel()
+        self._spooler.provide_no_more()
+        if self._turn_taken:
+            await asyncio.wait((self._drained,), timeout=timeout / 2)
+            if not self._drained.done():
                 self._hurry.set_result(None)
-                await asyncio.wait((self._writer,), timeout=max(0.0, end - loop.time()))
-                self._writer.cancel()
-                await asyncio.wait((self._writer,))  # a cancelled writer waits for nothing more
+                self._give_up_write()
+                await asyncio.wait((self._drained,), timeout=max(0.0, end - loop.time()))
+        self._open = False
+        if self._long_way is not None and not self._long_way.done():
+            self._long_way.cancel()
+            await asyncio.wait((self._long_way,))  # cancelled, it waits for nothing more
+        self._lose(self._rows)
+        _release(self._waiting)
+        self._rows, self._waiting = [], []
+        if self._limit is not None:
+            self._limit.cancel()
         if self._in_store is not None:
             self._in_store.cancel()
             await asyncio.wait((self._in_store,), timeout=max(0.0, end - loop.time()))
-        idle = loop.run_in_executor(self._spooling, _idle)  # behind what the spool still has to do
-        await asyncio.wait((idle,), timeout=max(0.0, end - loop.time()))
-        self._spooling.shutdown(wait=False)
+        await self._spooler.close(max(0.0, end - loop.time()))
 
     # ---- the message path
 
-    async def _write_batches(self) -> None:
-        rows: list[Entry] = []
-        waiting: list[asyncio.Future[None]] = []
-        try:
-            while True:
-                while not self._rows:
-                    if self._closing:
-                        return
-                    self._wake.clear()
-                    await self._wake.wait()
-                async with self._turn:
-                    rows, waiting = self._take_batch()
-                    self._metrics.records_pending(len(rows) + len(self._rows))
-                    try:
-                        await self._keep(rows)
-                    except Exception:
-                        _log.exception("unforeseen error: %d rows go to the log", len(rows))
-                        self._lose(rows)
-                    _release(waiting)
-                    rows, waiting = [], []
-                    self._metrics.records_pending(len(self._rows))
-        finally:  # cancelled: what is left has had its time
-            self._lose(rows + self._rows)
-            _release(waiting + self._waiting)
-            self._rows, self._waiting = [], []
-
-    def _take_batch(self) -> tuple[list[Entry], list[asyncio.Future[None]]]:
-        rows, waiting = self._rows, self._waiting
-        self._rows, self._waiting = rows[MAX_BATCH:], waiting[MAX_BATCH:]
-        return rows[:MAX_BATCH], waiting[:MAX_BATCH]
-
-    async def _keep(self, rows: list[Entry]) -> None:
+    def _next(self) -> None:
+        """Pass the turn on: to the step that goes back to the store, to the next batch, or to nobody."""
+        awaited, self._turn_awaited = self._turn_awaited, None
+        if awaited is not None and not awaited.done():
+            awaited.set_result(None)
+            return
+        if not self._rows or not self._open:
+            self._turn_taken = False
+            if self._closing and not self._drained.done():
+                self._drained.set_result(None)
+            return
+        self._take_batch()
+        self._metrics.records_pending(len(self._batch) + len(self._rows))
         if self._away is None:
-            rows = await self._commit(rows, self._commit_timeout, first_time=True)
-        if rows:
-            await self._spool_rows(rows)
+            self._begin_write()
+        else:
+            self._keep_otherwise(None)
+
+    def _take_batch(self) -> None:
+        rows, waiting = self._rows, self._waiting
+        if len(rows) <= MAX_BATCH:
+            self._batch, self._batch_waiting = rows, waiting
+            self._rows, self._waiting = [], []
+        else:
+            self._batch, self._batch_waiting = rows[:MAX_BATCH], waiting[:MAX_BATCH]
+            self._rows, self._waiting = rows[MAX_BATCH:], waiting[MAX_BATCH:]
+
+    def _begin_write(self) -> None:
+        """Give the batch to the store; `_written` or `_give_up_write` follows."""
+        self._begun = self._loop.time()
+        try:
+            write = asyncio.ensure_future(self._store.write(self._batch))
+        except Exception as error:
+            self._keep_otherwise(_failure(error))
+            return
+        self._in_store = write
+        self._awaited = True
+        write.add_done_callback(self._written)
+        if self._limit is None:
+            self._limit = self._loop.call_later(self._commit_timeout, self._look_at_write)
+
+    def _written(self, write: asyncio.Future[None]) -> None:
+        """The store has answered."""
+        error = None if write.cancelled() else write.exception()
+        if not self._awaited or write is not self._in_store:
+            return  # it was late, and the batch has gone elsewhere
+        self._awaited = False
+        self._in_store = None
+        self._commit_seconds = self._loop.time() - self._begun
+        if error is not None or write.cancelled():
+            self._keep_otherwise(_failure(error))
+            return
+        try:
+            self._metrics.committed(len(self._batch), self._commit_seconds)
+            self._count(self._batch)
+        except Exception:
+            self._unforeseen()
+        self._end_batch()
+
+    def _look_at_write(self) -> None:
+        """See whether the write in flight is late: one timer does for all that are begun meanwhile."""
+        self._limit = None
+        if not self._awaited:
+            return
+        left = self._begun + self._commit_timeout - self._loop.time()
+        if left > 0:
+            self._limit = self._loop.call_later(left, self._look_at_write)
+        else:
+            self._give_up_write()
+
+    def _give_up_write(self) -> None:
+        """Have the batch wait for the store no longer."""
+        if self._awaited:
+            self._awaited = False
+            self._keep_otherwise(StoreError(_LATE))
+
+    def _end_batch(self) -> None:
+        """Release those who wait, and pass the turn on."""
+        _release(self._batch_waiting)
+        self._batch, self._batch_waiting = [], []
+        self._metrics.records_pending(len(self._rows))
+        self._next()
+
+    def _keep_otherwise(self, failure: StoreError | None) -> None:
+        self._long_way = self._loop.create_task(self._keep_elsewhere(failure), name="recorder")
+
+    async def _keep_elsewhere(self, failure: StoreError | None) -> None:
+        """Keep the batch, which the store has just failed to take, if that was asked."""
+        rows = self._batch
+        try:
+            if isinstance(failure, RejectedRecordError):
+                rows = await self._commit(rows, self._commit_timeout, first_time=True)
+            elif failure is not None:
+                self._go_away(str(failure), pause=self._probe_pause)
+            if rows:
+                await self._spool_rows(rows)
+        except asyncio.CancelledError:  # it has had its time
+            self._lose(self._batch)
+            raise
+        except Exception:
+            self._unforeseen()
+        finally:
+            self._end_batch()
+
+    def _unforeseen(self) -> None:
+        _log.exception("unforeseen error: %d rows go to the log", len(self._batch))
+        self._lose(self._batch)
 
     async def _spool_rows(self, rows: Sequence[Entry]) -> None:
+        worked = self._spooler.failure is None
         try:
-            spooled = await self._in_thread(self._append, rows)
+            spooled = await self._spooler.append(rows)
         except SpoolError as error:
-            if self._spool_failure is None:
+            if worked:
                 _log.error("rows can not be kept, new mail is refused: %s; %s", self._away, error)
-            self._spool_failure = str(error)
-            self._top_up()
             self._lose(rows)
             self._held += rows[: max(0, _HELD_ROWS - len(self._held))]
             return
-        self._spool_works()
-        self._top_up()
         self._count(spooled)
         if self._held:  # a doubt that would come behind its own end, and stay
             ended = {row.task_id for row in spooled if isinstance(row, Settled)}
@@ -287,20 +344,6 @@ class Recorder:
         if len(spooled) < len(rows):
             kept = {id(row) for row in spooled}
             self._lose([row for row in rows if id(row) not in kept])
-
-    def _append(self, rows: Sequence[Entry]) -> list[Entry]:
-        """Return the rows that are in the spool: all but those that cannot be written as JSON."""
-        lines, spooled = [], []
-        for row in rows:
-            try:
-                lines.append(encode(row))
-            except (ValueError, TypeError, RecursionError) as error:
-                _log.error("row %s does not fit into the spool: %s", row.task_id, error)
-            else:
-                spooled.append(row)
-        if lines:
-            self._spool.append(lines)
-        return spooled
 
     def _count(self, rows: Sequence[Entry]) -> None:
         """Count rows that have become durable for the first time; a message in doubt has none."""
@@ -316,14 +359,14 @@ class Recorder:
             except Exception:  # whoever waits must be released all the same
                 _log.exception("row %s could not even be logged", row.task_id)
 
-    # ---- the store
+    # ---- the store, the long way
 
     async def _commit(self, rows: list[Entry], seconds: float, *, first_time: bool) -> list[Entry]:
         """Return the rows that the store did not take, in order; what it rejects is set aside.
 
         `seconds` bounds the whole. A batch that holds a rejected row is halved until that row is alone.
         """
-        end = asyncio.get_running_loop().time() + seconds
+        end = self._loop.time() + seconds
         batches = [rows]  # the next one last
         while batches:
             batch = batches.pop()
@@ -345,41 +388,29 @@ class Recorder:
 
     async def _write(self, rows: list[Entry], end: float) -> None:
         """Write within the time left until `end` (the loop's clock); raise StoreError."""
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        write = self._in_store = loop.create_task(self._written(rows), name="store write")
+        start = self._loop.time()
+        write = self._in_store = asyncio.ensure_future(self._store.write(rows))
+        write.add_done_callback(_retrieve)  # a late one has nobody who would
         waits = (write, self._hurry)
         await asyncio.wait(waits, timeout=max(0.0, end - start), return_when=asyncio.FIRST_COMPLETED)
         if not write.done():
-            raise StoreError("the store did not answer in time")
+            raise StoreError(_LATE)
         self._in_store = None
-        self._commit_seconds = loop.time() - start
-        failure = write.result()
-        if failure is not None:
-            raise failure
+        self._commit_seconds = self._loop.time() - start
+        error = None if write.cancelled() else write.exception()
+        if error is not None or write.cancelled():
+            raise _failure(error)
         self._metrics.committed(len(rows), self._commit_seconds)
-
-    async def _written(self, rows: list[Entry]) -> StoreError | None:
-        """Return the failure: a late write has nobody who would catch it."""
-        try:
-            await self._store.write(rows)
-        except StoreError as error:
-            return error
-        except Exception as error:
-            _log.exception("unforeseen error of the store")
-            return StoreError(f"unforeseen error: {error!r}")
-        return None
 
     async def _set_aside(self, row: Entry, error: RejectedRecordError) -> None:
         try:
-            line = encode(row, str(error))
-            await self._in_thread(self._spool.set_aside, line)
+            file = await self._spooler.set_aside(row, str(error))
         except (SpoolError, ValueError, TypeError, RecursionError) as failure:
             _log.error("the store rejects row %s (%s), not set aside: %s", row.task_id, error, failure)
             self._lose([row])
             return
         self._metrics.record_error()
-        _log.error("the store rejects row %s (%s): see %s", row.task_id, error, self._spool.rejected_file)
+        _log.error("the store rejects row %s (%s): see %s", row.task_id, error, file)
 
     def _go_away(self, reason: str, *, pause: float) -> None:
         """From now on rows go to the spool; see to the way back."""
@@ -387,7 +418,7 @@ class Recorder:
             _log.warning("rows go to the spool: %s", reason)
         self._away = reason
         if not self._closing and (self._replayer is None or self._replayer.done()):
-            self._replayer = asyncio.create_task(self._bring_back(pause), name="spool replay")
+            self._replayer = self._loop.create_task(self._bring_back(pause), name="spool replay")
 
     # ---- the way back
 
@@ -407,7 +438,7 @@ class Recorder:
 
     async def _catch_up(self) -> bool:
         """Return whether the store has all that waited and takes rows again."""
-        if self._held and self._spool_failure is not None:
+        if self._held and self._spooler.failure is not None:
             await self._try_spool_again()
         if not await self._late_write_ended():
             return False
@@ -416,123 +447,88 @@ class Recorder:
             if not await self._replay_batch(_REPLAY_TIMEOUT_S):
                 return False
             probed = True
-            if self._spool.rows <= MAX_BATCH and not self._held:
+            if self._spooler.rows <= MAX_BATCH and not self._held:
                 break
         if self._commit_seconds >= self._commit_timeout:
             return False  # it works, but too slowly for those who wait; rows that come show when it is quick
-        async with self._turn:
+        await self._take_turn()
+        try:
             while self._rows_wait():  # those that came meanwhile: no more than two batches
                 if not probed or not await self._replay_batch(self._commit_timeout):
                     return False
-            self._away = self._spool_failure = None
+            self._away = self._spooler.failure = None
+        finally:
+            self._next()
         return True
 
+    async def _take_turn(self) -> None:
+        """Wait until no batch has the turn; `_next` passes it on."""
+        if not self._turn_taken:
+            self._turn_taken = True
+            return
+        awaited = self._turn_awaited = self._loop.create_future()
+        try:
+            await awaited
+        except asyncio.CancelledError:
+            if awaited.done() and not awaited.cancelled():
+                self._next()
+            raise
+
     def _rows_wait(self) -> bool:
-        return bool(self._carried or self._spool.rows or self._held)
+        return bool(self._carried or self._spooler.rows or self._held)
 
     async def _try_spool_again(self) -> None:
         """Rows that are only in the log are the probe: lifts the refusal when the spool takes them."""
-        async with self._turn:
+        await self._take_turn()
+        try:
             held, self._held = self._held, []
             try:
-                spooled = await self._in_thread(self._append, held)
-            except SpoolError as error:
-                self._spool_failure = str(error)
+                spooled = await self._spooler.append(held)
+            except SpoolError:
                 self._held = held
                 return
-            self._spool_works()
             self._count(spooled)
+        finally:
+            self._next()
 
     async def _replay_batch(self, seconds: float) -> bool:
         """Carry the oldest rows to the store; return whether it took them."""
-        if not self._carried and not self._spool.rows:
+        if not self._carried and not self._spooler.rows:
             held, self._held = self._held, []
             self._held = await self._commit(held, seconds, first_time=True) + self._held
             return not self._held
         if not self._carried:
-            batch = await self._in_thread(self._spool.read, MAX_BATCH)
+            batch = await self._spooler.read(MAX_BATCH)
             for _ in range(batch.corrupt):
                 self._metrics.record_error()
             self._carried = batch.records
         self._carried = await self._commit(self._carried, seconds, first_time=False)
         if self._carried:
             return False
-        try:
-            await self._in_thread(self._spool.forget)
-        finally:  # the rows are done with, even if their file could not be removed
-            self._metrics.records_spooled(self._spool.rows)
-            self._top_up()
+        await self._spooler.forget()
         return True
 
     async def _late_write_ended(self) -> bool:
-        if self._in_store is None:
+        late = self._in_store
+        if late is None:
             return True
-        await asyncio.wait((self._in_store,), timeout=_REPLAY_TIMEOUT_S)
-        if not self._in_store.done():
-            self._in_store.cancel()  # seen to end, or not, by the next probe
+        await asyncio.wait((late,), timeout=_REPLAY_TIMEOUT_S)
+        if not late.done():
+            late.cancel()  # seen to end, or not, by the next probe
             return False
         self._in_store = None
         return True
 
-    # ---- the reserve
 
-    def _top_up(self) -> None:
-        """Rows were written, or a segment has gone: have the reserve made up for it."""
-        self._metrics.records_reserve(self._spool.reserve.free)
-        if not self._spool.complete:
-            self._see_to_reserve()
+_LATE: Final = "the store did not answer in time"
 
-    def _see_to_reserve(self, octets: int = 0) -> None:
-        """Have disk space taken ahead, in the spool's thread, and again and again until it is had."""
-        self._wanted = max(self._wanted, octets)
-        if not self._closing and (self._provider is None or self._provider.done()):
-            self._provider = asyncio.get_running_loop().create_task(self._provide(), name="spool reserve")
 
-    async def _provide(self) -> None:
-        while True:
-            wanted, self._wanted = self._wanted, 0
-            try:
-                await self._in_thread(self._spool.provide, wanted)
-            except SpoolError as error:
-                self._fall_short(str(error))
-            else:
-                if self._short is not None:
-                    _log.warning("the reserve is whole again")
-                self._short = None
-            self._metrics.records_reserve(self._spool.reserve.free)
-            if self._short is not None:
-                await asyncio.sleep(_RESERVE_PAUSE_S)
-            elif not self._wanted:
-                return
-
-    def _fall_short(self, reason: str) -> None:
-        if self._short is None:
-            _log.error("no disk space to take ahead for rows: %s", reason)
-        self._short = reason
-
-    # ---- the spool's thread
-
-    def _spool_works(self) -> None:
-        if self._spool_failure is not None:
-            _log.warning("the spool takes rows again")
-        self._spool_failure = None
-        self._metrics.records_spooled(self._spool.rows)
-
-    async def _in_thread(self, call: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
-        """Run a call of the spool in its thread; raise SpoolError also when the disk does not answer."""
-        if self._stuck is not None and not self._stuck.done():
-            raise SpoolError(f"spool {self._spool.directory}: the disk does not answer")
-        future = asyncio.get_running_loop().run_in_executor(self._spooling, call, *arguments)
-        try:
-            await asyncio.wait((future,), timeout=_SPOOL_TIMEOUT_S)
-        except asyncio.CancelledError:
-            future.add_done_callback(_retrieve)
-            raise
-        if not future.done():
-            self._stuck = future
-            future.add_done_callback(_retrieve)
-            raise SpoolError(f"spool {self._spool.directory}: no answer within {_SPOOL_TIMEOUT_S:g} s")
-        return future.result()
+def _failure(error: BaseException | None) -> StoreError:
+    """Return what the store said, or what stands for an error of another kind; None: a cancellation."""
+    if isinstance(error, StoreError):
+        return error
+    _log.error("unforeseen error of the store", exc_info=error)
+    return StoreError(f"unforeseen error: {error!r}")
 
 
 def _release(waiting: Sequence[asyncio.Future[None]]) -> None:
@@ -541,10 +537,7 @@ def _release(waiting: Sequence[asyncio.Future[None]]) -> None:
             kept.set_result(None)
 
 
-def _idle() -> None:
-    """Show that the thread has come so far."""
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Take the exception of a call that nobody waits for any longer."""
-    future.exception()
+def _retrieve(write: asyncio.Future[None]) -> None:
+    """Take the exception of a write that nobody waits for any longer."""
+    if not write.cancelled():
+        write.exception()

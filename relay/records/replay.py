@@ -7,7 +7,7 @@ and will never take it. The store is idempotent by `task_id`, so whatever is cut
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -52,7 +52,7 @@ class Carried(NamedTuple):
 class Store(Protocol):
     """What takes the rows."""
 
-    async def write(self, entries: Sequence[Entry], /) -> None:
+    def write(self, entries: Sequence[Entry], /) -> Awaitable[None]:
         """Commit `entries`, idempotent by task_id; raises StoreError, or RejectedRecordError."""
 
 

@@ -9,7 +9,7 @@ database, come in between. Nobody but `open_store` knows which database a URL na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -42,7 +42,7 @@ def utc_now() -> datetime:
 class Store(Protocol):
     """An open store. Its methods may be called at the same time, from one event loop."""
 
-    async def write(self, entries: Sequence[Entry], /) -> None:
+    def write(self, entries: Sequence[Entry], /) -> Awaitable[None]:
         """Make the entries durable, all or none; one that is there already (by `task_id`) stays as it is.
 
         A record ends the doubt of its message if it says that there may be one (`doubted`); a doubt of a

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from relay.records import recorder as recorder_module
+from relay.records import spooler as spooler_module
 from tests.support.client import Client
 from tests.support.upstream import CHUNKING, Close
 
@@ -92,7 +92,7 @@ async def test_no_place_for_the_row_and_nothing_is_sent(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, chunks: bool
 ) -> None:
     """The reserve is used up while the content comes: the end of data does not go up."""
-    monkeypatch.setattr(recorder_module, "_LARGEST_RESERVE", 0)  # it does not grow
+    monkeypatch.setattr(spooler_module, "_LARGEST_RESERVE", 0)  # it does not grow
     upstream.extensions += CHUNKING
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.greeting()
@@ -123,7 +123,7 @@ async def test_no_place_for_the_row_and_nothing_is_sent(
 async def test_every_outcome_gives_its_place_back(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_module, "_LARGEST_RESERVE", 0)  # it does not grow
+    monkeypatch.setattr(spooler_module, "_LARGEST_RESERVE", 0)  # it does not grow
     verdicts = [b"250 ok\r\n", b"451 4.3.0 later\r\n", b"550 5.7.1 no\r\n", Close(), b"421 4.3.2 bye\r\n"]
     upstream.script = {"end_of_data": list(verdicts)}
     async with start(upstream.port) as running, Client(running.port) as client:
@@ -197,4 +197,4 @@ async def test_the_store_can_only_be_read_for_a_while(start: Any, upstream: Scri
         assert running.metric("records_spooled") == 3
         await database.run(lambda raw: raw.execute("PRAGMA query_only = 0"))
         await until_rows(running, 3)
-        assert not (running.relay.records.recorder._spool.rejected_file).exists()
+        assert not (running.relay.records.recorder._spooler._spool.rejected_file).exists()

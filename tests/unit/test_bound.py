@@ -10,8 +10,8 @@ from relay.classify import MAX_TAGS, Classification
 from relay.envelope import Envelope, Recipient
 from relay.records.bound import MAX_VERDICT
 from relay.records.identity import uuid7
-from relay.records.recorder import USUAL_PLACE
 from relay.records.spool import decode, encode
+from relay.records.spooler import USUAL_PLACE
 from relay.reply import Reply, ReplyParser
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

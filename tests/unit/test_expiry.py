@@ -294,7 +294,7 @@ async def test_a_run_that_is_cancelled_as_it_takes_the_lease_gives_it_back(store
         loop.call_soon_threadsafe(busy.set)
         free.wait(30)
 
-    before = asyncio.create_task(store._database.run(be_busy))
+    before = asyncio.ensure_future(store._database.run(be_busy))
     await busy.wait()
     running = asyncio.create_task(store.expire(NOW, 1))
     await asyncio.sleep(0)  # the lease is asked for, and will be taken whatever becomes of the run

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.records import recorder as recorder_module
+from relay.records import spooler as spooler_module
 from relay.records.identity import uuid7
 from relay.records.model import Doubt, Entry, Record, Settled
-from relay.records.recorder import MAX_BATCH, USUAL_PLACE, Recorder
+from relay.records.recorder import MAX_BATCH, Recorder
 from relay.records.spool import Spool, decode, encode
+from relay.records.spooler import USUAL_PLACE
 from relay.records.store import RejectedRecordError, StoreError
 
 LONG = 3600.0  # a limit that no test reaches
@@ -720,7 +722,7 @@ async def test_a_spool_that_failed_long_ago_is_no_reason_to_refuse(
 
 
 async def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_SPOOL_TIMEOUT_S", SHORT)
+    monkeypatch.setattr(spooler_module, "_ANSWER_TIMEOUT_S", SHORT)
     async with bench(tmp_path, probe_pause=LONG) as it:
         it.store.failure = StoreError("gone")
         answer = asyncio.Event()
@@ -891,7 +893,7 @@ async def test_close_before_start(tmp_path: Path) -> None:
 async def test_a_place_is_promised_once_and_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_module, "_LARGEST_RESERVE", 0)  # it does not grow
+    monkeypatch.setattr(spooler_module, "_LARGEST_RESERVE", 0)  # it does not grow
     async with bench(tmp_path) as it:
         free = it.counts.reserve
         assert it.recorder.promise(free)
@@ -925,7 +927,7 @@ async def test_no_disk_space_refuses_new_mail_while_the_store_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not before less than a usual place is left, and no longer than it lasts."""
-    monkeypatch.setattr(recorder_module, "_RESERVE_PAUSE_S", 0.001)
+    monkeypatch.setattr(spooler_module, "_RESERVE_PAUSE_S", 0.001)
 
     def full(file: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -950,7 +952,7 @@ async def test_no_disk_space_refuses_new_mail_while_the_store_works(
 
 
 async def test_a_start_without_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_RESERVE_PAUSE_S", 0.001)
+    monkeypatch.setattr(spooler_module, "_RESERVE_PAUSE_S", 0.001)
 
     def full(file: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -324,7 +324,7 @@ async def test_writes_at_the_same_time_all_arrive(store):
 
 
 async def test_a_cancelled_write_is_finished_and_leaves_no_transaction_open(store, database):
-    writes = [asyncio.create_task(store.write([record(number)])) for number in range(20)]
+    writes = [asyncio.ensure_future(store.write([record(number)])) for number in range(20)]
     await asyncio.sleep(0)
     for write in writes:
         write.cancel()
@@ -349,7 +349,7 @@ async def test_after_close_the_store_says_so(store):
 
 
 async def test_close_finishes_what_was_asked_for(store, database):
-    write = asyncio.create_task(store.write([record()]))
+    write = asyncio.ensure_future(store.write([record()]))
     await asyncio.sleep(0)
     await store.close()
     await write

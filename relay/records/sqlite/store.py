@@ -47,7 +47,8 @@ class SqliteStore:
         self._retention = retention
         self._relay = relay
         self._clock = clock
-        self._commits = 0  # since long work last looked
+        self._commits = 0  # counted, and timed, by the connection's thread
+        self._commits_seen = 0  # by long work
         self._commit_s = 0.0  # what one takes, smoothed
 
     @classmethod
@@ -70,14 +71,16 @@ class SqliteStore:
             raise
         return cls(database, retention, relay, clock)
 
-    async def write(self, entries: Sequence[Entry]) -> None:
+    def write(self, entries: Sequence[Entry]) -> asyncio.Future[None]:
         """Commit the entries with one statement."""
+        return self._database.statement(partial(self._insert, entries))
+
+    def _insert(self, entries: Sequence[Entry], raw: sqlite3.Connection) -> None:
         if entries:
-            _, seconds = await self._timed(
-                lambda raw: insert_entries(raw, entries, self._retention, self._relay)
-            )
+            begun = time.monotonic()
+            insert_entries(raw, entries, self._retention, self._relay)
             self._commits += 1
-            self._commit_s += (seconds - self._commit_s) / 16
+            self._commit_s += (time.monotonic() - begun - self._commit_s) / 16
 
     def use_retention(self, retention: Retention) -> None:
         """Give new rows the ends of this retention."""
@@ -217,8 +220,9 @@ class SqliteStore:
         return await self._database.statement(timed)
 
     async def _rest(self, pace: Pace, seconds: float) -> None:
-        commits, self._commits = self._commits, 0
-        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=commits > 0))
+        commits = self._commits
+        busy, self._commits_seen = commits > self._commits_seen, commits
+        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=busy))
 
     async def _paced(self, work: Callable[[sqlite3.Connection], Step]) -> Step:
         """Run one short transaction, then leave the store to others for as long as it took."""
