@@ -1,42 +1,29 @@
-"""Every instrument of the relay, and the only importer of the Prometheus client library.
+"""Every instrument of the relay.
 
 Rules: the names are public interface (prefix `smtp_relay_`, base units, `_total` for counters). Label values
 come from the configuration or from fixed sets, never from what a client or an upstream sends, and every
 combination stands at 0 from the start, so that rates and alerts work before the first event. Series are
 bound once here; nothing on a message's way looks a label up.
 
-The library writes the scrapes, and the series are plain numbers of our own: its instruments lock for every
-number they move, and here the event loop's thread alone counts and scrapes. What comes with every message is
-only noted when it happens, by the `append` of a list, and counted together: at each scrape, and once a second
-by `settle`, which the relay calls so that the lists stay short.
+The event loop's thread alone counts and scrapes. What comes with every message is only noted when it
+happens, by the `append` of a list, and counted together: at each scrape, and once a second by `settle`, which
+the relay calls so that the lists stay short. What a scrape reads are the series (`series.py`).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
-from math import inf
 from operator import sub
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-    UnknownMetricFamily,
-)
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from relay import __version__
 from relay.outcome import Outcome
+from relay.series import Number, Series
 
 __all__ = [
     "AUTH_OUTCOMES",
@@ -169,16 +156,16 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-        self._series = series = _Series(before_scrape=self.settle)
+        self._series = series = Series(before_scrape=self.settle)
         # Without an upstream there are transactions and no connections: `upstream_up{upstream="none"} 0`
         # would be a false alarm for ever, so those series are in no scrape.
         self.upstreams: dict[str, UpstreamMetrics] = {}
         """By upstream name; `none` is for transactions that got no upstream."""
         for name in upstreams:
             self.add_upstream(name)
-        self.upstreams[NO_UPSTREAM] = UpstreamMetrics(NO_UPSTREAM, series, _Series(before_scrape=_nothing))
-        self._certificate: _Number | None = None
-        self._limits: dict[tuple[str, str], _Number] = {}
+        self.upstreams[NO_UPSTREAM] = UpstreamMetrics(NO_UPSTREAM, series, Series(before_scrape=_nothing))
+        self._certificate: Number | None = None
+        self._limits: dict[tuple[str, str], Number] = {}
         self._bind_clients(series, listeners)
         self._bind_octets(series)
         self._bind_records(series, task_types)
@@ -196,11 +183,11 @@ class Metrics:
             self.upstreams[name] = UpstreamMetrics(name, self._series, self._series)
         return self.upstreams[name]
 
-    def _bind_clients(self, series: _Series, listeners: Sequence[str]) -> None:
+    def _bind_clients(self, series: Series, listeners: Sequence[str]) -> None:
         self._sessions = series.gauge("client_sessions", "Client sessions open now.")
         # OpenMetrics names a counter's family without `_total`, so as a counter it would collide with the
         # gauge; as a family of unknown type both keep their names in either format.
-        self._sessions_total: dict[str, _Number] = {}
+        self._sessions_total: dict[str, Number] = {}
         self.add_listeners(listeners)
         text = "Sessions, commands and messages that the relay itself refused."
         self._rejects = {
@@ -211,7 +198,7 @@ class Metrics:
             outcome: series.counter("auth_total", text, outcome=outcome) for outcome in AUTH_OUTCOMES
         }
 
-    def _bind_octets(self, series: _Series) -> None:
+    def _bind_octets(self, series: Series) -> None:
         text = "Octets of message content: in, all that clients sent; out, messages that were accepted."
         self._octets_in = series.counter("message_bytes_total", text, direction="in")
         self._octets_out = series.counter("message_bytes_total", text, direction="out")
@@ -219,8 +206,8 @@ class Metrics:
         self.accepted: Callable[[int], None] = self._message_size.observe
         """Count an accepted message of so many octets."""
 
-    def _bind_records(self, series: _Series, task_types: Sequence[str]) -> None:
-        self._records: dict[str, _Number] = {}
+    def _bind_records(self, series: Series, task_types: Sequence[str]) -> None:
+        self._records: dict[str, Number] = {}
         self.add_task_types((*task_types, OTHER_TASK_TYPE))
         self._recorded: list[str] = []
         self.row_recorded: Callable[[str], None] = self._recorded.append
@@ -240,7 +227,7 @@ class Metrics:
             "record_errors_total", "Attempts to keep rows in the store or the spool that failed."
         )
 
-    def _bind_expiry(self, series: _Series) -> None:
+    def _bind_expiry(self, series: Series) -> None:
         self._expired_rows = series.counter("expired_rows_total", "Rows deleted because they had expired.")
         self._expiry_last_run = series.gauge(
             "expiry_last_run_timestamp_seconds", "When the last expiry run finished, Unix time."
@@ -408,7 +395,7 @@ class UpstreamMetrics:
         "waited",
     )
 
-    def __init__(self, name: str, transactions: _Series, connections: _Series) -> None:
+    def __init__(self, name: str, transactions: Series, connections: Series) -> None:
         self._finished: list[Finished] = []
         self.finished: Callable[[Finished], None] = self._finished.append
         """Count one finished transaction."""
@@ -517,103 +504,6 @@ class UpstreamMetrics:
     def failed_over(self) -> None:
         """Count a message that could not go here and went on to another upstream."""
         self._failovers.value += 1
-
-
-class _Number:
-    """One series of a counter or a gauge."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: float = 0
-
-    def sample(self) -> tuple[float]:
-        return (self.value,)
-
-
-class _Histogram:
-    """One series of a histogram: how many values each bucket got (the last has no bound), and their sum."""
-
-    __slots__ = ("_bounds", "_counts", "_fresh", "observe", "sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._fresh: list[float] = []
-        self.observe: Callable[[float], None] = self._fresh.append
-        """Note a value, to be counted when `settle` is called."""
-        self.sum: float = 0
-
-    def settle(self) -> None:
-        """Count the values that were noted."""
-        if self._fresh:
-            self.count(sorted(self._fresh))
-            self._fresh.clear()
-
-    def count(self, values: Sequence[float]) -> None:
-        """Count values, which are sorted: then one search finds the end of each bucket."""
-        self.sum += sum(values)
-        # To the right of equal ones: a bound is in the bucket that it ends.
-        ends = [0, *(bisect_right(values, bound) for bound in self._bounds), len(values)]
-        self._counts = [
-            count + end - begin for count, (begin, end) in zip(self._counts, pairwise(ends), strict=True)
-        ]
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """How many values each bucket got, the last without a bound."""
-        return tuple(self._counts)
-
-    def sample(self) -> tuple[list[tuple[str, int]], float]:
-        limits = map(floatToGoString, (*self._bounds, inf))
-        return list(zip(limits, accumulate(self._counts), strict=True)), self.sum
-
-
-_Kind = TypeVar("_Kind", _Number, _Histogram)
-
-
-class _Series(Collector):
-    """Series, by family and label values, both in the order in which they were made."""
-
-    def __init__(self, *, before_scrape: Callable[[], None]) -> None:
-        self._before_scrape = before_scrape
-        self._histograms: list[_Histogram] = []
-        self._families: dict[str, tuple[Callable[[], Any], dict[tuple[str, ...], Any]]] = {}
-
-    def counter(self, name: str, text: str, **labels: str) -> _Number:
-        return self._add(CounterMetricFamily, name, text, labels, _Number())
-
-    def gauge(self, name: str, text: str, **labels: str) -> _Number:
-        return self._add(GaugeMetricFamily, name, text, labels, _Number())
-
-    def unknown(self, name: str, text: str, **labels: str) -> _Number:
-        return self._add(UnknownMetricFamily, name, text, labels, _Number())
-
-    def histogram(self, name: str, text: str, bounds: Sequence[float], **labels: str) -> _Histogram:
-        series = self._add(HistogramMetricFamily, name, text, labels, _Histogram(bounds))
-        self._histograms.append(series)
-        return series
-
-    def settle(self) -> None:
-        """Have every histogram count what it has noted."""
-        for histogram in self._histograms:
-            histogram.settle()
-
-    def _add(
-        self, kind: Callable[..., Metric], name: str, text: str, labels: Mapping[str, str], new: _Kind
-    ) -> _Kind:
-        family = partial(kind, f"smtp_relay_{name}", text, labels=tuple(labels))
-        _, members = self._families.setdefault(name, (family, {}))
-        series: _Kind = members.setdefault(tuple(labels.values()), new)  # `other` may be configured, too
-        return series
-
-    def collect(self) -> Iterable[Metric]:
-        self._before_scrape()
-        for new_family, members in self._families.values():
-            family = new_family()
-            for values, series in members.items():
-                family.add_metric(values, *series.sample())
-            yield family
 
 
 def _nothing() -> None:

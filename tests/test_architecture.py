@@ -34,7 +34,7 @@ LAYERS = [
     {"late"},
     {"limits.rule"},
     {"records.bound", "records.identity", "records.line", "records.model", "envelope", "content"},
-    {"reply", "outcome", "credentials", "provider"},
+    {"reply", "outcome", "credentials", "provider", "series"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""
 
@@ -46,7 +46,7 @@ DOORS = {
     "asyncpg": {"records"},
     "sqlalchemy": {"records"},
     "alembic": {"records"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"metrics", "series"},
     "aiohttp": {"web", "upstream"},
     "argon2": {"auth"},
     "cryptography": {"session"},
