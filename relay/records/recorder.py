@@ -300,7 +300,8 @@ class Recorder:
         _release(self._batch_waiting)
         self._batch, self._batch_waiting = [], []
         self._metrics.records_pending(len(self._rows))
-        self._next()
+        # Behind those who waited: a doubt has left the journal before its end can be durable.
+        self._loop.call_soon(self._next)
 
     def _keep_otherwise(self, failure: StoreError | None) -> None:
         self._long_way = self._loop.create_task(self._keep_elsewhere(failure), name="recorder")

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -287,6 +287,29 @@ async def test_while_one_commit_is_in_flight_the_next_batch_collects(tmp_path: P
 
         assert it.store.commits == [[rows[0].task_id], [row.task_id for row in rows[1:]]]
         assert it.counts.batches == [1, 9]
+
+
+async def test_who_waited_hears_of_it_before_the_next_batch_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a doubt has left the journal before its end can be durable."""
+    async with bench(tmp_path) as it:
+        happened = []
+        write = it.store.write
+
+        def watched(records: Sequence[Entry]) -> Awaitable[None]:
+            happened.append(len(records))
+            return write(records)
+
+        monkeypatch.setattr(it.store, "write", watched)
+        it.store.open.clear()
+        first = it.recorder.record(make_record())
+        first.add_done_callback(lambda _: happened.append("first"))
+        await it.store.called.wait()
+        others = [it.recorder.record(make_record()) for _ in range(2)]
+        it.store.open.set()
+        await asyncio.gather(first, *others)
+        assert happened == [1, "first", 2]
 
 
 async def test_batches_are_bounded_and_in_order(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ ALWAYS_CHECKED = {
 
 PRINTABLE_REPLY = re.compile(rb"(?:[2-5]\d\d[ -][\t\x20-\x7e]*\r\n)+")
 WHOLE_2YZ = re.compile(rb"2\d\d(?:[ -][^\r\n\0]*)?\r\n")
-BACKGROUND = {"sweep", "recorder", "expiry", "expiry lag"}  # tasks that run as long as the relay
+BACKGROUND = {"sweep", "expiry", "expiry lag"}  # tasks that run as long as the relay
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
