@@ -8,8 +8,8 @@ gives that to the store, and `_written` hears what came of it, and releases thos
 does not take goes the long way, in a task (`_keep_elsewhere`).
 
 Group commit: while one commit is in flight the next batch collects. No artificial delay; alone, a row is
-committed at once. A commit is begun and ended by callbacks: a task for it, with a timer and a wait, costs as
-much as the insert of a row, and a lone message 0.1 ms (docs/benchmarks.md).
+committed at once. A commit is begun and ended by callbacks: with a task, a wait and a timer for it a lone
+message costs an eighth more, in three turns of the event loop more (docs/benchmarks.md).
 
 Rules:
 - A row goes to the store; when the store fails or does not answer in time, to the spool; when that fails too,
