@@ -35,9 +35,8 @@ from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE
 from relay.session.session import HEADER_TIMEOUT, WRITE_TIMEOUT
 from relay.session.tls import HANDSHAKE_TIMEOUT
-from relay.settings import DEV_UPSTREAM, SettingsError, load
+from relay.settings import DEV_UPSTREAM, Settings, SettingsError, TaskTypeSettings, load
 from relay.settings.address import Address
-from relay.settings.model import Settings, TaskTypeSettings
 from relay.settings.units import parse_duration, parse_size
 from tests.support.certificates import Certificates
 from tests.support.client import Client

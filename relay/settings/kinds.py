@@ -43,12 +43,14 @@ __all__ = [
     "TaskTypeName",
     "UpstreamAddress",
     "Weight",
+    "check_length",
     "fits",
     "machine_name",
     "written",
 ]
 
 TASK_TYPE_LENGTH = 64
+SHORTEST_SECRET = 16
 
 
 def _address(value: str) -> str:
@@ -121,6 +123,12 @@ def _pattern(value: str) -> str:
             f'"{value}" is no pattern: printable text, at most one ! before it, no space at its ends'
         )
     return value
+
+
+def check_length(secret: str) -> None:
+    """Raise ValueError for a token or a key that is short enough to be guessed."""
+    if len(secret) < SHORTEST_SECRET:
+        raise ValueError(f"is shorter than {SHORTEST_SECRET} characters: make one with openssl rand -hex 32")
 
 
 def fits(pattern: str, value: str) -> bool:

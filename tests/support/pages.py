@@ -17,8 +17,7 @@ import typer.main
 from pydantic import BaseModel
 
 from relay.cli.commands import app
-from relay.settings import schema
-from relay.settings.model import Settings
+from relay.settings import Settings, schema
 
 __all__ = ["SCHEMA", "commands_page", "default", "form", "key_tables", "settings_page", "write"]
 
