@@ -203,13 +203,13 @@ class Recorder:
                 self._hurry.set_result(None)
                 self._give_up_write()
                 await asyncio.wait((self._drained,), timeout=max(0.0, end - loop.time()))
-        self._open = False
+        self._open = self._awaited = False
         if self._long_way is not None and not self._long_way.done():
             self._long_way.cancel()
             await asyncio.wait((self._long_way,))  # cancelled, it waits for nothing more
-        self._lose(self._rows)
-        _release(self._waiting)
-        self._rows, self._waiting = [], []
+        self._lose(self._batch + self._rows)  # they have had their time
+        _release(self._batch_waiting + self._waiting)
+        self._batch, self._batch_waiting, self._rows, self._waiting = [], [], [], []
         if self._limit is not None:
             self._limit.cancel()
         if self._in_store is not None:
@@ -307,7 +307,10 @@ class Recorder:
         self._long_way = self._loop.create_task(self._keep_elsewhere(failure), name="recorder")
 
     async def _keep_elsewhere(self, failure: StoreError | None) -> None:
-        """Keep the batch, which the store has just failed to take, if that was asked."""
+        """Keep the batch, which the store has failed to take; None: it was not asked, since it is away.
+
+        Cancelled by `close` alone, which sees to what is left then.
+        """
         rows = self._batch
         try:
             if isinstance(failure, RejectedRecordError):
@@ -316,13 +319,9 @@ class Recorder:
                 self._go_away(str(failure), pause=self._probe_pause)
             if rows:
                 await self._spool_rows(rows)
-        except asyncio.CancelledError:  # it has had its time
-            self._lose(self._batch)
-            raise
         except Exception:
             self._unforeseen()
-        finally:
-            self._end_batch()
+        self._end_batch()
 
     def _unforeseen(self) -> None:
         _log.exception("unforeseen error: %d rows go to the log", len(self._batch))
