@@ -38,7 +38,7 @@ class Result:
     target: str
     round: int
     values: dict[str, float] = field(default_factory=dict)
-    """What was measured, by the names of `report.COLUMNS`."""
+    """What was measured, by the names of `report.COLUMNS`; `stolen`: see `_share_stolen`."""
 
 
 def measure(
@@ -49,7 +49,9 @@ def measure(
     with _table(case, directory) as rows_before:
         with sink(case, directory, postfix=postfix) as taking:
             with started(target, case, taking, directory) as (port, process):
+                before = _processors()
                 sent, values = run(case, target, port, process, taking, seconds, postfix=postfix)
+                values["stolen"] = _share_stolen(before, _processors())
             if (arrived := taking.count()) != sent:
                 raise RunError(f"{sent} messages sent, {arrived} arrived")
         if process and target.counts_rows:
@@ -58,6 +60,17 @@ def measure(
             if (kept := rows(directory) - rows_before) != sent:
                 raise RunError(f"{sent} messages sent, task_done has {kept} rows of them")
     return Result(case.name, target.name, number, values)
+
+
+def _processors() -> list[int]:
+    """The time of all processors since the machine's start, in jiffies, by what they did (proc(5))."""
+    return [int(spent) for spent in Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]]
+
+
+def _share_stolen(before: list[int], after: list[int]) -> float:
+    """How much of the time the host of a virtual machine gave to others, in per cent."""
+    spent = [end - begin for begin, end in zip(before, after, strict=True)]
+    return 100 * spent[7] / max(1, sum(spent))
 
 
 @contextlib.contextmanager

@@ -96,6 +96,9 @@ def _case(case: Case, targets: Sequence[str], runs: Runs) -> str:
         if (rates := runs.ratios(case.name, "relay", other, "rate"))
         for cpu in [runs.ratios(case.name, "relay", other, "cpu_ms")]
     ]
+    stolen = [share for target in taking_part for share in runs.values(case.name, target, "stolen")]
+    if any(share >= 1 for share in stolen):
+        notes.append(f"of the processors' time the host gave others {spread(stolen, '.0f')} %")
     return "\n".join([*lines, *(["", "; ".join(notes) + "."] if notes else [])])
 
 

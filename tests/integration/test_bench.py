@@ -70,6 +70,7 @@ def test_starts_are_measured(tmp_path: Path) -> None:
     measured = {(each["case"], each["target"]): each["values"] for each in results}
     assert measured.keys() == {("start", "naive"), ("start", "relay"), ("start-again", "relay")}
     assert all(values["start_ms"] > 0 for values in measured.values())
+    assert all(0 <= values["stolen"] <= 100 for values in measured.values())
     assert [("help_ms" in values) for values in measured.values()] == [False, True, True]
     assert "start to greeting, ms | relay --help, ms |" in shown
 
@@ -143,6 +144,17 @@ def test_a_table_has_the_median_of_all_rounds_with_least_and_most() -> None:
     assert "| relay | 20.0 (10.0 - 30.0) | 0.250 |" in shown
     assert "| slimta | no run that counts |" in shown
     assert "relay/naive: messages/s 4.00 (2.00 - 6.00), CPU a message 0.25." in shown
+
+
+def test_time_that_the_host_gave_to_others_is_told() -> None:
+    quiet = [
+        Result("keep", name, 0, {"cpu_ms": 0.3, "rate": 3000.0, "stolen": 0.4})
+        for name in ("direct", "relay")
+    ]
+    busy = [Result("keep", "relay", 1, {"cpu_ms": 0.5, "rate": 2000.0, "stolen": 31.0})]
+    assert "the host" not in report.tables(["keep"], ["direct", "relay"], report.Runs(quiet))[0]
+    (told,) = report.tables(["keep"], ["direct", "relay"], report.Runs(quiet + busy))
+    assert "of the processors' time the host gave others 0 (0 - 31) %." in told
 
 
 def test_a_family_is_compared_with_its_first_step_and_a_recipient_has_its_price() -> None:
