@@ -239,12 +239,8 @@ class Recorder:
 
     def _take_batch(self) -> None:
         rows, waiting = self._rows, self._waiting
-        if len(rows) <= MAX_BATCH:
-            self._batch, self._batch_waiting = rows, waiting
-            self._rows, self._waiting = [], []
-        else:
-            self._batch, self._batch_waiting = rows[:MAX_BATCH], waiting[:MAX_BATCH]
-            self._rows, self._waiting = rows[MAX_BATCH:], waiting[MAX_BATCH:]
+        self._batch, self._batch_waiting = rows[:MAX_BATCH], waiting[:MAX_BATCH]
+        self._rows, self._waiting = rows[MAX_BATCH:], waiting[MAX_BATCH:]
 
     def _begin_write(self) -> None:
         """Give the batch to the store; `_written` or `_give_up_write` follows."""

@@ -68,8 +68,10 @@ class Spooler:
             self._see_to_reserve()
 
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - the bound is the promise
-        """Wait for at most `timeout` seconds until the thread has done what it was asked for."""
-        self.provide_no_more()
+        """Wait for at most `timeout` seconds until the thread has done what it was asked for.
+
+        To be called behind `provide_no_more`.
+        """
         idle = asyncio.get_running_loop().run_in_executor(self._executor, _idle)
         await asyncio.wait((idle,), timeout=timeout)
         self._executor.shutdown(wait=False)

@@ -44,6 +44,7 @@ __all__ = [
     "UpstreamAddress",
     "Weight",
     "check_length",
+    "check_line",
     "fits",
     "machine_name",
     "written",
@@ -129,6 +130,12 @@ def check_length(secret: str) -> None:
     """Raise ValueError for a token or a key that is short enough to be guessed."""
     if len(secret) < SHORTEST_SECRET:
         raise ValueError(f"is shorter than {SHORTEST_SECRET} characters: make one with openssl rand -hex 32")
+
+
+def check_line(text: str) -> None:
+    """Raise ValueError for what cannot be said in one line to a server."""
+    if not text or any(character in "\0\r\n" for character in text):
+        raise ValueError("must not be empty or hold line ends or NUL")
 
 
 def fits(pattern: str, value: str) -> bool:

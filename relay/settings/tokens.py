@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr, ValidationInfo, field_validator
 
 from relay.settings.address import Address
+from relay.settings.kinds import check_line
 from relay.settings.section import Section
 
 __all__ = ["TokenSettings"]
@@ -67,8 +68,8 @@ class TokenSettings(Section):
         if value is not None and info.data.get("url", "") is None:
             raise ValueError("is of no use without url")
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if text is not None and (not text or any(character in "\0\r\n" for character in text)):
-            raise ValueError("must not be empty or hold line ends or NUL")
+        if text is not None:
+            check_line(text)
         return value
 
     @field_validator("client_id")

@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, Strict, ValidationInfo, field_validator
 
 from relay.settings.address import Address
-from relay.settings.kinds import Count, Duration, Flag, MatchPattern, UpstreamAddress, Weight, written
+from relay.settings.kinds import (
+    Count,
+    Duration,
+    Flag,
+    MatchPattern,
+    UpstreamAddress,
+    Weight,
+    check_line,
+    written,
+)
 from relay.settings.networks import parse_network
 from relay.settings.section import Endpoint, Section
 from relay.settings.tokens import TokenSettings
@@ -146,8 +155,8 @@ class UpstreamSettings(Endpoint):
     @field_validator("username")
     @classmethod
     def _username(cls, value: str | None) -> str | None:
-        if value is not None and (not value or any(character in "\0\r\n" for character in value)):
-            raise ValueError("must not be empty or hold line ends or NUL")
+        if value is not None:
+            check_line(value)
         return value
 
     @field_validator("token")
@@ -170,9 +179,7 @@ class UpstreamSettings(Endpoint):
             return value
         if info.data.get("token") is not None:
             raise ValueError("given together with token: keep one of the two")
-        secret = value.get_secret_value()
-        if not secret or any(character in "\0\r\n" for character in secret):
-            raise ValueError("must not be empty or hold line ends or NUL")
+        check_line(value.get_secret_value())
         if info.data.get("username", "") is None:
             raise ValueError("is of no use without username")
         _not_in_clear(info)

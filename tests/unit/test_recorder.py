@@ -289,6 +289,20 @@ async def test_while_one_commit_is_in_flight_the_next_batch_collects(tmp_path: P
         assert it.counts.batches == [1, 9]
 
 
+async def test_a_limit_that_changes_holds_for_the_write_that_is_in_flight(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        it.store.open.clear()
+        kept = it.recorder.record(make_record())
+        await it.store.called.wait()
+        it.recorder._look_at_write()  # by the timer of an earlier one
+        assert it.recorder._awaited
+        it.recorder.follow(commit_timeout=SHORT, refuse_while_away=False)
+        async with asyncio.timeout(60):
+            await kept
+        assert it.spool.rows == 1
+        it.store.open.set()
+
+
 async def test_who_waited_hears_of_it_before_the_next_batch_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
