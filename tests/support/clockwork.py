@@ -7,6 +7,7 @@ run, or in `at_once`, which is one call as a transport would make it, before any
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,32 +61,31 @@ class Clockwork(asyncio.BaseEventLoop):
 
     def quiet(self) -> None:
         """Run until nothing is left to run at this time."""
-        turns = 0
-
-        def look() -> None:
-            nonlocal turns
-            turns += 1
-            assert turns < _TURNS, "no end in sight"
-            if self._ready or any(handle._when <= self._now for handle in self._scheduled):
-                self.call_soon(look)
-            else:
-                self.stop()
-
-        self.call_soon(look)
-        self.run_forever()
+        asyncio._set_running_loop(self)
+        try:
+            for _ in range(_TURNS):
+                if not self._ready and self._next_timer() > self._now:
+                    return
+                self._run_once()  # type: ignore[attr-defined]
+        finally:
+            asyncio._set_running_loop(None)
+        raise AssertionError("no end in sight")
 
     def advance(self, seconds: float) -> None:
         """Let time pass, from one timer that is due to the next."""
         self.quiet()
         end = self._now + seconds
         while True:
-            due = min((each._when for each in self._scheduled if not each._cancelled), default=end)
+            due = self._next_timer()
             if due >= end:
                 break
             self._now = max(due, self._now)
             self.quiet()
         self._now = end
         self.quiet()
+
+    def _next_timer(self) -> float:
+        return min([each._when for each in self._scheduled if not each._cancelled], default=math.inf)
 
 
 def _name(callback: Any) -> str:

@@ -13,7 +13,7 @@ from xdist.scheduler import LoadFileScheduling
 __all__ = ["LONGEST", "ByFile"]
 
 ONE_OF_A_KIND = {"test_install.py", "test_image.py", "test_systemd.py"}  # the wheel, the image, the system
-LONGEST = {*ONE_OF_A_KIND, "test_compiled.py"}
+LONGEST = {*ONE_OF_A_KIND, "test_compiled.py", "test_transaction_walk.py"}
 """Files that run first, so that no process waits for another at the end."""
 
 

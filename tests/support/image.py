@@ -59,7 +59,7 @@ def _missing() -> str:
 NEEDED = [
     pytest.mark.interop,
     pytest.mark.skipif(bool(_missing()), reason=_missing() or "it can"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3600),
 ]
 """The marks of a test that uses the image."""
 
@@ -77,7 +77,7 @@ def base(directory: Path, packages: str = PACKAGES) -> Path:
         return archive
     root = directory / f"base-{packages}"
     bootstrap = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
-    _get([*bootstrap, f"--include={packages}", release, str(root), _mirror(release)], 400)
+    _get([*bootstrap, f"--include={packages}", release, str(root), _mirror(release)], 1500)
     for leftover in (*root.glob("var/cache/apt/archives/*.deb"), *root.glob("var/lib/apt/lists/*_*")):
         leftover.unlink()
     kept.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ class Image:
             "--only-binary",
             ":all:",
         ]
-        _get([*download, "--python-version", version, "--dest", str(wheels), *locks], 400)
+        _get([*download, "--python-version", version, "--dest", str(wheels), *locks], 1500)
         configuration = directory / "pip.conf"
         configuration.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
         self._buildah(
@@ -181,7 +181,7 @@ class Image:
         return Path(self._buildah("mount", container).strip())
 
     def _buildah(self, *arguments: str) -> str:
-        return _run([*self._storage, *arguments], 400)
+        return _run([*self._storage, *arguments], 1500)
 
     def another_root(self) -> Path:
         """Return a root file system of the image that may be changed."""

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -35,43 +36,71 @@ class _Camera:
         self._kept: list[object] = []  # alive, so that no two have the same id
 
     def picture(self, value: Any) -> object:
-        if value is None or isinstance(value, bool | int | str | bytes | bytearray | Enum):
-            return bytes(value) if isinstance(value, bytearray) else value
-        if isinstance(value, float):
+        sort, slots = _sort(type(value))
+        if sort is _Sort.PLAIN:
+            return value
+        if sort is _Sort.NUMBER:
             return value if value < _DURATION else round(self._now - value, 3)
-        if isinstance(value, Reply):
+        if sort is _Sort.REPLY:
             return value.code
-        if isinstance(value, UUID):
+        if sort is _Sort.IDENTIFIER:
             return None
-        if isinstance(value, Mapping):
-            return tuple((self.picture(key), self.picture(each)) for key, each in value.items())
-        if isinstance(value, list | tuple | deque):
-            return tuple(self.picture(each) for each in value)
-        if isinstance(value, set | frozenset):
-            return frozenset(self.picture(each) for each in value)
-        return self._thing(value)
+        if sort is _Sort.BUFFER:
+            return bytes(value)
+        if sort is _Sort.MAPPING:
+            return tuple([(self.picture(key), self.picture(each)) for key, each in value.items()])
+        if sort is _Sort.SEQUENCE:
+            return tuple([self.picture(each) for each in value])
+        if sort is _Sort.SET:
+            return frozenset([self.picture(each) for each in value])
+        return self._thing(value, sort, slots)
 
-    def _thing(self, value: Any) -> object:
+    def _thing(self, value: Any, sort: _Sort, slots: tuple[str, ...]) -> object:
         if id(value) in self._seen:
             return "seen", self._seen[id(value)]
         self._seen[id(value)] = len(self._seen)
         self._kept.append(value)
-        if isinstance(value, asyncio.Task):
+        if sort is _Sort.TASK:
             return "task", value.done(), value.cancelling(), _where(value.get_coro())
-        if isinstance(value, asyncio.Future):
+        if sort is _Sort.FUTURE:
             return "future", value.done(), value.cancelled()
         kind = type(value)
-        if kind.__module__.startswith("relay.") and not kind.__module__.startswith(_PASSIVE):
-            return kind.__name__, tuple(
-                (name, self.picture(each)) for name, each in _fields(value) if name not in _MEASUREMENTS
-            )
-        return getattr(value, "__qualname__", kind.__name__)
+        if sort is _Sort.OTHER:
+            return getattr(value, "__qualname__", kind.__name__)
+        pictures = [(name, self.picture(getattr(value, name))) for name in slots if hasattr(value, name)]
+        for name, each in sorted(getattr(value, "__dict__", {}).items()):
+            if name not in _MEASUREMENTS:
+                pictures.append((name, self.picture(each)))
+        return kind.__name__, tuple(pictures)
 
 
-def _fields(value: object) -> list[tuple[str, Any]]:
-    names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    found = [(name, getattr(value, name)) for name in sorted(names) if hasattr(value, name)]
-    return found + sorted(getattr(value, "__dict__", {}).items())
+class _Sort(Enum):
+    """How objects of a class are pictured."""
+
+    PLAIN = (type(None), bool, int, str, bytes, Enum)
+    NUMBER = (float,)
+    REPLY = (Reply,)
+    IDENTIFIER = (UUID,)
+    BUFFER = (bytearray,)
+    MAPPING = (Mapping,)
+    SEQUENCE = (list, tuple, deque)
+    SET = (set, frozenset)
+    TASK = (asyncio.Task,)
+    FUTURE = (asyncio.Future,)
+    OF_RELAY = "its fields"
+    OTHER = "its name"
+
+
+@cache
+def _sort(kind: type) -> tuple[_Sort, tuple[str, ...]]:
+    """Return how a class is pictured, and the slots that decide something where it is the relay's own."""
+    for sort in _Sort:
+        if isinstance(sort.value, tuple) and issubclass(kind, sort.value):
+            return sort, ()
+    if not kind.__module__.startswith("relay.") or kind.__module__.startswith(_PASSIVE):
+        return _Sort.OTHER, ()
+    names = {name for each in kind.__mro__ for name in getattr(each, "__slots__", ())}
+    return _Sort.OF_RELAY, tuple(sorted(names - _MEASUREMENTS))
 
 
 def _where(coroutine: Any) -> tuple[tuple[str, int], ...]:

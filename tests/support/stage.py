@@ -85,9 +85,8 @@ SENDER = Sender("192.0.2.1", "test")
 REVERSE_PATH = b"a@client.test"
 # What the relay itself refuses is nobody's.
 _OUTCOMES = [outcome for _ in range(2) for outcome in Outcome]
-_COUNTERS = [
-    METRICS.upstreams[name]._messages[outcome] for name in ("primary", NO_UPSTREAM) for outcome in Outcome
-]
+_UPSTREAMS = [METRICS.upstreams[name] for name in ("primary", NO_UPSTREAM)]
+_COUNTERS = [upstream._messages[outcome] for upstream in _UPSTREAMS for outcome in Outcome]
 
 
 def services_for(stage: Stage) -> Services:
@@ -416,6 +415,7 @@ class Stage:
         self.dialer = StageDialer(self)
         self.keeper = Keeper(self)
         self.notes = Notes(self)
+        METRICS.settle()
         self._counted = _counts()
         self._errors = METRICS._record_errors.value
         self.pool: Pool = self.loop.at_once(
@@ -566,7 +566,19 @@ class Stage:
         return next((each for each in reversed(self.lines) if not each.over and each is not mine), None)
 
     def do(self, event: Event, *, quiet: bool = True) -> None:
-        """Let an event happen; with `quiet` also all that follows by itself. Then look."""
+        """Let an event happen; with `quiet` also all that follows by itself. Look after either."""
+        self._happen(event)
+        self.look()
+        if quiet:
+            self.quiet()
+
+    def redo(self, event: Event, *, quiet: bool) -> None:
+        """Let an event happen as another stage has seen it from the same beginning, without a look."""
+        self._happen(event)
+        if quiet:
+            self.loop.quiet()
+
+    def _happen(self, event: Event) -> None:
         who, what = event
         act: Callable[[], None]
         if who == "client":
@@ -584,9 +596,6 @@ class Stage:
                 ("relay", "gives up"): self._gives_up,
             }.get(event) or self._upstream_act(what)
         self.loop.at_once(act)
-        self.look()
-        if quiet:
-            self.quiet()
 
     def quiet(self) -> None:
         """Let everything happen that follows by itself."""
@@ -957,5 +966,6 @@ class Stage:
 
 
 def _counts() -> list[float]:
-    METRICS.settle()
+    for upstream in _UPSTREAMS:
+        upstream.settle()
     return [counter.value for counter in _COUNTERS]

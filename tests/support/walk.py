@@ -8,7 +8,8 @@ it is looked at once. At each new place the stage's `finale` is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tests.support.stage import Event, Stage
@@ -70,28 +71,43 @@ class _Walker:
 
     def go(self, way: _Way, event: Event) -> list[_Way]:
         """Return the ways to new places that begin with `way` and `event`."""
-        at_once, more = self._step((*way.steps, (event, False)))
-        if not more:  # nothing follows from it by itself
-            return [] if at_once is None else [at_once]
-        after, _ = self._step((*way.steps, (event, True)))
-        return [each for each in (at_once, after) if each is not None]
-
-    def _step(self, steps: tuple[Step, ...]) -> tuple[_Way | None, bool]:
-        """Go a way; return it if it leads to a new place, and whether something follows by itself."""
-        self.steps += 1
+        at_once, after = (*way.steps, (event, False)), (*way.steps, (event, True))
         stage = self._make()
-        try:
-            for event, quiet in steps:
-                stage.do(event, quiet=quiet)
+        with _telling(at_once, stage):
+            for each, quiet in way.steps:
+                stage.redo(each, quiet=quiet)
+            stage.do(event, quiet=False)
             more = bool(stage.loop.pending)
-            mark = hash(stage.mark())  # the marks themselves would fill the memory
-            if mark in self.seen:
-                stage.discard()
-                return None, more
-            self.seen.add(mark)
-            events = stage.enabled()
-            stage.finale()
-        except Exception as error:
+            first = self._place(stage, at_once)
+        if not more:  # nothing follows from it by itself
             stage.discard()
-            raise BrokenPromiseError(steps, error) from error
-        return _Way(steps, events), more
+            return [] if first is None else [first]
+        if first is not None:  # the stage has come to its end
+            stage = self._make()
+            for each, quiet in at_once:
+                stage.redo(each, quiet=quiet)
+        with _telling(after, stage):
+            stage.quiet()
+            second = self._place(stage, after)
+        stage.discard()
+        return [each for each in (first, second) if each is not None]
+
+    def _place(self, stage: Stage, steps: tuple[Step, ...]) -> _Way | None:
+        """Bring the stage to its end where no way has led yet, and return this one; None elsewhere."""
+        self.steps += 1
+        mark = hash(stage.mark())  # the marks themselves would fill the memory
+        if mark in self.seen:
+            return None
+        self.seen.add(mark)
+        way = _Way(steps, stage.enabled())
+        stage.finale()
+        return way
+
+
+@contextmanager
+def _telling(steps: Sequence[Step], stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        stage.discard()
+        raise BrokenPromiseError(steps, error) from error

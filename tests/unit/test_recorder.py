@@ -449,7 +449,7 @@ async def test_a_restart_replays_what_was_left(tmp_path: Path) -> None:
         for row in rows:
             await before.recorder.record(row)
     async with bench(tmp_path) as after:
-        await until(lambda: len(after.store.rows) == 3)
+        await until(lambda: len(after.store.rows) == 3 and after.counts.spooled == 0)
 
         assert list(after.store.rows.values()) == rows
         assert after.counts.types == []  # counted by the process that made them durable
