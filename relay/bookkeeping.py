@@ -107,8 +107,8 @@ class Bookkeeping:
             self.journal.close()
         if hasattr(self, "spool"):
             self.spool.close()
-        if hasattr(self, "_agreement"):
-            with contextlib.suppress(StoreError):  # it runs out
+        if hasattr(self, "_agreement") and self.recorder.away() is None:
+            with contextlib.suppress(StoreError):  # it runs out, as it does where the store is away
                 await self._agreement.leave()
         if hasattr(self, "store"):
             await self.store.close()

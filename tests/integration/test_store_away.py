@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.records import spooler as spooler_module
+from relay.records.sqlite.store import SqliteStore
 from tests.support.client import Client
 from tests.support.upstream import CHUNKING, Close
+from tests.support.watch import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +65,31 @@ async def test_mail_flows_on_and_its_rows_come_back_once_and_in_order(
         assert len({row["task_id"] for row in rows}) == 5
         assert [row["sent_at"] for row in rows] == sorted(row["sent_at"] for row in rows)
     assert len(upstream.accepted) == 5
+
+
+async def test_a_stop_asks_nothing_of_a_store_that_is_away(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its word of how long rows are kept runs out by itself; to take it back would be one more long wait."""
+    taken_back: list[str] = []
+    say_gone = SqliteStore.say_gone
+
+    async def noted(store: SqliteStore, name: str) -> None:
+        taken_back.append(name)
+        await say_gone(store, name)
+
+    monkeypatch.setattr(SqliteStore, "say_gone", noted)
+    with contextlib.ExitStack() as stack:
+        records = {"commit_timeout": "100ms"}
+        async with start(upstream.port, records=records) as running, Client(running.port) as client:
+            await client.ehlo()
+            stack.enter_context(locked(running.database))
+            assert await send(client) == 250
+        assert taken_back == []
+    async with start(upstream.port) as running:
+        await until_rows(running, 1)
+        await eventually(lambda: running.relay.records.recorder.away() is None)
+    assert len(taken_back) == 1
 
 
 async def test_refuse_turns_new_mail_away_before_anything_is_sent(

@@ -117,6 +117,19 @@ async def test_a_tighter_umask_is_respected(tmp_path):
     await database.close()
 
 
+async def test_what_waits_in_line_at_the_close_does_not_wait_for_a_lock_too(tmp_path):
+    database = await Database.open(tmp_path / "t.db", create=True, busy_timeout=1)
+    go_on = threading.Event()
+    first = database.run(lambda _: go_on.wait())
+    second = database.run(lambda raw: raw.execute("PRAGMA busy_timeout").fetchone()[0])
+    closing = asyncio.create_task(database.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    assert await first
+    assert await second == 0
+    await closing
+
+
 async def test_a_path_with_characters_that_mean_something_in_a_uri(tmp_path):
     path = tmp_path / "50%25 of?#ü.db"
     database = await Database.open(path, create=True, busy_timeout=1)

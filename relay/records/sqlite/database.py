@@ -132,6 +132,8 @@ class Database:
 
     def _explaining(self, work: Callable[[sqlite3.Connection], T], raw: sqlite3.Connection) -> T:
         try:
+            if self._closed:  # what waits in line is tried once; the stop is not held up by another's lock
+                raw.execute("PRAGMA busy_timeout = 0")
             return work(raw)
         except sqlite3.Error as error:
             raise explained(error, self.path, self._busy_timeout) from error
