@@ -149,15 +149,21 @@ class ReplyParser:
         while True:
             whole = None if self._lines else _WHOLE.match(data, position)
             if whole is not None and whole.end() - position <= MAX_LINE:  # nearly always
-                replies.append(Reply(int(whole[1]), whole[0]))
+                line = whole[0]
+                reply = Reply(int(whole[1]), line)
+                replies.append(reply)
                 position = whole.end()
+                # The same to each RCPT of a group: not parsed again.
+                while position < len(data) and data.startswith(line, position):
+                    replies.append(reply)
+                    position += len(line)
                 continue
             match = _LINE.match(data, position)
             if match is None:
                 break
-            reply = self._line(match)
-            if reply is not None:
-                replies.append(reply)
+            ended = self._line(match)
+            if ended is not None:
+                replies.append(ended)
             position = match.end()
         self._rest = data[position:]
         self.pending = bool(self._rest or self._lines)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -174,3 +176,25 @@ def test_whatever_passes_holds_no_control_and_is_as_it_was(octets: bytes) -> Non
     assert b"<" + path + b">" in argument
     assert is_text(path)
     assert path.decode("utf-8").isprintable() or not path.isascii()
+
+
+@given(
+    st.one_of(st.sampled_from(PATHS), st.binary(max_size=12)),
+    st.sampled_from([b"", b" SIZE=", b" size=", b" Size="]),
+    st.one_of(st.from_regex(rb"\A[0-9]{0,22}\Z"), st.binary(max_size=4)),
+)
+def test_what_is_usual_is_read_as_all_else_is(path: bytes, keyword: bytes, size: bytes) -> None:
+    """A blank at the end, which some clients write, makes a line unusual, and nothing else of it."""
+    parameter = keyword + size if keyword else b""
+    for parse, argument in (
+        (parse_mail, b"FROM:<" + path + b">" + parameter),
+        (partial(parse_rcpt, smtputf8=False), b"TO:<" + path + b">" + parameter),
+    ):
+        assert outcome(parse, argument) == outcome(parse, argument + b" ")
+
+
+def outcome(parse: Callable[[bytes], object], argument: bytes) -> object:
+    try:
+        return parse(argument)
+    except CommandError as error:
+        return error.reply

@@ -96,6 +96,18 @@ def test_pending_tells_a_reply_that_has_begun() -> None:
     assert not parser.pending
 
 
+def test_replies_that_are_the_same_are_as_many_as_came() -> None:
+    wire = (
+        b"250 ok\r\n" * 5 + b"250 ok, too\r\n" + b"250 ok\r\n" * 2 + b"250-ok\r\n250 ok\r\n" + b"354 go\r\n"
+    )
+    expected = ["250 ok"] * 5 + ["250 ok, too"] + ["250 ok"] * 2 + ["250 ok\nok", "354 go"]
+    for cut in range(len(wire)):
+        parser = ReplyParser()
+        replies = parser.feed(wire[:cut]) + parser.feed(wire[cut:])
+        assert [str(reply) for reply in replies] == expected
+        assert not parser.pending
+
+
 def test_a_421_becomes_451_on_every_line() -> None:
     (reply,) = parse(b"421-4.3.2 closing\r\n421 4.3.2 421 really\r\n")
     assert reply.recoded(451).wire == b"451-4.3.2 closing\r\n451 4.3.2 421 really\r\n"

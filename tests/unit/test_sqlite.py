@@ -147,7 +147,7 @@ async def test_the_pragmas_hold(tmp_path):
     assert await database.run(ask) == {
         "journal_mode": "wal",
         "synchronous": 2,  # FULL
-        "foreign_keys": 1,
+        "foreign_keys": 0,
         "auto_vacuum": 2,  # INCREMENTAL
         "busy_timeout": 1500,
     }
