@@ -13,7 +13,7 @@ import orjson
 
 __all__ = ["COLUMNS", "NAMES", "SCHEMA_VERSION", "SCHEMA_VERSIONS", "VERSION_TABLE", "utc_text"]
 
-SCHEMA_VERSIONS: Final = ("0001", "0002", "0003", "0004")
+SCHEMA_VERSIONS: Final = ("0001", "0002", "0003", "0004", "0005")
 """Every revision in `migrations`, oldest first; here, since Alembic is too slow to be asked at each start."""
 SCHEMA_VERSION: Final = SCHEMA_VERSIONS[-1]
 VERSION_TABLE: Final = "task_done_version"

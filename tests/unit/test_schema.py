@@ -28,7 +28,9 @@ def migrated():
 
 def definitions(raw):
     """Every table and index as SQLite keeps it, whatever the spacing."""
-    found = raw.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND type <> 'view'")
+    found = raw.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND type IN ('table', 'index')"
+    )
     return {name: re.sub(r"\s+", "", sql).lower() for name, sql in found if name != tables.VERSION_TABLE}
 
 
@@ -76,6 +78,38 @@ def test_a_store_of_an_older_version_is_brought_up_and_keeps_what_it_has(migrate
         assert raw.execute("SELECT value FROM task_done_state").fetchall() == [("as it was",)]
         newest = raw.execute(f"SELECT version_num FROM {tables.VERSION_TABLE}").fetchall()
         assert newest == [(tables.SCHEMA_VERSION,)]
+
+
+def add_send(raw, identity):
+    values = dict.fromkeys(tables.COLUMNS["task_done"], "x") | {"id": identity, "task_id": identity}
+    raw.execute(f"INSERT INTO task_done VALUES ({', '.join('?' * len(values))})", list(values.values()))
+    add_recipient(raw, identity)
+
+
+def add_recipient(raw, identity):
+    raw.execute("INSERT INTO task_done_recipient VALUES (?, 0, 'a@b.test', 'b.test', 'x')", (identity,))
+
+
+def test_recipients_go_with_their_row_where_no_foreign_key_is_enforced(migrated):
+    """As in the command-line shell of SQLite: the next row may get the same id."""
+    assert migrated.execute("PRAGMA foreign_keys").fetchone() == (0,)
+    for identity in (1, 2):
+        add_send(migrated, identity)
+    migrated.execute("DELETE FROM task_done WHERE id = 2")
+    assert migrated.execute("SELECT task_done_id FROM task_done_recipient").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("kept", [[], [1, 3]], ids=["no row is left", "rows are left"])
+def test_recipients_whose_row_had_gone_are_in_no_new_rows_way(kept):
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
+        upgrade(raw, "0004")
+        for identity in kept:
+            add_send(raw, identity)
+        for identity in (4, 5):
+            add_recipient(raw, identity)
+        upgrade(raw)
+        left = raw.execute("SELECT task_done_id FROM task_done_recipient ORDER BY 1").fetchall()
+        assert left == [(identity,) for identity in kept]
 
 
 def test_the_columns_are_those_of_the_contract():

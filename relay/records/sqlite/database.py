@@ -56,11 +56,6 @@ _TABLES = Path(__file__).with_name("tables.sql")
 """What the migrations come to, as a script: a test compares the two."""
 _PRESENT = f"SELECT name FROM sqlite_schema WHERE name IN ({', '.join('?' * len(NAMES))})"  # noqa: S608
 _NEWEST = f"SELECT max(version_num) FROM {VERSION_TABLE}"  # noqa: S608
-_WITH_ITS_RECIPIENTS = """
-    CREATE TEMP TRIGGER task_done_with_its_recipients AFTER DELETE ON main.task_done
-    BEGIN DELETE FROM task_done_recipient WHERE task_done_id = OLD.id; END
-"""
-"""What ON DELETE CASCADE does where foreign keys are enforced; of this connection, not of the file."""
 _DATA_ERRORS = frozenset(
     {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE}
 )
@@ -318,7 +313,9 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
         raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
     _write_ahead(raw, busy_timeout)
     raw.execute("PRAGMA synchronous = FULL")
-    raw.execute("PRAGMA foreign_keys = ON")
+    # The relay names no row that is not there, and a foreign key that is enforced costs each recipient a look
+    # at its message, and within a trigger each message a look for recipients. A trigger deletes them with it.
+    raw.execute("PRAGMA foreign_keys = OFF")
     # An INSERT of several rows keeps a journal of its own, so that it can be taken back alone; in a temporary
     # file it would cost more system calls than all else in a commit.
     raw.execute("PRAGMA temp_store = MEMORY")
@@ -332,10 +329,6 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
         from relay.records.migrations import upgrade
 
         upgrade(raw)
-    # The relay names no row that is not there, and a foreign key that is enforced costs each recipient a look
-    # at its message, and within a trigger each message a look for recipients. Rows still go together.
-    raw.execute("PRAGMA foreign_keys = OFF")
-    raw.execute(_WITH_ITS_RECIPIENTS)
 
 
 def make_tables(path: Path, raw: sqlite3.Connection) -> str:

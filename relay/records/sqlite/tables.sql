@@ -95,4 +95,5 @@ CREATE VIEW task_done_by_sender AS SELECT lower(sender) AS sender,
     max(sent_at) AS last_sent_at
  FROM task_done GROUP BY lower(sender);
 CREATE VIEW task_done_by_recipient_domain AS SELECT recipient_domain, count(DISTINCT task_done_id) AS messages, count(*) AS recipients, max(sent_at) AS last_sent_at FROM task_done_recipient GROUP BY recipient_domain;
-INSERT INTO task_done_version VALUES ('0004');
+CREATE TRIGGER task_done_with_its_recipients AFTER DELETE ON task_done BEGIN DELETE FROM task_done_recipient WHERE task_done_id = OLD.id; END;
+INSERT INTO task_done_version VALUES ('0005');
