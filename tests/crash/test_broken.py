@@ -42,9 +42,12 @@ async def locks(relay: RelayProcess, applications: Storm) -> None:
 
 
 async def kills(relay: RelayProcess, applications: Storm) -> None:
-    """The relay is killed, with messages between their end of data and their verdict."""
+    """The relay is killed; where the upstream is slow, with a message between its end of data and its verdict."""
+    slow = applications.upstreams[0].script == SLOW
     for _ in range(2):
         await enough(applications)
+        while slow and not any(message.reply is None for message in applications.upstreams[0].messages):
+            await asyncio.sleep(0.001)
         await relay.kill()
         await applications.take_account()
         await relay.start()

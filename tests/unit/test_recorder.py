@@ -721,7 +721,7 @@ async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
         with broken_disk(tmp_path):
             await it.recorder.record(row)
             it.store.failure = None
-            await until(lambda: bool(it.store.rows))
+            await until(lambda: it.recorder.away() is None)
 
             assert list(it.store.rows) == [row.task_id]
             await it.recorder.record(make_record())
