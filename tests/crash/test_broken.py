@@ -42,7 +42,7 @@ async def locks(relay: RelayProcess, applications: Storm) -> None:
 
 
 async def kills(relay: RelayProcess, applications: Storm) -> None:
-    """The relay is killed; where the upstream is slow, with a message between its end of data and its verdict."""
+    """The relay is killed; where the upstream is slow, between an end of data and its verdict."""
     slow = applications.upstreams[0].script == SLOW
     for _ in range(2):
         await enough(applications)
