@@ -211,6 +211,7 @@ async def log_is_a_directory(path: Path) -> None:
 
 
 AS_0001 = f"""
+    DROP TRIGGER task_done_with_its_recipients;
     DROP VIEW task_done_by_hour;
     DROP VIEW task_done_by_type;
     DROP VIEW task_done_by_sender;

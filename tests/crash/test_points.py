@@ -391,6 +391,7 @@ def schema(relay: RelayProcess) -> list[dict[str, Any]]:
 def back_to_0001(relay: RelayProcess) -> None:
     """Undo what came after the first schema, as if an older relay had written the file."""
     with contextlib.closing(sqlite3.connect(relay.database)) as connection, connection:
+        connection.execute("DROP TRIGGER task_done_with_its_recipients")
         for view in ("hour", "type", "sender", "recipient_domain"):
             connection.execute(f"DROP VIEW task_done_by_{view}")
         connection.execute("DROP INDEX ix_task_done_sent_at")
