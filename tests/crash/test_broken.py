@@ -42,15 +42,27 @@ async def locks(relay: RelayProcess, applications: Storm) -> None:
 
 
 async def kills(relay: RelayProcess, applications: Storm) -> None:
-    """The relay is killed; where the upstream is slow, between an end of data and its verdict."""
-    slow = applications.upstreams[0].script == SLOW
+    """The relay is killed."""
     for _ in range(2):
         await enough(applications)
-        while slow and not any(message.reply is None for message in applications.upstreams[0].messages):
+        await kill(relay, applications)
+
+
+async def kills_before_a_verdict(relay: RelayProcess, applications: Storm) -> None:
+    """The relay is killed with a message between its end of data and its verdict."""
+    (upstream,) = applications.upstreams
+    for _ in range(2):
+        await enough(applications)
+        before = len(upstream.messages)
+        while not any(message.reply is None for message in upstream.messages[before:]):
             await asyncio.sleep(0.001)
-        await relay.kill()
-        await applications.take_account()
-        await relay.start()
+        await kill(relay, applications)
+
+
+async def kill(relay: RelayProcess, applications: Storm) -> None:
+    await relay.kill()
+    await applications.take_account()
+    await relay.start()
 
 
 async def enough(applications: Storm) -> None:
@@ -70,7 +82,7 @@ SITUATIONS: dict[str, tuple[Trouble, Script, str]] = {
     "forgets what it spooled": (locks, {}, "the client was told 250, and there is no row"),
     "sends again after a lost verdict": (refusals, RESETS, "the upstream got it 2 times"),
     "forgets the journal": (
-        kills,
+        kills_before_a_verdict,
         SLOW,
         "accepted by the upstream, and there is neither row nor entry in doubt",
     ),
@@ -93,7 +105,8 @@ async def test_it_is_found_out(name: str, tmp_path: Path, upstream: ScriptedUpst
 
 
 @pytest.mark.parametrize(
-    ("trouble", "script"), [(refusals, REFUSES), (locks, RESETS), (kills, RESETS), (kills, SLOW)]
+    ("trouble", "script"),
+    [(refusals, REFUSES), (locks, RESETS), (kills, RESETS), (kills_before_a_verdict, SLOW)],
 )
 async def test_a_sound_relay_is_not(
     trouble: Trouble, script: Script, tmp_path: Path, upstream: ScriptedUpstream

@@ -27,6 +27,7 @@ from relay.records.store import open_store
 from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
 from tests.support.client import Client
 from tests.support.process import RelayProcess
+from tests.support.tables import BACK_TO_0001
 from tests.support.upstream import ScriptedUpstream
 
 PAGE = 4096
@@ -210,16 +211,6 @@ async def log_is_a_directory(path: Path) -> None:
     Path(f"{path}-wal").mkdir()
 
 
-AS_0001 = f"""
-    DROP TRIGGER task_done_with_its_recipients;
-    DROP VIEW task_done_by_hour;
-    DROP VIEW task_done_by_type;
-    DROP VIEW task_done_by_sender;
-    DROP VIEW task_done_by_recipient_domain;
-    DROP INDEX ix_task_done_sent_at;
-    DROP TABLE IF EXISTS task_in_doubt;
-    UPDATE {VERSION_TABLE} SET version_num = '0001';
-"""
 NOT_A_DATABASE = "is not a SQLite database; it was left alone, name another file in records.url"
 DAMAGED = "is damaged; move it away, or put a backup in its place"
 NOT_A_FILE = "is not a file; name a file in records.url"
@@ -397,7 +388,7 @@ def of_another_application(path: Path) -> None:
 async def older(path: Path) -> None:
     """As the first version made it."""
     await make_store(path, 10)
-    sql(path, AS_0001)
+    sql(path, BACK_TO_0001)
 
 
 async def link(path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.support.ledger import ID_HEADER, Ledger, check, id_of, ids
 from tests.support.process import ROOT, RelayProcess
 from tests.support.script import Script
 from tests.support.storm import is_uncertain
+from tests.support.tables import BACK_TO_0001
 from tests.support.upstream import Delay, Message, ScriptedUpstream, Silence
 
 TEXT = b"a line of text that is as long as such lines are\r\n"
@@ -233,7 +234,8 @@ async def test_the_migration(tmp_path: Path, upstream: ScriptedUpstream) -> None
         await relay.start()
         assert await send(relay, "old") == 250
         assert await relay.terminate() == 0
-        back_to_0001(relay)
+        with contextlib.closing(sqlite3.connect(relay.database)) as connection:
+            connection.executescript(BACK_TO_0001)
         old = schema(relay)
 
         statements = 1
@@ -386,14 +388,3 @@ def schema(relay: RelayProcess) -> list[dict[str, Any]]:
     return relay.rows("SELECT name, sql FROM sqlite_schema ORDER BY name") + relay.rows(
         "SELECT version_num FROM task_done_version"
     )
-
-
-def back_to_0001(relay: RelayProcess) -> None:
-    """Undo what came after the first schema, as if an older relay had written the file."""
-    with contextlib.closing(sqlite3.connect(relay.database)) as connection, connection:
-        connection.execute("DROP TRIGGER task_done_with_its_recipients")
-        for view in ("hour", "type", "sender", "recipient_domain"):
-            connection.execute(f"DROP VIEW task_done_by_{view}")
-        connection.execute("DROP INDEX ix_task_done_sent_at")
-        connection.execute("DROP TABLE IF EXISTS task_in_doubt")
-        connection.execute("UPDATE task_done_version SET version_num = '0001'")

@@ -12,7 +12,19 @@ from contextlib import closing
 from relay.records.migrations import upgrade
 from relay.records.tables import VERSION_TABLE
 
-__all__ = ["definitions", "script"]
+__all__ = ["BACK_TO_0001", "definitions", "script"]
+
+BACK_TO_0001 = f"""
+    DROP TRIGGER task_done_with_its_recipients;
+    DROP VIEW task_done_by_hour;
+    DROP VIEW task_done_by_type;
+    DROP VIEW task_done_by_sender;
+    DROP VIEW task_done_by_recipient_domain;
+    DROP INDEX ix_task_done_sent_at;
+    DROP TABLE IF EXISTS task_in_doubt;
+    UPDATE {VERSION_TABLE} SET version_num = '0001';
+"""
+"""Undoes what came after the first schema, as if an older relay had written the file."""
 
 
 def definitions(raw: sqlite3.Connection) -> list[str]:
