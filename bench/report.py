@@ -92,7 +92,7 @@ def _case(case: Case, targets: Sequence[str], runs: Runs) -> str:
     notes = [
         f"relay/{other}: messages/s {spread(rates, '.2f')}"
         + (f", CPU a message {spread(cpu, '.2f')}" if cpu else "")
-        for other in ("direct", "naive")
+        for other in ("direct", "naive", "bare")
         if (rates := runs.ratios(case.name, "relay", other, "rate"))
         for cpu in [runs.ratios(case.name, "relay", other, "cpu_ms")]
     ]

@@ -1,4 +1,4 @@
-"""Measures the relay beside a direct send, a naive relay and the peers that are installed, over loopback.
+"""Measures the relay beside a direct send, a naive and a bare relay and the installed peers, over loopback.
 
     python -m bench.run [--quick] [--cases ...] [--targets ...] [--rounds N] [--seconds S] [--write]
 

@@ -1,4 +1,4 @@
-"""What is measured: sending directly, the naive relay, this relay, and whichever peers are installed.
+"""What is measured: sending directly, this relay, two yardsticks, and whichever peers are installed.
 
 Rules: a target is started afresh for each run, on files and ports of its own. `keeps` says whether its 250
 follows the upstream's, and what record it keeps. Rows are counted after it has stopped.
@@ -124,8 +124,16 @@ def _relay(case: Case, sink: Sink, directory: Path, port: int) -> list[str]:
 
 
 def _naive(directory: Path, port: int, sink_port: int) -> list[str]:
-    command = [sys.executable, "-m", "bench.naive_relay", "--port", str(port)]
-    return [*command, "--upstream-port", str(sink_port), "--database", str(directory / "task_done.db")]
+    return _yardstick("bench.naive_relay", directory, port, sink_port)
+
+
+def _bare(directory: Path, port: int, sink_port: int) -> list[str]:
+    return _yardstick("bench.bare_relay", directory, port, sink_port)
+
+
+def _yardstick(module: str, directory: Path, port: int, sink_port: int) -> list[str]:
+    command = [sys.executable, "-m", module, "--port", str(port), "--upstream-port", str(sink_port)]
+    return [*command, "--database", str(directory / "task_done.db")]
 
 
 def rows(directory: Path) -> int:
@@ -149,6 +157,8 @@ TARGETS = {
         Target("relay", RECORDED, counts_rows=True),
         Target("relay-python", "the same from its sources, where there is no compiler", counts_rows=True),
         Target("naive", "250 after the upstream's and a commit of its own", _naive, counts_rows=True),
+        Target("bare", "250 after the upstream's and the commit of its row; looks at nothing", _bare,
+               counts_rows=True),
         Target("nginx-stream", "a TCP proxy that knows no SMTP; no record", debian.nginx_stream,
                debian.no_nginx_stream, debian.nginx_version),
         Target("nginx-mail", SYNC, debian.nginx_mail, debian.no_nginx_mail, debian.nginx_version),

@@ -78,7 +78,7 @@ def test_starts_are_measured(tmp_path: Path) -> None:
 def test_a_run_counts_messages_and_rows_and_makes_tables(tmp_path: Path) -> None:
     cases = ["keep", "recipients-10", "waiting-pipelined"]
     short = ["--rounds", "1", "--seconds", "0.1", "--ends", "own", "--directory", str(tmp_path)]
-    targets = ["--targets", "direct", "naive", "relay"]
+    targets = ["--targets", "direct", "naive", "bare", "relay"]
     runs = tmp_path / "runs.json"
 
     shown = run("run", "--cases", *cases, *targets, *short, "--json", str(runs), progress=True)
@@ -86,7 +86,7 @@ def test_a_run_counts_messages_and_rows_and_makes_tables(tmp_path: Path) -> None
     results = [json.loads(line) for line in runs.read_text("utf-8").splitlines()]
     measured = {(result["case"], result["target"]): result["values"] for result in results}
     assert measured.keys() == {
-        *(("keep", target) for target in ("direct", "naive", "relay")),
+        *(("keep", target) for target in ("direct", "naive", "bare", "relay")),
         ("recipients-10", "relay"),
         *(("waiting-pipelined", target) for target in ("direct", "relay")),
     }
@@ -173,7 +173,7 @@ def test_what_is_missing_is_named() -> None:
         assert (
             target.missing()
             or target.version()
-            or target.name in ("direct", "naive", "relay", "relay-python")
+            or target.name in ("direct", "naive", "bare", "relay", "relay-python")
         )
 
 
