@@ -259,8 +259,10 @@ class Relay:
     async def stop(self) -> None:
         """Drain the sessions, record what was settled, close everything."""
         self.supervisor.stopping()
-        await self.reception.drain(self.settings.server.drain_timeout)
-        await self._stop_parts()
+        try:
+            await self.reception.drain(self.settings.server.drain_timeout)
+        finally:  # whatever has failed, rows are made durable, and no thread keeps the process
+            await self._stop_parts()
         maillog.stopped()
 
     def hurry(self) -> None:

@@ -80,7 +80,10 @@ class Listener:
 
         Returns the connections that the kernel had for us: closing the socket would reset them.
         """
-        kept = None if self._passed else self._socket.dup()
+        kept: socket.socket | None = None
+        if not self._passed:
+            with contextlib.suppress(OSError):  # no descriptor is left, none for those who wait either
+                kept = self._socket.dup()
         if self._server is not None:
             self._server.close()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -18,6 +19,8 @@ from tests.support.upstream import Delay, ScriptedUpstream, Silence
 
 SLACK_S = 10.0
 """Beyond `drain_timeout`: closing, and a busy machine."""
+DESCRIPTORS = 64
+"""Of the relay in a test where they run out."""
 CONTENT = b"From: a@example.test\r\nX-Task-ID: 1\r\n\r\ntext\r\n"
 
 
@@ -237,3 +240,30 @@ async def test_whoever_is_in_the_queue_when_a_drain_begins_is_answered(
             client.wire.abort()
             await client.wire.ended()
         assert await relay.ended() == 0
+
+
+async def test_without_a_file_descriptor_left_it_stops_in_order_all_the_same(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    verdict = asyncio.Event()
+    upstream.script = {"end_of_data": Delay(verdict)}
+    async with RelayProcess(tmp_path, upstream.port) as relay, contextlib.AsyncExitStack() as clients:
+        relay.launcher = ("sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh")
+        await relay.start()
+        assert (await relay.get("/readyz"))[0] == 200
+        client = await clients.enter_async_context(Client(relay.port))
+        await client.ehlo()
+        sent = asyncio.create_task(client.message("a@example.test", ["b@example.test"], CONTENT))
+        await upstream.message()
+        descriptors = Path(f"/proc/{relay.pid}/fd")
+        async with asyncio.timeout(SLACK_S):
+            while len(list(descriptors.iterdir())) < DESCRIPTORS:
+                await clients.enter_async_context(Client(relay.port))
+                await asyncio.sleep(0)
+        relay.signal(signal.SIGTERM)
+        await relay.event("draining")
+        verdict.set()
+        assert (await sent)[-1].code == 250
+        assert await relay.ended(SLACK_S) == 0
+    assert len(relay.rows()) == 1
+    assert relay.errors() == ""
