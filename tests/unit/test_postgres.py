@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -372,6 +373,47 @@ async def test_sessions_that_are_ended_by_the_server_cost_one_write_at_most(post
         await store.write([record(2)])
     await store.write([record(2)])
     assert await store.count() == 2
+    await store.close()
+
+
+async def test_whenever_the_server_ends_a_session_the_store_says_that_it_is_away(postgres_database):
+    """Between two statements too, where the driver finds itself in a state that it does not expect."""
+    store = await open_store(postgres_database.url, MONTH)
+    over = False
+
+    async def writes(begin):
+        for number in itertools.count(begin):
+            if over:
+                return
+            with contextlib.suppress(StoreError):
+                await store.write([record(number)])
+
+    writing = [asyncio.create_task(writes(begin * 1_000_000)) for begin in range(1, 3)]
+    other = await asyncpg.connect(postgres_database.url)
+    for _ in range(200):
+        await other.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'smtp-relay'"
+        )
+    over = True
+    await asyncio.gather(*writing)
+    await other.close()
+    await store.write([record(1)])
+    await store.close()
+
+
+async def test_a_session_that_failed_is_not_used_again(postgres_database):
+    """One that began while the database was read-only, say, would stay so when that is over."""
+    other = await asyncpg.connect(postgres_database.url)  # which may write all the time
+    change = f"ALTER DATABASE {await other.fetchval('SELECT current_database()')}"
+    await other.execute(f"{change} SET default_transaction_read_only = on")
+    store = await open_store(postgres_database.url, MONTH)
+    with pytest.raises(UnreachableError, match="read-only"):
+        await store.write([record(1)])
+    await other.execute(f"{change} RESET default_transaction_read_only")
+    await other.close()
+    await store.write([record(1)])
+    assert await store.count() == 1
     await store.close()
 
 

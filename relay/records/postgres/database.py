@@ -117,8 +117,12 @@ class Database:
             async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
                 try:
                     yield connection
-                except TimeoutError:
-                    connection.terminate()  # nobody knows what it is about
+                except _BREAK as error:
+                    if not isinstance(error, _NEVER):
+                        # Nobody knows what it is about; and what a session was given as it began (a limit,
+                        # read-only) it keeps, whatever was changed since.
+                        with contextlib.suppress(asyncpg.InterfaceError):  # it is closed already
+                            connection.terminate()
                     raise
         except Exception as error:
             raise explained(error, self.url) from error
@@ -269,7 +273,8 @@ def _met_on_the_way(error: Exception, name: str) -> Exception:
         return UnreachableError(f"{name}: no answer in time; look at the server, and at the network to it")
     if isinstance(error, OSError):
         return UnreachableError(f"{name}: cannot be reached: {_line(error)}; start it, or change records.url")
-    if isinstance(error, asyncpg.InterfaceError):
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
+        # The latter too: it is what a statement meets that is begun as the server ends the session.
         return StoreError(f"{name}: {_line(error)}")
     return error
 
@@ -283,6 +288,13 @@ _NEVER = (
     asyncpg.exceptions.IntegrityConstraintViolationError,
     asyncpg.exceptions.ProgramLimitExceededError,
     asyncpg.exceptions.UntranslatableCharacterError,
+)
+_BREAK = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
 )
 _AWAY = (
     asyncpg.exceptions.PostgresConnectionError,
