@@ -16,12 +16,14 @@ import typer
 import relay
 from relay.cli.commands import app
 from relay.cli.failure import CommandError
+from relay.descriptors import open_standard
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: the process's own) name; return the exit status."""
+    open_standard()
     try:
         status = app(args=arguments, prog_name="relay", standalone_mode=False)
     except CommandError as error:
