@@ -11,7 +11,7 @@ import contextlib
 import gc
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from relay import descriptors, maillog, systemd
 from relay.app import Relay, StartError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from relay.settings import Settings
 
 __all__ = ["run", "unless"]
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(settings: Settings, load: Callable[[], Settings], dev_upstream: socket.socket | None = None) -> int:
@@ -64,6 +66,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], dev_upstream:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     loop.add_signal_handler(signal.SIGHUP, again)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # those that came while all was loaded, too
     async with _built_in_upstream(dev_upstream):
         if await unless(ended, relay.start(passed)):
             try:
@@ -81,9 +84,8 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
 
     Ended handlers give way to the default, which kills; they are blocked until they can be ignored for good.
     """
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    for number in signals:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
 

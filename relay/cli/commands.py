@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -78,16 +80,31 @@ def serve(
     """Run the relay in the foreground, until SIGTERM or SIGINT."""
     path = find(config, os.environ, dev=dev)
     gc.disable()  # until all is loaded
-    if not dev:
-        return _serve(path)
-    from relay.dev import listen_usually
+    with _signals_held():
+        if not dev:
+            return _serve(path)
+        from relay.dev import listen_usually
 
+        try:
+            upstream = listen_usually()
+        except OSError as error:
+            raise CommandError([f"relay: cannot start: the built-in upstream: {error.strerror}"]) from None
+        with upstream:
+            return _serve(path, upstream)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Have signals wait while all is loaded, which is most of a start, until `process.py` hears them.
+
+    By themselves SIGHUP would end the process, SIGINT with a traceback, and SIGTERM would be lost on
+    process 1 of a container.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
     try:
-        upstream = listen_usually()
-    except OSError as error:
-        raise CommandError([f"relay: cannot start: the built-in upstream: {error.strerror}"]) from None
-    with upstream:
-        return _serve(path, upstream)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(path: Path | None, upstream: socket.socket | None = None) -> int:

@@ -188,6 +188,40 @@ async def test_a_signal_during_the_start_ends_it_in_order(
     assert relay.errors() == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_while_the_configuration_is_read_ends_it_in_order(
+    number: int, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await reading_its_configuration(relay, number)
+        assert await relay.ended(SLACK_S) == 0
+        assert relay.log()[-1]["event"] == "stopped"
+    assert relay.errors() == ""
+
+
+async def test_a_hangup_while_the_configuration_is_read_reloads_behind_the_start(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        text = await reading_its_configuration(relay, signal.SIGHUP)
+        await asyncio.to_thread(relay.config.write_text, text)  # for the reload
+        await relay.event("reloaded")
+        assert await relay.terminate() == 0
+
+
+async def reading_its_configuration(relay: RelayProcess, number: int) -> str:
+    """Start the relay, send the signal as it opens the file, then let it read that; return the text."""
+    text = relay.config.read_text()
+    relay.config.unlink()
+    os.mkfifo(relay.config)
+    await relay.spawn()
+    file = await asyncio.to_thread(relay.config.open, "w")
+    relay.signal(number)
+    with file:
+        file.write(text)
+    return text
+
+
 async def test_a_hangup_during_the_start_reloads_behind_it(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
