@@ -363,7 +363,8 @@ class Spool:
     def read(self, limit: int) -> Batch:
         """Return up to `limit` of the oldest rows; the same ones again until `forget` is called.
 
-        A batch may hold fewer rows than wait, or none (only corrupt lines); `rows` says whether more wait.
+        A batch may hold fewer rows than wait, or none (only corrupt lines, or a segment that somebody has
+        removed, whose rows count as such); `rows` says whether more wait.
         """
         records: list[Entry] = []
         corrupt = lines = 0
@@ -383,10 +384,29 @@ class Spool:
                         corrupt += 1
                         self._put_by_corrupt(line, error)
                 self._read_to = at
+        except FileNotFoundError as error:
+            if not self._directory.is_dir():  # all of it is away, and may come back
+                raise self._error(error) from error
+            return Batch([], self._give_up(oldest))
         except OSError as error:
             raise self._error(error) from error
         self._read_rows = lines
         return Batch(records, corrupt)
+
+    def _give_up(self, missing: _Closed) -> int:
+        """Go on without the oldest segment, which somebody has removed; return how many rows it had."""
+        if not self._closed:
+            self._take_spare()
+            self._tell_reserve()
+        del self._closed[0]
+        self._position = self._read_to = self._read_rows = 0
+        left = [each for each in self._closed if each.path.exists()]
+        if self._segment is not None and self._segment.path.exists():
+            left.append(_Closed(self._segment.path, self._segment.size))
+        found = sum(_count_lines(*each) for each in left)
+        gone, self._rows = max(0, self._rows - found), found
+        _log.error("spool: %s was removed under the relay; rows that waited in it: %d", missing.path, gone)
+        return gone
 
     def forget(self) -> None:
         """Drop the rows that `read` returned last: they are kept elsewhere. Raise SpoolError."""

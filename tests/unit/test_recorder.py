@@ -542,17 +542,38 @@ async def test_a_spool_that_cannot_be_read_for_a_while(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     row, more = make_record(), make_record()
-    segment = tmp_path / "000000000001.jsonl"
-    segment.write_bytes(encode(row))
-    made = Bench(tmp_path, MemoryStore())
-    segment.rename(tmp_path / "elsewhere")
+    directory, elsewhere = tmp_path / "spool", tmp_path / "elsewhere"
+    directory.mkdir()
+    (directory / "000000000001.jsonl").write_bytes(encode(row))
+    made = Bench(directory, MemoryStore())
+    directory.rename(elsewhere)
     made.recorder.start()
     await made.recorder.record(more)
     await until(lambda: "replay: spool" in caplog.text)
-    (tmp_path / "elsewhere").rename(segment)
+    elsewhere.rename(directory)
     await until(lambda: made.counts.spooled == 0)
 
     assert list(made.store.rows) == [row.task_id, more.task_id]
+    await made.recorder.close(10)
+    made.spool.close()
+
+
+async def test_a_segment_that_somebody_has_removed_holds_nobody_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    segment = tmp_path / "000000000001.jsonl"
+    segment.write_bytes(encode(make_record()))
+    made = Bench(tmp_path, MemoryStore())
+    segment.unlink()
+    made.recorder.start()
+    more = [make_record(), make_record()]
+    await made.recorder.record(more[0])
+    await until(lambda: made.recorder.away() is None)
+    await made.recorder.record(more[1])
+
+    assert list(made.store.rows) == [row.task_id for row in more]
+    assert made.counts.errors == 1
+    assert "was removed under the relay; rows that waited in it: 1" in caplog.text
     await made.recorder.close(10)
     made.spool.close()
 

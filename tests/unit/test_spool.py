@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from relay.records import spool as spool_module
 from relay.records.identity import uuid7
 from relay.records.model import Doubt, Entry, Json, Record, Settled
-from relay.records.spool import CorruptLineError, Spool, SpoolError, decode, encode
+from relay.records.spool import RESERVE, CorruptLineError, Spool, SpoolError, decode, encode
 
 SENT_AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -540,6 +540,47 @@ def test_a_segment_that_vanishes_does_not_stop_the_rest(tmp_path: Path) -> None:
     spool.forget()
 
     assert drain(spool) == rows[1:]
+    spool.close()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_rows_behind_a_segment_that_somebody_has_removed_come(
+    closed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path)
+    rows = [make_record() for _ in range(5)]
+    spool.append([encode(row) for row in rows[:3]])
+    assert spool.read(1).records == rows[:1]
+    spool.forget()
+    segments(tmp_path)[0].unlink()
+    if closed:  # it was found out when the next rows came
+        spool.append([encode(row) for row in rows[3:]])
+
+    batch = spool.read(10)
+
+    assert batch == ([], 2)
+    assert "000000000001.jsonl was removed under the relay; rows that waited in it: 2" in caplog.text
+    assert spool.rows == (2 if closed else 0)
+    spool.forget()
+    if not closed:
+        spool.append([encode(row) for row in rows[3:]])
+    assert drain(spool) == rows[3:]
+    spool.provide()
+    assert spool.reserve.free == RESERVE
+    spool.close()
+
+
+def test_all_segments_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "SEGMENT_SIZE", 1)
+    spool = Spool(tmp_path)
+    for _ in range(3):
+        spool.append([encode(make_record())])
+        spool.provide()
+    for path in segments(tmp_path):
+        path.unlink()
+
+    assert spool.read(10) == ([], 3)
+    assert spool.rows == 0
     spool.close()
 
 
