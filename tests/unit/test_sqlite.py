@@ -425,15 +425,32 @@ async def test_a_value_that_sqlite3_cannot_bind_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-async def test_a_file_that_was_removed_or_replaced_takes_no_more_rows(tmp_path, replace):
+@pytest.mark.parametrize("tail", ["", "-wal"])
+async def test_a_file_that_was_removed_or_replaced_takes_no_more_rows(tmp_path, replace, tail):
     path = tmp_path / "t.db"
-    database = await Database.open(path, create=True, busy_timeout=1)
-    path.rename(tmp_path / "moved.db")
+    path.touch()
+    link = tmp_path / "link.db"
+    link.symlink_to(path)
+    database = await Database.open(link, create=True, busy_timeout=1)
+    await database.transaction(lambda raw: raw.execute("DELETE FROM task_done_state"))
+    file = path.with_name(path.name + tail)
+    file.rename(tmp_path / "moved")
     if replace:
-        path.write_bytes(b"")
-    with pytest.raises(StoreError, match="was removed or replaced"):
+        file.write_bytes(b"")
+    with pytest.raises(StoreError, match=f"{tail}: was removed or replaced"):
         await database.transaction(lambda raw: raw.execute("DELETE FROM task_done_state"))
     await database.close()
+
+
+async def test_rows_in_a_write_ahead_log_that_was_removed_are_there_after_a_stop_in_order(tmp_path):
+    path = tmp_path / "t.db"
+    database = await Database.open(path, create=True, busy_timeout=1)
+    await database.transaction(lambda raw: raw.execute("CREATE TABLE kept (x)"))
+    path.with_name("t.db-wal").unlink()
+    await database.close()
+    with closing(sqlite3.connect(path)) as found:
+        assert found.execute("SELECT * FROM kept").fetchall() == []
+        assert found.execute("PRAGMA quick_check").fetchone() == ("ok",)
 
 
 def test_a_cancelled_read_leaves_no_thread_that_outlives_the_event_loop(tmp_path):

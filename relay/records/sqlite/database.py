@@ -87,7 +87,10 @@ class Database:
         self._connection = connection
         self._busy_timeout = busy_timeout
         self._closed = False
+        # SQLite follows links, and keeps its files beside the one that it finds.
+        self._log = f"{path.resolve()}-wal"
         self._file: tuple[int, int] | None = None
+        self._log_file: tuple[int, int] | None = None
 
     @classmethod
     async def open(cls, path: Path, *, create: bool, busy_timeout: float) -> Database:
@@ -105,7 +108,7 @@ class Database:
         database = cls(path, connection, busy_timeout)
         try:
             await database.run(lambda raw: _set_up(path, raw, busy_timeout))
-            database._file = _identity(path)
+            database._file, database._log_file = _identity(path), _identity(database._log)
         except BaseException:
             await database.close()
             raise
@@ -139,9 +142,11 @@ class Database:
             raise explained(error, self.path, self._busy_timeout) from error
 
     def _in_its_place(self, work: Callable[[sqlite3.Connection], T], raw: sqlite3.Connection) -> T:
+        # SQLite would go on writing to a file that nobody can find any more, without an error.
         if _identity(self.path) != self._file:
-            # SQLite would go on writing to the file that nobody can find any more, without an error.
-            raise StoreError(f"{self.path}: was removed or replaced while it was in use; restart the relay")
+            raise _replaced(self.path)
+        if _identity(self._log) != self._log_file:
+            raise _replaced(self._log)
         return work(raw)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -258,9 +263,13 @@ def interrupt(connection: aiosqlite.Connection) -> None:
     connection._conn.interrupt()  # noqa: SLF001
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _replaced(path: Path | str) -> StoreError:
+    return StoreError(f"{path}: was removed or replaced while it was in use; restart the relay")
+
+
+def _identity(path: Path | str) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116 - for each commit
     except OSError:
         return None
     return found.st_dev, found.st_ino
