@@ -190,6 +190,11 @@ class LimitedTransaction(Transaction):
         self._go_ahead()
         self._finish_now()
 
+    @property
+    def _takes_chunks(self) -> bool:
+        """Not where the header section decides, though CHUNKING was offered before there was such a limit."""
+        return not self._waits_for_header and super()._takes_chunks
+
     def takes_ahead(self, octets: bytes) -> bool:
         """Return False: what is decided counts the recipients that the upstream took."""
         del octets

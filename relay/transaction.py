@@ -559,6 +559,12 @@ class Transaction:
         connection = self._lease.connection
         return self.chunking and (connection is None or connection.pipelining)
 
+    @property
+    def _takes_chunks(self) -> bool:
+        """Whether the content may come by BDAT: not every connection of an upstream is to the same server."""
+        connection = self._lease.connection
+        return connection is None or "CHUNKING" in connection.capabilities
+
     def takes_ahead(self, octets: bytes) -> bool:
         """Whether a message of one chunk may go up before the replies to MAIL and RCPT (RFC 2920 3.1).
 
@@ -587,7 +593,7 @@ class Transaction:
         """
         if self.body is None:
             self.body = Chunks(max_size=self._max_size(), binary=self.binary)
-            if self._lease.connection is not None and "CHUNKING" not in self._lease.connection.capabilities:
+            if self.course.broken is None and not self._takes_chunks:
                 self._drop_lease()
                 self._break(NO_CHUNKING, Outcome.UNAVAILABLE)
         chunks = cast("Chunks", self.body)

@@ -127,6 +127,7 @@ class Dialogue:
     __slots__ = (
         "_advancing",
         "_answer_data",
+        "_chunking_offered",
         "_content",
         "_eof",
         "_errors",
@@ -187,6 +188,7 @@ class Dialogue:
         self._greeted = False
         self._helo_name = b""
         self._esmtp = False
+        self._chunking_offered = False
         self._answer_data: Callable[[Reply], None] = self._replies.say
         self._smtputf8 = False
         self._content = Content(reception.metrics)
@@ -215,7 +217,7 @@ class Dialogue:
         self._tls_first = False
         self._last_moved = self._loop.time()
         self._state = COMMANDS
-        self._greeted = False
+        self._greeted = self._chunking_offered = False
         if self._listener.tls == "implicit":
             self.begin(None)
         self.advance()
@@ -406,9 +408,11 @@ class Dialogue:
     def _ehlo(self, argument: bytes) -> None:
         if self._hello(argument):
             self._esmtp = True
+            carried = self._carried
+            self._chunking_offered = "CHUNKING" in carried
             mechanisms = self._login.offered(private=self._private)
             starttls = self._starttls_offered
-            self._replies.say(self._reception.ehlo(self._carried, starttls=starttls, mechanisms=mechanisms))
+            self._replies.say(self._reception.ehlo(carried, starttls=starttls, mechanisms=mechanisms))
 
     @property
     def _carried(self) -> Capabilities:
@@ -419,7 +423,7 @@ class Dialogue:
 
     def _helo(self, argument: bytes) -> None:
         if self._hello(argument):
-            self._esmtp = False
+            self._esmtp = self._chunking_offered = False
             self._replies.say(self._reception.helo)
 
     def _hello(self, argument: bytes) -> bool:
@@ -538,7 +542,12 @@ class Dialogue:
         """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
         transaction = self._open_transaction()
         command = parse_bdat(argument)
-        if not ("CHUNKING" in self._carried or (transaction is not None and transaction.chunking)):
+        # What was offered stands, whatever an upstream has said since on another connection.
+        if not (
+            self._chunking_offered
+            or "CHUNKING" in self._carried
+            or (transaction is not None and transaction.chunking)
+        ):
             self._end(answers.NO_CHUNKING, "out_of_step")
         elif command is None:
             self._end(answers.BAD_CHUNK, "out_of_step")

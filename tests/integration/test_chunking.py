@@ -453,7 +453,6 @@ async def test_an_upstream_that_does_not_read_holds_the_client(
 async def test_an_upstream_that_has_no_chunking_any_more(start: Any, upstream: ScriptedUpstream) -> None:
     async with start(upstream.port) as running, Client(running.port) as client:
         await client.ehlo()
-        offered = running.pool.capabilities
         upstream.extensions = ["PIPELINING"]
         for connection in upstream.open_connections:
             connection.close()
@@ -461,11 +460,29 @@ async def test_an_upstream_that_has_no_chunking_any_more(start: Any, upstream: S
         for command in (MAIL, RCPT):
             await client.send(command)
             await client.expect(250)
-        running.pool.capabilities = offered
         await client.send(bdat(FIRST) + bdat(b"", last=True))
         for reply in await client.replies(2):
             assert str(reply).startswith("451 4.3.3 The upstream server does not take BDAT now")
         await counted(running, unavailable=1)
+        assert upstream.messages == []
+        replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
+        assert replies[-1].code == 250
+        assert "CHUNKING" not in str(await client.ehlo())
+
+
+async def test_one_that_has_it_on_one_connection_alone(start: Any, upstream: ScriptedUpstream) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await begun(client)
+        extensions, upstream.extensions = upstream.extensions, ["PIPELINING"]
+        async with Client(running.port) as other:
+            await begun(other)
+        assert "CHUNKING" not in running.pool.capabilities
+        upstream.extensions = extensions  # what it offered to the first one
+        await client.send(bdat(FIRST))
+        await client.expect(250)
+        await client.send(bdat(SECOND + THIRD, last=True))
+        await client.expect(250)
+        assert [message.content for message in upstream.messages] == [CONTENT]
 
 
 # AUTH= on MAIL (RFC 4954 5)

@@ -250,6 +250,23 @@ async def test_chunking_is_not_offered_where_the_header_section_decides(start: A
                 assert ("CHUNKING" in str(await client.ehlo())) is offered
 
 
+async def test_chunks_that_were_offered_before_there_was_such_a_limit(start: Any, settings_for: Any) -> None:
+    async with (
+        ScriptedUpstream(extensions=(*EXTENSIONS, *CHUNKING)) as upstream,
+        start(upstream.port) as running,
+        Client(running.port) as client,
+    ):
+        await client.greeting()
+        assert "CHUNKING" in str(await client.ehlo())
+        await reload(running.relay, lambda: settings_for(upstream.port, limits=[MENTIONS]))
+        await client.command("MAIL FROM:<a@example.com>", 250)
+        await client.command("RCPT TO:<b@example.org>", 250)
+        await client.send(b"BDAT %d LAST\r\n" % len(MENTION) + MENTION)
+        assert (await client.expect(451)).text.startswith("4.3.3 ")
+        assert upstream.messages == []
+        assert (await send_on(client, "a@example.com", ["b@example.org"], MENTION))[-1] == 250
+
+
 async def test_limits_count_chunks_too(start: Any) -> None:
     async with ScriptedUpstream(extensions=(*EXTENSIONS, *CHUNKING)) as upstream:
         limits = [MENTIONS | {"action": "observe", "max": 1}, limit(max=2)]
