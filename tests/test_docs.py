@@ -33,7 +33,7 @@ from relay.records.spool import Spool, encode
 from relay.session import dialogue
 from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE
-from relay.session.session import HEADER_TIMEOUT, WRITE_TIMEOUT
+from relay.session.session import HEADER_TIMEOUT, LINGER, WRITE_TIMEOUT
 from relay.session.tls import HANDSHAKE_TIMEOUT
 from relay.settings import DEV_UPSTREAM, Settings, SettingsError, TaskTypeSettings, load
 from relay.settings.address import Address
@@ -728,6 +728,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "errors that end a session": dialogue.ERRORS_END,
         "commands in a row without a message": dialogue.MAX_IDLE_COMMANDS,
         "a client that does not read its replies": WRITE_TIMEOUT,
+        "a client that goes on sending behind the last word": LINGER,
         "a TLS handshake": HANDSHAKE_TIMEOUT,
         "a PROXY header that does not come": HEADER_TIMEOUT,
         "header section that is looked at, octets": MAX_HEADER,

@@ -70,6 +70,9 @@ _FOREIGN_VERBS: Final = frozenset(
 _BARRIERS: Final = frozenset((b"EHLO", b"HELO", b"RSET", b"QUIT", b"STARTTLS", b"AUTH"))
 """Commands that end a transaction or cannot be within one: they wait until all replies have been given."""
 
+_TALKING: Final = frozenset(("out_of_step", "too_large", "too_many_errors"))
+"""Why a session is ended in the midst of what the client sends."""
+
 _BEFORE_TLS: Final = frozenset((b"EHLO", b"NOOP", b"STARTTLS", b"QUIT"))
 """What may be said before TLS where TLS is required (RFC 3207 section 4)."""
 
@@ -117,6 +120,9 @@ class Wire(Protocol):
     def close(self) -> None:
         """Close after what has been written."""
 
+    def linger(self) -> None:
+        """Close after what has been written, and behind what the client is still sending."""
+
     def secure(self) -> None:
         """Begin TLS; `Dialogue.secured` is called when it stands."""
 
@@ -150,6 +156,7 @@ class Dialogue:
         "_slowed",
         "_smtputf8",
         "_state",
+        "_talking",
         "_tls_first",
         "_transaction",
         "_wire",
@@ -200,6 +207,7 @@ class Dialogue:
         self._flow_paused = False
         self._holding = False
         self._eof = False
+        self._talking = False
 
     # What happens on the wire
 
@@ -801,6 +809,7 @@ class Dialogue:
         maillog.session_refused(self._sender.client, self._sender.listener, reason)
         answer = self._answer_data if self._state is AWAITS_354 else self._replies.say
         self._state = ENDING
+        self._talking = reason in _TALKING
         self._input.clear()
         answer(reply)
         if not self._replies.owed:
@@ -811,7 +820,13 @@ class Dialogue:
         if self._state is not CLOSED:
             self._state = CLOSED
             self._let_go()
-            self._wire.close()
+            if not self._talking or self._eof:
+                self._wire.close()
+                return
+            if self._holding:
+                self._holding = False
+                self._wire.hold(False)
+            self._wire.linger()
 
     def _let_go(self) -> None:
         self._input.clear()

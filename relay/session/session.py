@@ -4,6 +4,8 @@ A connection begins as its listener asks: with the PROXY header that says who th
 the first octet, and then with the greeting. Rules: what is written is bounded, since nothing is read from
 a client that does not take its replies; a client that takes neither them nor our close is cut off. The last
 octets from a client that has gone are not acted on. A client that sends much at a time is read in blocks.
+To close while a client sends is a reset, which takes the replies away that it has not read: what it sends is
+thrown away first, for a while.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ class Session(smtp.SMTP):
         self._proxy: Address | None = None
         self._address: Address | None = None
         self._since = self.loop.time()
+        self._lingers = False
+        self._heard = False  # since the last look
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Find out who it is, then greet the client or turn it away."""
@@ -130,6 +134,9 @@ class Session(smtp.SMTP):
         """Give what the client sent to the dialogue; before that, to the PROXY header."""
         if len(data) > BLOCK:
             self._read_in_blocks()
+        if self._lingers:
+            self._heard = True
+            return
         if self._dialogue is not None and self._handshake is None:
             self._dialogue.take(data)
         elif self._handshake is not None:
@@ -165,7 +172,7 @@ class Session(smtp.SMTP):
 
     def eof_received(self) -> bool:
         """Keep a half-closed connection open: the client may still wait for its replies."""
-        if self._dialogue is None:
+        if self._dialogue is None or self._lingers:
             return False
         self._dialogue.end_of_input()
         return self.transport is not None and self.transport.get_extra_info("sslcontext") is None
@@ -242,6 +249,15 @@ class Session(smtp.SMTP):
             self._since = self.loop.time()
             self.transport.close()
 
+    def linger(self) -> None:
+        """Close once the client sends no more, or has had its time; it hears at once that no more comes."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        self._since = self.loop.time()
+        self._lingers = self._heard = True
+        if self.transport.can_write_eof():  # not within TLS
+            self.transport.write_eof()
+
     def cut(self) -> None:
         """Drop the connection; what has not gone out is not sent any more."""
         if self.transport is not None:
@@ -256,6 +272,12 @@ class Session(smtp.SMTP):
         if self.transport.is_closing():
             if now - self._since > LINGER:
                 self.cut()
+        elif self._lingers:
+            if now - self._since > LINGER:
+                self.cut()
+            elif not self._heard and not self.choked:
+                self.transport.close()
+            self._heard = False
         elif self.choked and now - self._since > WRITE_TIMEOUT:
             self._reception.metrics.rejected("timeout")
             self.cut()
