@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from relay.envelope import Recipient
     from relay.limits.limits import Limits
     from relay.services import Services
+    from relay.transaction import LineFor
     from relay.upstream import xforward
     from relay.upstream.upstreams import Route
 
@@ -86,9 +87,9 @@ class LimitedTransaction(Transaction):
 
     # Commands
 
-    def mail(self, line: bytes, answer: Answer, *, without_auth: bytes | None = None) -> None:
+    def mail(self, line: bytes, answer: Answer, *, line_for: LineFor | None = None) -> None:
         """Decide about the sender, then begin."""
-        go_on = partial(super().mail, line, answer, without_auth=without_auth)
+        go_on = partial(super().mail, line, answer, line_for=line_for)
 
         def then(refusal: Reply | None) -> None:
             if refusal is None:

@@ -51,8 +51,11 @@ if TYPE_CHECKING:
     from relay.metrics import Metrics
     from relay.reply import Reply
     from relay.services import Services
+    from relay.upstream.capabilities import Capabilities
     from relay.upstream.pool import Pool
     from relay.upstream.upstreams import Route
+
+    LineFor = Callable[[Capabilities], bytes]
 
 __all__ = ["Command", "Transaction", "refused_at_mail"]
 
@@ -74,7 +77,7 @@ _XFORWARD: Final = "xforward"
 class Command:
     """One that goes up."""
 
-    __slots__ = ("answer", "line", "recipient", "verb", "without_auth")
+    __slots__ = ("answer", "line", "line_for", "recipient", "verb")
 
     def __init__(
         self,
@@ -82,14 +85,14 @@ class Command:
         line: bytes,
         answer: Callable[[Reply], None],
         recipient: Recipient | None = None,
-        without_auth: bytes | None = None,
+        line_for: LineFor | None = None,
     ) -> None:
-        """`without_auth` is the line for an upstream without AUTH, if it is another."""
+        """`line_for` says what is sent to which upstream, where that is not the same for all."""
         self.verb = verb
         self.line = line
         self.answer = answer
         self.recipient = recipient
-        self.without_auth = without_auth
+        self.line_for = line_for
 
 
 class Transaction:
@@ -163,16 +166,15 @@ class Transaction:
 
     # Commands, as the client gives them
 
-    def mail(
-        self, line: bytes, answer: Callable[[Reply], None], *, without_auth: bytes | None = None
-    ) -> None:
+    def mail(self, line: bytes, answer: Callable[[Reply], None], *, line_for: LineFor | None = None) -> None:
         """Begin: lease a connection and send MAIL; `answer` gets the upstream's reply.
 
         Where it takes a recipient to know the upstream, MAIL is held until then, and the answer is our own.
-        `without_auth` is the line for an upstream that does not offer AUTH, if `line` has an AUTH parameter.
+        `line_for` returns the line for what an upstream can do, if `line` has parameters that the relay
+        offers on its own account.
         """
         held = self._route.by_recipient
-        self._queued.append(Command("mail", line, _ignore if held else answer, without_auth=without_auth))
+        self._queued.append(Command("mail", line, _ignore if held else answer, line_for=line_for))
         if held:
             answer(HELD)
         else:
@@ -309,9 +311,8 @@ class Transaction:
             self._upstream_since = self._loop.time()
         self._sent.append(command)
         line = command.line
-        if command.without_auth is not None and "AUTH" not in connection.capabilities:
-            # AUTH is offered on the relay's own account, so is its parameter (RFC 4954 5).
-            line = command.without_auth
+        if command.line_for is not None:
+            line = command.line_for(connection.capabilities)
         more = self.gathering
         if self._queued and connection.pipelining:
             more = True

@@ -9,10 +9,13 @@ upstream to say. Nothing is decoded, folded or rewritten: what passes is forward
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from relay.reply import Reply
 from relay.session.lines import MAX_AUTH_LINE
+
+if TYPE_CHECKING:
+    from relay.upstream.capabilities import Capabilities
 
 __all__ = [
     "LINE_LIMITS",
@@ -20,6 +23,7 @@ __all__ = [
     "CommandError",
     "Mail",
     "is_text",
+    "mail_for",
     "parse_bdat",
     "parse_mail",
     "parse_rcpt",
@@ -49,7 +53,11 @@ _PLAIN: Final = rb'[^\x00-\x20\x7f-\xff"\\<>]'
 _USUAL_MAIL: Final = re.compile(rb"FROM:<(%b*+)>(?: (?:SIZE|size)=([0-9]{1,20}))?" % _PLAIN)
 _USUAL_RCPT: Final = re.compile(rb"TO:<(%b++)>" % _PLAIN)
 _PARAMETER: Final = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20\x7f]+))?")
-_AUTH: Final = re.compile(rb" +AUTH=[^ ]+(?= |$)", re.IGNORECASE)
+# What the relay offers on its own account too: an upstream that does not would refuse the parameter.
+_OWN: Final = {
+    keyword: re.compile(rb" +%b=[^ ]+(?= |$)" % keyword.encode(), re.IGNORECASE)
+    for keyword in ("SIZE", "AUTH")
+}
 _CHUNK: Final = re.compile(rb"([0-9]{1,20})( LAST)?", re.IGNORECASE)  # RFC 3030 2
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 # C1 controls, line and paragraph separators: valid UTF-8 that terminals and logs would obey.
@@ -75,8 +83,11 @@ class Mail(NamedTuple):
     smtputf8: bool
     binary: bool = False
     """Whether it says BODY=BINARYMIME: content comes by BDAT only (RFC 3030 3)."""
-    without_auth: bytes | None = None
-    """The argument without its AUTH parameter (RFC 4954 5), where it has one."""
+    own: tuple[str, ...] = ()
+    """The parameters that it has of those which the relay offers on its own account: SIZE (RFC 1870), AUTH
+    (RFC 4954)."""
+    at: int = 0
+    """Where the parameters begin, if there are such."""
 
 
 class Chunk(NamedTuple):
@@ -90,7 +101,9 @@ def parse_mail(argument: bytes) -> Mail:
     """Parse what follows "MAIL "; raises CommandError."""
     usual = _USUAL_MAIL.fullmatch(argument)
     if usual is not None:
-        return Mail(usual[1], int(usual[2]) if usual[2] else None, smtputf8=False)
+        if usual[2] is None:
+            return Mail(usual[1], None, smtputf8=False)
+        return Mail(usual[1], int(usual[2]), smtputf8=False, own=("SIZE",), at=usual.end(1) + 1)
     path, parameters, at = _parse(argument, b"FROM", "MAIL FROM:<address>")
     smtputf8 = b"SMTPUTF8" in parameters
     _check_text(path, smtputf8=smtputf8)
@@ -98,8 +111,16 @@ def parse_mail(argument: bytes) -> Mail:
     if b"SIZE" in parameters and not (size and size.isdigit() and len(size) <= 20):
         raise CommandError(Reply.own(501, "5.4", "SIZE takes a number of octets (RFC 1870)"))
     binary = (parameters.get(b"BODY") or b"").upper() == b"BINARYMIME"
-    without_auth = argument[:at] + _AUTH.sub(b"", argument[at:]) if parameters.get(b"AUTH") else None
-    return Mail(path, int(size) if size else None, smtputf8, binary, without_auth)
+    own = tuple([keyword for keyword in _OWN if parameters.get(keyword.encode())])
+    return Mail(path, int(size) if size else None, smtputf8, binary, own, at if own else 0)
+
+
+def mail_for(argument: bytes, mail: Mail, capabilities: Capabilities) -> bytes:
+    """Return the line for an upstream: without what of its parameters only the relay has offered."""
+    for keyword in mail.own:
+        if keyword not in capabilities:
+            argument = argument[: mail.at] + _OWN[keyword].sub(b"", argument[mail.at :])
+    return b"MAIL " + argument + b"\r\n"
 
 
 def parse_rcpt(argument: bytes, *, smtputf8: bool) -> bytes:

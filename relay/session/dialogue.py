@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from relay import maillog
@@ -23,6 +24,7 @@ from relay.session.commands import (
     LINE_LIMITS,
     CommandError,
     is_text,
+    mail_for,
     parse_bdat,
     parse_mail,
     parse_rcpt,
@@ -477,8 +479,8 @@ class Dialogue:
         transaction.gathering = self._input.size > 0
         transaction.binary = mail.binary
         self._content.begin_message()
-        without_auth = None if mail.without_auth is None else b"MAIL " + mail.without_auth + b"\r\n"
-        transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe(), without_auth=without_auth)
+        line_for = partial(mail_for, argument, mail) if mail.own else None
+        transaction.mail(b"MAIL " + argument + b"\r\n", self._replies.owe(), line_for=line_for)
 
     def _client(self) -> Client:
         """Who sends, for an upstream that is to be told."""

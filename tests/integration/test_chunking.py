@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import smtplib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from tests.support.watch import counted, eventually, nothing_left, outcomes
 
 if TYPE_CHECKING:
     from tests.conftest import Running
+    from tests.support.connection import Connection
 
 CONTENT = b"Subject: one\r\nX-Task-ID: 7\r\n\r\n.text\r\n.\r\nMAIL FROM:<evil@foreign.test>\r\n"
 FIRST, SECOND, THIRD = CONTENT[:20], CONTENT[20:-9], CONTENT[-9:]
@@ -485,7 +487,7 @@ async def test_one_that_has_it_on_one_connection_alone(start: Any, upstream: Scr
         assert [message.content for message in upstream.messages] == [CONTENT]
 
 
-# AUTH= on MAIL (RFC 4954 5)
+# AUTH= (RFC 4954 5) and SIZE= (RFC 1870) on MAIL
 
 
 @pytest.mark.parametrize(
@@ -514,6 +516,26 @@ async def test_the_auth_parameter_is_for_an_upstream_with_auth(
             await client.ehlo()
             await client.command(line, 250)
         assert upstream.incomplete[-1].mail == (line if offers else without)
+
+
+async def test_the_size_parameter_is_for_an_upstream_with_size(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    def strict(stage: str, line: bytes, connection: Connection) -> bytes | None:
+        return b"555 5.5.4 not offered here\r\n" if b"size=" in line.lower() else None
+
+    upstream.script = {"MAIL": strict}
+    upstream.extensions = [word for word in upstream.extensions if not word.startswith("SIZE")]
+
+    def send(port: int) -> dict[str, tuple[int, bytes]]:
+        with smtplib.SMTP("127.0.0.1", port, timeout=10) as smtp:
+            smtp.ehlo()
+            assert smtp.has_extn("size")  # so it says it
+            return smtp.sendmail("a@example.test", ["b@example.test"], CONTENT)
+
+    async with start(upstream.port) as running:
+        assert await asyncio.to_thread(send, running.port) == {}
+        assert [message.mail for message in upstream.messages] == [MAIL.strip()]
 
 
 # All of a message at once: its only chunk goes up with MAIL and RCPT, before anything is answered.

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.session.commands import CommandError, is_text, parse_bdat, parse_mail, parse_rcpt
+from relay.session.commands import CommandError, is_text, mail_for, parse_bdat, parse_mail, parse_rcpt
+from relay.upstream.capabilities import Capabilities
 
 PATHS = [
     b"a@example.test",
@@ -90,7 +91,7 @@ def test_what_is_no_path_or_parameter_is_refused_for_good(argument: bytes) -> No
 def test_mail_tells_what_the_relay_needs() -> None:
     mail = parse_mail(b"from:<\xc3\xa9@example.test> SIZE=1234 BODY=8BITMIME smtputf8 ENVID=a+2Bb AUTH=<>")
     assert (mail.size, mail.smtputf8) == (1234, True)
-    assert parse_mail(b"FROM:<a@b>") == (b"a@b", None, False, False, None)
+    assert parse_mail(b"FROM:<a@b>") == (b"a@b", None, False, False, (), 0)
     assert parse_mail(b"FROM:<a@b> body=BinaryMime").binary
 
 
@@ -98,15 +99,24 @@ def test_mail_tells_what_the_relay_needs() -> None:
     ("argument", "without"),
     [
         (b"FROM:<a@b> AUTH=<>", b"FROM:<a@b>"),
-        (b"FROM:<a@b> SIZE=1 auth=c+40d  BODY=7BIT ", b"FROM:<a@b> SIZE=1  BODY=7BIT "),
+        (b"FROM:<a@b> SIZE=1", b"FROM:<a@b>"),
+        (b"FROM:<a@b> size=1", b"FROM:<a@b>"),
+        (b"FROM:<> SIZE=1  ", b"FROM:<>  "),
+        (b"FROM:<a@b> SIZE=1 auth=c+40d  BODY=7BIT ", b"FROM:<a@b>  BODY=7BIT "),
         (b"FROM:<>   AUTH=<>   ENVID=AUTH=1", b"FROM:<>   ENVID=AUTH=1"),
         (b'FROM:<" AUTH=<>"@b> AUTH=<>', b'FROM:<" AUTH=<>"@b>'),
-        (b"FROM:<a@b> AUTH", None),
-        (b"FROM:<a@b> XAUTH=1", None),
+        (b'FROM:<" SIZE=1"@b> ENVID=SIZE=1 SIZE=2', b'FROM:<" SIZE=1"@b> ENVID=SIZE=1'),
+        (b"FROM:<a@b> AUTH", b"FROM:<a@b> AUTH"),
+        (b"FROM:<a@b> XAUTH=1 XSIZE=1", b"FROM:<a@b> XAUTH=1 XSIZE=1"),
+        (b"FROM:<a@b>", b"FROM:<a@b>"),
     ],
 )
-def test_the_auth_parameter_can_be_left_out(argument: bytes, without: bytes | None) -> None:
-    assert parse_mail(argument).without_auth == without
+def test_parameters_of_the_relays_own_are_for_upstreams_that_offer_them(
+    argument: bytes, without: bytes
+) -> None:
+    mail = parse_mail(argument)
+    assert mail_for(argument, mail, Capabilities.of({"SIZE": "", "AUTH": ""})) == b"MAIL %b\r\n" % argument
+    assert mail_for(argument, mail, Capabilities.of({"XAUTH": ""})) == b"MAIL %b\r\n" % without
 
 
 @pytest.mark.parametrize(
