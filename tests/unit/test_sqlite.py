@@ -160,6 +160,19 @@ async def test_a_reading_command_makes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE users (id INTEGER PRIMARY KEY)"])
+async def test_a_reading_command_makes_no_tables_in_a_file_that_has_none(tmp_path, statement):
+    path = tmp_path / "t.db"
+    path.touch()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute(statement)
+    before = digest(path)
+    text = await open_error(path, create=False)
+    assert text.startswith(f"{path}: has no tables of the relay")
+    assert digest(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     "content", [b"x", b"x" * 511, b"mail\n" * 1000, b"SQLite format 3\0" + b"\xff" * 5000]
 )

@@ -107,7 +107,7 @@ class Database:
             raise explained(error, path, busy_timeout) from error
         database = cls(path, connection, busy_timeout)
         try:
-            await database.run(lambda raw: _set_up(path, raw, busy_timeout))
+            await database.run(lambda raw: _set_up(path, raw, busy_timeout, create=create))
             database._file, database._log_file = _identity(path), _identity(database._log)
         except BaseException:
             await database.close()
@@ -312,9 +312,13 @@ def _make(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
 
 
-def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float) -> None:
+def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create: bool) -> None:
     """Look at the file, then make it ours."""
     version = version_in(path, raw)
+    if version is None and not create:
+        raise MissingStoreError(
+            f"{path}: has no tables of the relay; nothing was recorded yet, or records.url names another file"
+        )
     if version == SCHEMA_VERSION:
         check_columns(path, raw)
     if version is None:
