@@ -18,6 +18,7 @@ from relay.settings.dsn import shown_url
 from relay.settings.networks import Network, parse_network
 from relay.settings.units import (
     DURATION_PATTERN,
+    LARGEST_SIZE,
     SIZE_PATTERN,
     format_duration,
     format_size,
@@ -50,6 +51,7 @@ __all__ = [
     "written",
 ]
 
+GREATEST_NUMBER = 10**9  # what is calculated with it stays a number of the database and of the system
 TASK_TYPE_LENGTH = 64
 SHORTEST_SECRET = 16
 
@@ -189,7 +191,10 @@ Size = Annotated[
     PlainSerializer(format_size, when_used="json"),
     WithJsonSchema(
         {
-            "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 0}],
+            "anyOf": [
+                {"type": "string", "pattern": SIZE_PATTERN},
+                {"type": "integer", "minimum": 0, "maximum": LARGEST_SIZE},
+            ],
             "examples": ["500B", "64KiB", "25MiB", 1048576],
         }
     ),
@@ -214,8 +219,8 @@ NetworkText = Annotated[
     PlainSerializer(str, when_used="json"),
     WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
 ]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Weight = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1, le=GREATEST_NUMBER)]
+Weight = Annotated[int, Strict(), Field(ge=0, le=GREATEST_NUMBER)]
 MatchPattern = Annotated[str, Field(max_length=320), AfterValidator(_pattern)]
 """A text with the wildcards of `fnmatch`; a leading "!" excludes what fits it."""
 Flag = Annotated[bool, Strict()]

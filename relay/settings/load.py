@@ -202,8 +202,12 @@ def _reasons(error: ValidationError) -> list[tuple[Key, str]]:
                 reason = str(context["error"])
             case "literal_error":
                 reason = f"must be {context['expected']}".replace("'", '"')
-            case "greater_than_equal":
-                reason = f"must be {context['ge']} or more"
+            case "greater_than_equal" | "less_than_equal":
+                reason = (
+                    f"must be {context['ge']} or more"
+                    if "ge" in context
+                    else f"must be {context['le']} or less"
+                )
             case "string_too_short" | "string_too_long":
                 reason = f"must be text of 1 to {context.get('max_length', 64)} characters"
             case kind:

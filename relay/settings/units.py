@@ -10,6 +10,7 @@ import re
 
 __all__ = [
     "DURATION_PATTERN",
+    "LARGEST_SIZE",
     "SIZE_PATTERN",
     "format_duration",
     "format_size",
@@ -21,6 +22,8 @@ DURATION_PATTERN = r"^([0-9]{1,15}) ?(ms|s|m|h|d)$"
 """Regular expression of a duration, in the dialect of JSON Schema."""
 SIZE_PATTERN = r"^([0-9]{1,15}) ?(B|KiB|MiB|GiB)?$"
 """Regular expression of a size, in the dialect of JSON Schema."""
+LARGEST_SIZE = 1 << 60
+"""Octets; what is compared with it in a database stays a number of 64 bits."""
 
 _DURATION = re.compile(DURATION_PATTERN)
 _MILLISECONDS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
@@ -62,7 +65,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
             raise ValueError("a size cannot be negative")
-        return value
+        return _within(value)
     if not isinstance(value, str):
         raise ValueError('must be a size such as "64KiB", "25MiB" or a number of octets')  # noqa: TRY004  for pydantic
     match = _SIZE.fullmatch(value.strip())
@@ -71,7 +74,13 @@ def parse_size(value: object) -> int:
         if decimal:
             raise ValueError(f'{_shown(value)} is no size: write "{decimal[1]}{decimal[2].upper()}iB"')
         raise ValueError(f"{_shown(value)} is no size: a whole number and B, KiB, MiB or GiB")
-    return int(match[1]) * _OCTETS[match[2] or "B"]
+    return _within(int(match[1]) * _OCTETS[match[2] or "B"])
+
+
+def _within(octets: int) -> int:
+    if octets > LARGEST_SIZE:
+        raise ValueError(f'is larger than "{format_size(LARGEST_SIZE)}"')
+    return octets
 
 
 def format_size(octets: int) -> str:
