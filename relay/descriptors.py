@@ -1,43 +1,22 @@
 """File descriptors: as many as the system lets this process have, and whether that is enough.
 
 Rules: the soft limit of many systems, 1024, is for programs that use `select`; a relay may take all that the
-hard limit allows. What the configuration may need beyond it is a warning, not a refusal to start. Standard
-input and output are always there: a file or a connection in their place would be taken for them.
+hard limit allows. What the configuration may need beyond it is a warning, not a refusal to start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from relay.settings import Settings
 
-__all__ = ["BESIDE", "open_standard", "raise_limit", "shortage"]
+__all__ = ["BESIDE", "raise_limit", "shortage"]
 
 BESIDE = 64
 """Descriptors beside those of clients and upstreams: listeners, HTTP, the store, the spool, the loop."""
-
-
-def open_standard() -> None:
-    """Give the process the null device where it was started with standard input, output or error closed.
-
-    What opens next would get their numbers: libuv ends the process when it is to close one of these, and what
-    a library prints would go into a file of the records.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
-            os.set_inheritable(number, True)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def raise_limit() -> int:

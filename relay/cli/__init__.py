@@ -7,6 +7,8 @@ command that needs it, so that help stays quick.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +18,33 @@ import typer
 import relay
 from relay.cli.commands import app
 from relay.cli.failure import CommandError
-from relay.descriptors import open_standard
+from relay.cli.streams import let_go, not_written, prepare
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: the process's own) name; return the exit status."""
-    open_standard()
+    prepare()
+    try:
+        return _run(arguments)
+    finally:
+        let_go()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = app(args=arguments, prog_name="relay", standalone_mode=False)
+        sys.stdout.flush()
     except CommandError as error:
         return _fail(error.lines, error.status)
     except typer.TyperException as error:
         return _fail([f"relay: {_sentence(error.format_message())}; see relay --help"], error.exit_code)
+    except BrokenPipeError:  # whoever read has seen enough
+        return 1
     except Exception as error:  # the last door: whatever it is, people get a line
+        if not_written(error):
+            return _fail([f"relay: cannot write to standard output: {error.strerror}"])
         return _fail(
             [f"relay: {type(error).__name__}: {error} ({_place(error)}); this is a defect, please report it"]
         )
@@ -38,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(lines: Sequence[str], status: int = 1) -> int:
-    for line in lines:
-        typer.echo(line, err=True)
+    with contextlib.suppress(OSError):  # there is nobody to tell
+        for line in lines:
+            typer.echo(line, err=True)
     return status
 
 

@@ -26,6 +26,7 @@ from relay.cli.migrate import migrate_store
 from relay.cli.sends import sends
 from relay.cli.spool import spool
 from relay.cli.stats import stats
+from relay.cli.streams import let_go
 from relay.cli.user import user
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def _serve(path: Path | None, upstream: socket.socket | None = None) -> int:
         return run(settings, load, upstream)
     except (StartError, OSError) as error:
         raise CommandError([f"relay: cannot start: {error}"]) from None
+    finally:
+        let_go()  # lines of the log that could not be written are no failure of the command
 
 
 @app.command()

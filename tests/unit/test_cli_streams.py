@@ -1,0 +1,115 @@
+"""Standard streams that are closed, full or read by nobody: real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.process import ROOT, RelayProcess
+from tests.support.upstream import ScriptedUpstream
+
+CONFIG = """
+[[upstreams]]
+address = "smtp.example.com:587"
+[[limits]]
+scope = "sender"
+max = 10
+per = "1h"
+"""
+# Standard output keeps what it could not write, but for an interpreter that is told to keep nothing.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {
+    "PYTHONPATH": str(ROOT)
+}
+COMMANDS = [["--version"], ["--help"], ["schema"], ["check", "--config=relay.toml"]]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("relay.toml").write_text(CONFIG)
+
+
+def run(redirection: str, *arguments: str, **environment: str) -> tuple[int, bytes, bytes]:
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "relay", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, check=False, timeout=30, env=ENVIRONMENT | environment
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">/dev/full", b"No space left on device"), (">&-", b"Bad file descriptor")]
+)
+def test_what_cannot_be_written_is_told_in_a_line(
+    command: list[str], redirection: str, reason: bytes
+) -> None:
+    assert run(redirection, *command) == (1, b"", b"relay: cannot write to standard output: %b\n" % reason)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_reader_that_has_gone_is_no_complaint(command: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "relay", *command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=30,
+        env=ENVIRONMENT,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_the_status_is_that_of_the_mistake_where_nobody_can_be_told() -> None:
+    for redirection in ("2>&-", "2>/dev/full", ">&- 2>&- <&-"):
+        assert run(redirection, "check", "--config=none.toml")[0] == 2
+
+
+def test_every_encoding_will_do() -> None:
+    Path("名.toml").write_text(CONFIG)
+    status, out, error = run("", "check", "--config=名.toml", PYTHONIOENCODING="latin-1")
+    assert (status, error) == (0, b"")
+    assert out.startswith(b"\\u540d.toml is valid.\n")
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "2>&-", "<&- 2>&-"])
+async def test_a_relay_without_standard_streams_serves_and_stops_in_order(
+    redirection: str, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        relay.launcher = ("sh", "-c", f'exec "$@" {redirection}', "sh")
+        await relay.start()
+        for _ in range(3):
+            async with Client(relay.port) as client:
+                await client.ehlo()
+                replies = await client.message("a@example.test", ["b@example.test"], b"x: y\r\n\r\n")
+                assert [reply.code for reply in replies] == [250, 250, 354, 250]
+        assert await relay.terminate() == 0
+        assert relay.errors() == ""
+
+
+def test_a_log_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text(
+        f'[[upstreams]]\naddress = "127.0.0.1:1"\ntls = "none"\n[[listeners]]\naddress = "127.0.0.1:0"\n'
+        f'[http]\naddress = "127.0.0.1:0"\n[records]\nurl = "sqlite:///{tmp_path}/rows.db"\nspool = "spool"\n'
+    )
+    command = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "relay", "serve"]
+    with subprocess.Popen(
+        [*command, "--config", str(config)], stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as relay:
+        while not (tmp_path / "spool" / "lock").exists():
+            assert relay.poll() is None
+            time.sleep(0.01)
+        relay.terminate()
+        _, error = relay.communicate(timeout=60)
+        assert (relay.returncode, error) == (0, b"")
