@@ -27,7 +27,7 @@ from relay.provider import accepted_as
 from relay.records.model import Json
 from relay.records.sends import InDoubt, Send
 
-__all__ = ["GAP", "Table", "details", "fitted", "printable", "writer"]
+__all__ = ["GAP", "Table", "cope", "details", "fitted", "printable", "writer"]
 
 Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
@@ -51,7 +51,7 @@ def writer(
 
     An empty first page makes it print what stands above the rows.
     """
-    _cope(out, output)
+    cope(out, output)
     columns = tuple(field.name for field in fields(kind))
     if output is Format.TABLE:
         write = _table(out, HEADER if kind is Send else HEADER_IN_DOUBT, zone)
@@ -65,7 +65,7 @@ def writer(
     return page
 
 
-def _cope(out: TextIO, output: Format) -> None:
+def cope(out: TextIO, output: Format) -> None:
     """Make `out` take every character."""
     if isinstance(out, io.TextIOWrapper):
         if output is Format.TABLE:
@@ -160,7 +160,7 @@ def printable(text: str) -> str:
 
 def details(row: Row, out: TextIO, *, zone: tzinfo | None = None) -> None:
     """Print everything about one row, a line for each value, for people."""
-    _cope(out, Format.TABLE)
+    cope(out, Format.TABLE)
     lines = list(_details(row, zone))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

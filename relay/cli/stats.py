@@ -84,6 +84,9 @@ def stats(
 
 
 def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, detail: bool) -> None:
+    from relay.cli.rows import cope
+
+    cope(out, output)
     columns = ("messages", *(DETAILS if detail else ()))
     if output is Format.JSON:
         for each in found.counts:
@@ -95,10 +98,19 @@ def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, 
         writer.writerows((*each.keys, *(getattr(each, name) for name in columns)) for each in found.counts)
     else:
         terminal = out.isatty()
-        width = shutil.get_terminal_size().columns if terminal else None
+        width = shutil.get_terminal_size().columns if terminal and _draws(out) else None
         bold = terminal and os.environ.get("TERM") != "dumb"
         made = enumerate(lines(found, by, width, detail=detail))
         out.writelines(f"{typer.style(line, bold=True) if bold and not at else line}\n" for at, line in made)
+
+
+def _draws(out: TextIO) -> bool:
+    """Whether the terminal's encoding has what bars are made of."""
+    try:
+        _EIGHTHS.encode(out.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def lines(found: Statistics, by: Sequence[By], width: int | None, *, detail: bool = False) -> Iterator[str]:

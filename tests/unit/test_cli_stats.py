@@ -170,6 +170,29 @@ def test_a_bar_is_as_long_as_its_value() -> None:
     assert lengths == sorted(lengths)
 
 
+def test_every_encoding_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    record(ROW, replace(ROW, task_id=UUID(int=2), task_type="Rückfrage"))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    command = [sys.executable, "-m", "relay", "stats", "--by", "type"]
+    said = subprocess.run(command, capture_output=True, check=False)
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert b"R\\xfcckfrage" in said.stdout
+    for output in ("csv", "json"):
+        said = subprocess.run([*command, "--format", output], capture_output=True, check=True)
+        assert "Rückfrage" in said.stdout.decode() or r"R\u00fcckfrage" in said.stdout.decode()
+
+
+def test_no_bars_where_the_terminal_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    record(ROW)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "relay", "stats", "--by", "type"]
+    subprocess.run(command, stdout=theirs, check=True)
+    os.close(theirs)
+    assert b"mention         1\r\n" in os.read(ours, 4096)
+    os.close(ours)
+
+
 # One send
 
 
