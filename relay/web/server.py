@@ -9,12 +9,14 @@ routes, and what stands before them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from relay import maillog
 from relay.metrics import Metrics
@@ -89,6 +91,7 @@ class Server:
         )
         for part in () if self._site is None else self._site.parts:
             app.add_routes(part.routes())
+        logging.getLogger("aiohttp.server").addFilter(_not_of_a_client)
         # The relay owns signals and logs; a scraper every few seconds would fill an access log.
         self._runner = web.AppRunner(
             app,
@@ -122,6 +125,11 @@ class Server:
     async def _get_readiness(self, _request: web.Request) -> web.Response:
         ready, lines = self._readiness()
         return _text(200 if ready else 503, ["ready" if ready else "not ready", *lines])
+
+
+def _not_of_a_client(record: logging.LogRecord) -> bool:
+    """Keep from the log what a client did wrong: aiohttp tells of it as an error, with a traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _text(status: int, lines: Sequence[str]) -> web.Response:

@@ -99,6 +99,24 @@ async def test_no_answer_names_the_server(client: aiohttp.ClientSession, path: s
         assert "aiohttp" not in await answer.text()
 
 
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"EHLO there\r\n\r\n",
+        b"GET /healthz?\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+    ],
+)
+async def test_what_is_no_http_is_refused_and_no_error_of_ours(
+    web: Web, octets: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    writer.write(octets)
+    assert b" 400 Bad Request\r\n" in await reader.read()
+    writer.close()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_metrics_are_those_of_the_relay(client: aiohttp.ClientSession, metrics: Metrics) -> None:
     metrics.session_opened("a")
     async with client.get("/metrics") as answer:
