@@ -59,8 +59,9 @@ def _fail(lines: Sequence[str], status: int = 1) -> int:
 
 
 def _sentence(text: str) -> str:
-    """The library's message as part of a line of ours."""
-    return (text[:1].lower() + text[1:]).rstrip(".").replace("\n", " ")
+    """The library's message as part of a line of ours, without its tabs and the marks of its own library."""
+    text = " ".join(text.replace("Value error, ", "").split())
+    return (text[:1].lower() + text[1:]).rstrip(".")
 
 
 def _place(error: Exception) -> str:

@@ -73,6 +73,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "--bogus"], "relay: no such option: --bogus"),
         (["check", "--config"], "relay: option '--config' requires an argument"),
         (["check", "extra"], "relay: got unexpected extra argument"),
+        (["stats"], "relay: missing option '--by'. Choose from: type, sender, recipient-domain, client, "),
+        (["sends", "--format=xml"], "relay: invalid value for '--format': 'xml' is not one of 'table', "),
         (["expire", "--dry-run=yes"], "relay: option '--dry-run' does not take a value"),
     ],
     ids=str,
