@@ -99,7 +99,7 @@ def show(
         import csv
 
         table = io.StringIO()
-        rows = csv.writer(table)
+        rows = csv.writer(table, lineterminator="\n")
         rows.writerow(("user", "senders"))
         rows.writerows((name, " ".join(found.senders or ())) for name, found in users.items())
         typer.echo(table.getvalue(), nl=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -170,11 +169,7 @@ def test_list(run: Run, file: Path) -> None:
     ]
     status, out, _ = run("list", "--file", "users.toml", "--format", "csv")
     assert status == 0
-    assert list(csv.reader(io.StringIO(out))) == [
-        ["user", "senders"],
-        ["shop", "*@example.com <>"],
-        ["ü@example.com", ""],
-    ]
+    assert out == "user,senders\nshop,*@example.com <>\nü@example.com,\n"
 
 
 @pytest.mark.parametrize("output", ["table", "json", "csv"])
