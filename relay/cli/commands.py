@@ -247,7 +247,10 @@ app.add_typer(spool, name="spool")
 
 def _tell(findings: Iterable[Finding]) -> int:
     """Print findings as they come, those of one place together; return the exit status."""
+    from relay.maillog.console import coloured
+
     colours = {"ok": "green", "note": "yellow", "failed": "red"}
+    shows = coloured(sys.stdout)
     counts = dict.fromkeys(colours, 0)
     place = ""
     for where, level, text in findings:
@@ -257,19 +260,22 @@ def _tell(findings: Iterable[Finding]) -> int:
         counts[level] += 1
         shown = text.replace("\n", " / ")  # a reply of several lines
         level_shown = typer.style(f"{level:<6}", fg=colours[level])
-        typer.echo(f"  {level_shown}  {shown}")
+        typer.echo(f"  {level_shown}  {shown}", color=shows)
     typer.echo(", ".join(f"{count} {level}" for level, count in counts.items()))
     return 1 if counts["failed"] else 0
 
 
 def _connect(settings: Settings) -> int:
+    from relay.maillog.console import coloured
     from relay.probe import probe
 
+    shows = coloured(sys.stdout)
     failed = False
     for what, ok, detail in probe(settings):
         failed = failed or not ok
         typer.echo(
-            f"  {typer.style('ok', fg='green') if ok else typer.style('failed', fg='red')}  {what}: {detail}"
+            f"  {typer.style('ok', fg='green') if ok else typer.style('failed', fg='red')}  {what}: {detail}",
+            color=shows,
         )
     return 1 if failed else 0
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import IO, Any, Final
 
-__all__ = ["Console"]
+__all__ = ["Console", "coloured"]
 
 _LEVELS: Final = {
     "debug": "\x1b[1;32m",
@@ -17,6 +18,11 @@ _LEVELS: Final = {
 _BRIGHT, _DIM, _CYAN, _MAGENTA, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[1;36m", "\x1b[1;35m", "\x1b[0m"
 _QUOTED: Final = frozenset(" \t=\r\n\"'")
 """A text with one of these would not be seen to be one value."""
+
+
+def coloured(stream: IO[Any]) -> bool:
+    """Whether it is a terminal that has colours, and nobody has said by NO_COLOR that they are not wanted."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Console:

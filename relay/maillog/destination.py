@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
-from relay.maillog.console import Console
+from relay.maillog.console import Console, coloured
 from relay.maillog.line import as_json, cleaned
 from relay.maillog.output import Output
 from relay.maillog.values import traceback_text
@@ -124,7 +124,7 @@ def configure(format: str, level: str, stream: BinaryIO | None = None) -> None: 
     one of debug, info, warning, error, critical. `stream` takes the lines' octets, by default standard
     output. The standard library's logging comes out here too, from warnings up.
     """
-    render = as_json if format == "json" else Console(colors=(stream or sys.stdout).isatty())
+    render = as_json if format == "json" else Console(colors=coloured(stream or sys.stdout))
     flush()
     _use(render, level, stream)
     root = logging.getLogger()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -23,9 +24,9 @@ max = 10
 per = "1h"
 """
 # Standard output keeps what it could not write, but for an interpreter that is told to keep nothing.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {
-    "PYTHONPATH": str(ROOT)
-}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+for name in ("PYTHONUNBUFFERED", "NO_COLOR"):
+    ENVIRONMENT.pop(name, None)
 COMMANDS = [["--version"], ["--help"], ["schema"], ["check", "--config=relay.toml"]]
 
 
@@ -113,3 +114,33 @@ def test_a_log_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
         relay.terminate()
         _, error = relay.communicate(timeout=60)
         assert (relay.returncode, error) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("environment", "colours"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_colours_are_for_terminals_that_have_them_and_people_who_want_them(
+    log: bool, environment: dict[str, str], colours: bool
+) -> None:
+    # Nobody listens there; and a spool that is no directory ends the start behind the first lines of the log.
+    Path("relay.toml").write_text(
+        '[[upstreams]]\naddress = "127.0.0.1:1"\ntls = "none"\n[log]\nformat = "console"\n'
+        '[records]\nspool = "relay.toml"\n'
+    )
+    command = ["serve"] if log else ["check", "--connect"]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "relay", *command, "--config=relay.toml"],
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        check=False,
+        timeout=30,
+        env=ENVIRONMENT | {"TERM": "xterm"} | environment,
+    )
+    os.close(theirs)
+    assert done.returncode == 1
+    assert (b"\x1b[" in os.read(ours, 65536)) == colours
+    os.close(ours)
