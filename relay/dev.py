@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiosmtpd import smtp
 
@@ -120,8 +120,9 @@ class DevUpstream:
         manners = {self._manner(recipient) for recipient in envelope.rcpt_tos}
         if Manner.SLOW in manners:
             await asyncio.sleep(self._slow_s)
-        if Manner.DROP in manners and isinstance(server.transport, asyncio.WriteTransport):
-            server.transport.abort()
+        if Manner.DROP in manners:
+            # uvloop's transports are none of asyncio's by their class.
+            cast("asyncio.WriteTransport", server.transport).abort()
             return "451 4.4.2 dropped"
         if Manner.SPAM in manners:
             return "554 5.7.1 looks like spam (the built-in upstream was asked to reject)"

@@ -106,3 +106,26 @@ async def test_a_socket_that_was_passed_stays_the_listeners(tmp_path: Path) -> N
                 assert "kept as dev-1" in await send(relay)
                 assert await relay.terminate() == 0
         assert relay.errors() == ""
+
+
+async def test_it_does_as_the_recipient_asks(tmp_path: Path) -> None:
+    """In the event loop that the relay runs on, which need not be that of the tests."""
+    heard = {}
+    async with trial(tmp_path) as relay:
+        await relay.start()
+        async with Client(relay.port, deadline_s=30.0) as client:
+            await client.ehlo()
+            for word in ("ann", "reject", "defer", "spam", "drop", "slow"):
+                replies = await client.message("a@example.com", [f"{word}@example.org"], b"\r\ntext\r\n")
+                heard[word] = [reply.code for reply in replies]
+                await client.command("RSET")
+        assert [doubt["sender"] for doubt in relay.rows("SELECT * FROM task_in_doubt")] == ["a@example.com"]
+        assert await relay.terminate() == 0
+    assert heard == {
+        "ann": [250, 250, 354, 250],
+        "reject": [250, 550, 503],
+        "defer": [250, 451, 503],
+        "spam": [250, 250, 354, 554],
+        "drop": [250, 250, 354, 451],
+        "slow": [250, 250, 354, 250],
+    }
