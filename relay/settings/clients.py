@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from relay.settings.kinds import Flag, NetworkText
+from relay.settings.kinds import FileName, Flag, NetworkText
 from relay.settings.networks import Network, too_wide
 from relay.settings.section import Section
 
@@ -32,7 +32,7 @@ class ClientSettings(Section):
     """How clients log in: not at all, as users of users_file, or with what the upstream takes from them."""
     auth_without_tls: Flag = False
     """Whether AUTH is offered without TLS to clients on this machine; to others it never is."""
-    users_file: Path | None = None
+    users_file: FileName | None = None
     """File of the users for auth = "users"; `relay user` keeps it. Read again when it changes."""
     allow: tuple[NetworkText, ...] = Field(default_factory=_allowed_by_default)
     """Networks and addresses that may relay without AUTH. With auth, the default is nobody."""

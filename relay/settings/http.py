@@ -5,11 +5,9 @@ Rules: a token is one that can stand in a header, and that nobody guesses.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import SecretStr, field_validator
 
-from relay.settings.kinds import HttpAddress, OwnName, check_length, written
+from relay.settings.kinds import FileName, HttpAddress, OwnName, check_length, written
 from relay.settings.section import Endpoint
 
 __all__ = ["HttpSettings"]
@@ -20,7 +18,7 @@ class HttpSettings(Endpoint):
 
     address: HttpAddress = written("127.0.0.1:9025")
     """host:port or [IPv6]:port. Port 0: any free one."""
-    token_file: Path | None = None
+    token_file: FileName | None = None
     """File with the token that page and API ask for. Off loopback they answer only with one."""
     token: SecretStr | None = None
     """The token itself. Better: token_file."""

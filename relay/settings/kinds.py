@@ -9,6 +9,7 @@ import re
 import socket
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Strict, WithJsonSchema
@@ -30,6 +31,7 @@ __all__ = [
     "Count",
     "Duration",
     "DurationOrZero",
+    "FileName",
     "Flag",
     "HeaderName",
     "HttpAddress",
@@ -128,6 +130,12 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _file_name(value: Path) -> Path:
+    if "\0" in str(value):
+        raise ValueError("must be the name of a file, without NUL")
+    return value
+
+
 def check_length(secret: str) -> None:
     """Raise ValueError for a token or a key that is short enough to be guessed."""
     if len(secret) < SHORTEST_SECRET:
@@ -219,6 +227,7 @@ NetworkText = Annotated[
     PlainSerializer(str, when_used="json"),
     WithJsonSchema({"type": "string", "examples": ["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]}),
 ]
+FileName = Annotated[Path, AfterValidator(_file_name)]
 Count = Annotated[int, Strict(), Field(ge=1, le=GREATEST_NUMBER)]
 Weight = Annotated[int, Strict(), Field(ge=0, le=GREATEST_NUMBER)]
 MatchPattern = Annotated[str, Field(max_length=320), AfterValidator(_pattern)]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from relay.settings.kinds import Flag, ListenAddress
+from relay.settings.kinds import FileName, Flag, ListenAddress
 from relay.settings.section import Endpoint, Section
 
 __all__ = ["ListenerSettings", "TlsSettings"]
@@ -31,9 +31,9 @@ class ListenerSettings(Endpoint):
 class TlsSettings(Section):
     """The certificate that listeners show. Its files are read again when they change, and at SIGHUP."""
 
-    cert: Path | None = None
+    cert: FileName | None = None
     """File with the certificate and its chain, PEM."""
-    key: Path | None = None
+    key: FileName | None = None
     """File with the private key, PEM, without a passphrase."""
 
     @field_validator("key")

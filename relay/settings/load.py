@@ -113,7 +113,7 @@ def _use(
     problems: list[tuple[Key, str]] = []
     for name, use in uses.items():
         key, value = (*place, name), table.get(name)
-        if isinstance(value, str):
+        if isinstance(value, str) and "\0" not in value:
             try:
                 warnings += [f"{dotted(key)}: {doubt}" for doubt in use(table, name, Path(value))]
             except ValueError as error:
@@ -125,7 +125,7 @@ def _try_certificate(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Ke
     """Load the listeners' certificate once, so that a mistake shows before anything starts."""
     tls = tree.get("tls")
     cert, key = (tls.get("cert"), tls.get("key")) if isinstance(tls, dict) else (None, None)
-    if not isinstance(cert, str) or not isinstance(key, str):
+    if not isinstance(cert, str) or not isinstance(key, str) or "\0" in cert + key:
         return []
     for name, path in (("cert", Path(cert)), ("key", Path(key))):
         try:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from relay.settings.dsn import check_dsn, is_dsn, shown_url, with_password
-from relay.settings.kinds import Duration, HeaderName, RelayName, StoreUrl, check_length, written
+from relay.settings.kinds import Duration, FileName, HeaderName, RelayName, StoreUrl, check_length, written
 from relay.settings.section import Section
 
 __all__ = ["RecordSettings"]
@@ -23,13 +23,13 @@ class RecordSettings(Section):
 
     url: StoreUrl = "sqlite:///data/task_done.db"
     """Database: sqlite:///file (four slashes: an absolute path), or postgresql://user@host/database."""
-    password_file: Path | None = None
+    password_file: FileName | None = None
     """File that holds the password of the database's user; its last line end does not count."""
     password: SecretStr | None = None
     """Password of the database's user. Better: password_file, or libpq's own PGPASSFILE."""
     relay: RelayName = ""
     """Name of this relay in data.relay of its rows. Default: server.hostname."""
-    spool: Path = written("data/spool")
+    spool: FileName = written("data/spool")
     """Directory where accepted rows wait while the store is away."""
     commit_timeout: Duration = written("2s")
     """A store that takes longer: the row goes to the spool, and the client gets its reply."""
@@ -39,7 +39,7 @@ class RecordSettings(Section):
     """Message headers that are kept with the row."""
     recipients: Literal["plain", "hashed"] = "plain"
     """How recipients are kept and logged. hashed: as keyed pseudonyms, their domains as they are."""
-    recipients_key_file: Path | None = None
+    recipients_key_file: FileName | None = None
     """File with the key of the pseudonyms, the same for all relays on one database."""
     recipients_key: SecretStr | None = Field(default=None, validate_default=True)
     """The key itself. Better: recipients_key_file."""
@@ -59,6 +59,8 @@ class RecordSettings(Section):
     @field_validator("url")
     @classmethod
     def _database(cls, value: str) -> str:  # never shows the value: it may hold a password
+        if "\0" in value:
+            raise ValueError("must not hold NUL")
         if is_dsn(value):
             check_dsn(value)
             return value

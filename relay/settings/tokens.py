@@ -6,14 +6,13 @@ Secrets go to an endpoint by https alone, unless it is this machine.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr, ValidationInfo, field_validator
 
 from relay.settings.address import Address
-from relay.settings.kinds import check_line
+from relay.settings.kinds import FileName, check_line
 from relay.settings.section import Section
 
 __all__ = ["TokenSettings"]
@@ -22,7 +21,7 @@ __all__ = ["TokenSettings"]
 class TokenSettings(Section):
     """Where the bearer token for an upstream comes from: a file, a command or an OAuth 2.0 token endpoint."""
 
-    file: Path | None = None
+    file: FileName | None = None
     """File that holds the token; it is read anew for every login."""
     command: tuple[str, ...] = ()
     """Program and arguments that print the token; run for every login, without a shell."""
@@ -30,11 +29,11 @@ class TokenSettings(Section):
     """Token endpoint (RFC 6749), https; http only on loopback."""
     client_id: str | None = None
     """The relay's identifier at the token endpoint."""
-    client_secret_file: Path | None = None
+    client_secret_file: FileName | None = None
     """File that holds the client's secret; its last line end does not count."""
     client_secret: SecretStr | None = None
     """The client's secret. Better: client_secret_file."""
-    refresh_token_file: Path | None = None
+    refresh_token_file: FileName | None = None
     """File that holds the refresh token. Without one the grant is client_credentials."""
     refresh_token: SecretStr | None = None
     """The refresh token. Better: refresh_token_file."""

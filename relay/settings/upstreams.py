@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, SecretStr, Strict, ValidationInfo, field_validator
+from pydantic import SecretStr, ValidationInfo, field_validator
 
 from relay.settings.address import Address
 from relay.settings.kinds import (
     Count,
     Duration,
+    FileName,
     Flag,
     MatchPattern,
     UpstreamAddress,
@@ -90,13 +91,13 @@ class UpstreamSettings(Endpoint):
     """starttls: never go on without it. implicit: TLS from the first octet. opportunistic: TLS if offered."""
     tls_verify: Flag = True
     """Whether the upstream's certificate must be valid for its name."""
-    ca_file: Path | None = None
+    ca_file: FileName | None = None
     """File with the certificates to trust instead of the system's, PEM."""
     username: str | None = None
     """User for AUTH with the upstream; the mechanism is chosen from what the upstream offers."""
     token: TokenSettings | None = None
     """A bearer token instead of a password (XOAUTH2, OAUTHBEARER), and where it comes from."""
-    password_file: Path | None = None
+    password_file: FileName | None = None
     """File that holds the password; its last line end does not count."""
     password: SecretStr | None = None
     """Password for AUTH with the upstream. Better: password_file."""
@@ -118,7 +119,7 @@ class UpstreamSettings(Endpoint):
     """How long a transaction waits for a free connection; then the client is told to try later."""
     xforward: Flag = False
     """Whether an upstream that offers XFORWARD is told each message's client and task id, for its log."""
-    priority: Annotated[int, Strict(), Field(ge=0)] = 10
+    priority: Weight = 10
     """Lower is tried first. With one upstream it makes no difference."""
     weight: Weight = 1
     """Share among upstreams of one priority. 0: drained, it gets no new messages."""
