@@ -162,6 +162,8 @@ def _value(text: str, wanted: Any, key: Key) -> Any:
     kind, inner = _shape(wanted)
     if kind in {"model", "dict"}:
         raise _MisfitError(key, _TABLE)
+    if any("\ud800" <= character <= "\udfff" for character in text):  # octets that Python could not read
+        raise _MisfitError(key, "is not UTF-8")
     if kind == "list":
         return _list(text, key)
     if inner is bool:

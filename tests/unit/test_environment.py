@@ -139,3 +139,21 @@ def test_a_mistake_is_reported_where_it_was_made(file: Path) -> None:
         f"{file}: server.max_recipients: must be a whole number",
         "environment RELAY__SERVER__MAX_CONNECTIONS: server.max_connections: must be a whole number",
     ]
+
+
+def test_what_is_not_utf_8_is_refused(file: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        changed(
+            file,
+            RELAY__UPSTREAMS__0__PASSWORD="sesame\udcff",
+            RELAY__RECORDS__URL="sqlite:////data/\udcff.db",
+            RELAY__LOG__LEVEL="\udcff",
+            RELAY__CLIENTS__ALLOW="\udcff",
+        )
+
+    assert caught.value.problems == [
+        "environment RELAY__CLIENTS__ALLOW: clients.allow: is not UTF-8",
+        "environment RELAY__LOG__LEVEL: log.level: is not UTF-8",
+        "environment RELAY__RECORDS__URL: records.url: is not UTF-8",
+        "environment RELAY__UPSTREAMS__0__PASSWORD: upstreams.0.password: is not UTF-8",
+    ]
