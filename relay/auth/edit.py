@@ -68,7 +68,7 @@ def _changed(path: Path, *, create: bool) -> Iterator[tuple[Any, dict[str, User]
         missing = create and not target.exists()
         old = f"# {HEADER}\n\n".encode() if missing else target.read_bytes()
         users = parse(old, path)
-        document = tomlkit.parse(old.decode())
+        document = tomlkit.parse(old.decode("utf-8-sig"))
         tables = document.setdefault("users", tomlkit.table(is_super_table=True))
         yield tables, users
         new = tomlkit.dumps(document).encode()

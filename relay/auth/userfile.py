@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, User]:
 def parse(octets: bytes, path: Path) -> dict[str, User]:
     """Return the users that the text of the file `path` holds; raise UsersError if it has mistakes."""
     try:
-        tree = tomllib.loads(octets.decode())
+        tree = tomllib.loads(octets.decode("utf-8-sig"))  # some editors begin it with a BOM
     except UnicodeDecodeError:
         raise UsersError([f"{path}: is not UTF-8"]) from None
     except (ValueError, RecursionError) as error:  # also a number or a nesting beyond what Python reads

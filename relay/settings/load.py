@@ -68,7 +68,7 @@ def _one_line(text: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin it with a BOM
     except FileNotFoundError:
         hint = "write it (the relay's own config/relay.toml is the commented default), or give --config FILE"
         raise SettingsError([f"{path}: no such file: {hint}"]) from None

@@ -57,6 +57,13 @@ def test_what_is_there_stays_as_it_was_written(file: Path) -> None:
     assert file.read_text().rstrip() == WRITTEN.rstrip()
 
 
+def test_a_byte_order_mark_does_not_count(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + WRITTEN.encode())
+    assert set(read(file)) == {"app", "a.b@example.com"}
+    assert put(file, "new", OTHER, (), replace=False)
+    assert file.read_text().startswith(WRITTEN)
+
+
 def test_a_new_password_leaves_the_senders(file: Path) -> None:
     file.write_text(WRITTEN)
     assert not put(file, "app", OTHER, (), replace=True)

@@ -277,6 +277,12 @@ def test_a_file_of_other_octets(file: Path) -> None:
         load(file, {})
 
 
+def test_a_file_that_begins_with_a_byte_order_mark(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + b'[[upstreams]]\naddress = "smtp.example.com:587"\n')
+
+    assert load(file, {}).upstreams[0].address == "smtp.example.com:587"
+
+
 def test_the_shipped_file_loads() -> None:
     settings = load(SHIPPED, {})
 
