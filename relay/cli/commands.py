@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay import __version__
-from relay.cli.configuration import ConfigOption, configured, find, loaded, loader
+from relay.cli.configuration import OF_THE_RECORDS, ConfigOption, configured, find, loaded, loader
 from relay.cli.failure import CommandError
 from relay.cli.forget import forget
 from relay.cli.health import health
@@ -177,7 +177,7 @@ def expire(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the rows, delete none.")] = False,
 ) -> int:
     """Delete the expired rows once, for cron or another scheduler."""
-    settings = configured(find(config, os.environ))
+    settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
     import asyncio
 
     from relay.records.store import StoreError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT",
+    "OF_HEALTH",
+    "OF_THE_RECORDS",
     "ConfigOption",
     "configured",
     "configured_to_read",
@@ -26,6 +28,10 @@ __all__ = [
 ]
 
 DEFAULT = Path("config/relay.toml")
+
+OF_HEALTH: Final = ("listeners", "tls", "clients", "upstreams")
+OF_THE_RECORDS: Final = (*OF_HEALTH, "http")
+"""What commands about the records leave out: the password of an upstream, say, may be the service's alone."""
 
 ConfigOption = Annotated[
     Path | None,
@@ -46,11 +52,9 @@ def find(config: Path | None, environ: Mapping[str, str], *, dev: bool = False) 
     return None if dev else DEFAULT
 
 
-def configured(path: Path | None, *, dev: bool = False) -> Settings:
+def configured(path: Path | None, *, without: Collection[str] = ()) -> Settings:
     """Return the settings of the file at `path`, with the environment over them, or raise CommandError."""
-    from relay.settings import DEV_UPSTREAM
-
-    return loaded(loader(path, dev_upstream=DEV_UPSTREAM if dev else None))
+    return loaded(loader(path, without=without))
 
 
 def loaded(load: Callable[[], Settings]) -> Settings:
@@ -63,11 +67,13 @@ def loaded(load: Callable[[], Settings]) -> Settings:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
 
 
-def loader(path: Path | None, *, dev_upstream: str | None = None) -> Callable[[], Settings]:
+def loader(
+    path: Path | None, *, dev_upstream: str | None = None, without: Collection[str] = ()
+) -> Callable[[], Settings]:
     """Return what reads these settings, as often as it is called; it raises SettingsError."""
     from relay.settings import load
 
-    return partial(load, path, os.environ, dev_upstream=dev_upstream)
+    return partial(load, path, os.environ, dev_upstream=dev_upstream, without=without)
 
 
 def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Settings:
@@ -77,5 +83,5 @@ def configured_to_read(config: Path | None, environ: Mapping[str, str]) -> Setti
     the relay without a file finds its records all the same.
     """
     path = find(config, environ)
-    dev = path == DEFAULT and config is None and not DEFAULT.exists()
-    return configured(None if dev else path, dev=dev)
+    nowhere = path == DEFAULT and config is None and not DEFAULT.exists()
+    return configured(None if nowhere else path, without=OF_THE_RECORDS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured, find
+from relay.cli.configuration import OF_THE_RECORDS, ConfigOption, configured, find
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def forget(
     wanted = text(os.fsencode(address.strip().removeprefix("<").removesuffix(">")))
     if not wanted or wanted.startswith("@") or "*" in wanted:
         raise typer.BadParameter("takes one whole address", param_hint="'ADDRESS'")
-    settings = configured(find(config, os.environ))
+    settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
     names = [wanted, *_pseudonyms(settings, wanted)]
     try:
         # Before and after: a row that gets into the store meanwhile may come behind the look at its place.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from relay.cli.configuration import DEFAULT, ConfigOption, configured, find
+from relay.cli.configuration import DEFAULT, OF_HEALTH, ConfigOption, configured, find
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def health(
     path = find(config, os.environ)
     if config is None and path == DEFAULT and not DEFAULT.exists():
         path = None  # as `relay serve --dev` runs without a file
-    # Where it is asked depends on no upstream, so none need be configured, and no secret of one is read.
-    asked = configured(path, dev=True).http.address
+    asked = configured(path, without=OF_HEALTH).http.address
     from relay.settings.address import Address
 
     status, text = _get(Address.parse(asked), "/readyz" if ready else "/healthz")

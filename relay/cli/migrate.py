@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured, find
+from relay.cli.configuration import OF_THE_RECORDS, ConfigOption, configured, find
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def migrate_store(
     """
     if source == target:
         raise typer.BadParameter("takes another store than --from", param_hint="'--to'")
-    settings = configured(find(config, os.environ))
+    settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
     import asyncio
 
     from relay.records.errors import StoreError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured, configured_to_read, find
+from relay.cli.configuration import OF_THE_RECORDS, ConfigOption, configured, configured_to_read, find
 from relay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def replay(
     config: ConfigOption = None,
 ) -> int:
     """Carry what waits into the store now, for a relay that does not run."""
-    settings = configured(find(config, os.environ))
+    settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
     directory = settings.records.spool
     if not directory.exists():
         typer.echo(f"nothing waits: there is no spool {directory} yet")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ __all__ = ["DEV_UPSTREAM", "SettingsError", "load"]
 DEV_UPSTREAM = "127.0.0.1:2526"
 """Where the built-in upstream of `relay serve --dev` listens, unless that port is taken."""
 
+_STAND_INS = {"listeners": [{"address": "127.0.0.1:0"}], "upstreams": [{"address": "upstream.invalid:25"}]}
+"""For sections that are not looked at and that the others must fit: addresses that nothing else has."""
+
 
 class SettingsError(Exception):
     """The configuration cannot be used. `problems` has one line for each mistake, for the operator."""
@@ -31,16 +34,29 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-def load(path: Path | None, environ: Mapping[str, str], *, dev_upstream: str | None = None) -> Settings:
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    *,
+    dev_upstream: str | None = None,
+    without: Collection[str] = (),
+) -> Settings:
     """Return the settings of the file at `path` (None: the defaults), with the environment over them.
 
     `dev_upstream` is the address of the built-in upstream, which then replaces whatever upstream is
-    configured: a trial must never send real mail. Raises SettingsError with every mistake that was found.
+    configured: a trial must never send real mail. `without` names sections that are of no use to a command:
+    nothing in them is looked at, and no secret of theirs is read. Raises SettingsError with every mistake
+    that was found.
     """
     source = str(path) if path else "built-in defaults"
     tree = _read(path) if path else {}
     sources, problems = overlay(tree, Settings, environ)
     warnings: list[str] = []
+    for section in without:
+        tree.pop(section, None)
+        problems = [problem for problem in problems if problem[1][:1] != (section,)]
+        if section in _STAND_INS:
+            tree[section] = _STAND_INS[section]
     if dev_upstream is not None:
         if tree.pop("upstreams", None):
             warnings.append("upstreams: not used with --dev, the built-in upstream takes their place")

@@ -87,3 +87,32 @@ async def test_a_port_that_nobody_knows(
 async def test_a_file_that_is_named_and_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert await ask("--config", "mine.toml") == 2
     assert "mine.toml: no such file" in capsys.readouterr().err
+
+
+ROUTED = """
+[clients]
+auth = "passthrough"
+passthrough_to = "primary"
+auth_without_tls = true
+[[upstreams]]
+name = "primary"
+address = "smtp.example.com:587"
+[[upstreams]]
+name = "other"
+address = "smtp.example.net:587"
+"""
+
+
+@pytest.mark.parametrize("text", [ROUTED, '[[listeners]]\naddress = "127.0.0.1:2526"\n'])
+async def test_what_else_the_file_says_does_not_matter(
+    text: str,
+    start: Any,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("relay.toml").write_text(text)
+    async with start(upstream.port) as running:
+        monkeypatch.setenv("RELAY__HTTP__ADDRESS", f"127.0.0.1:{running.http_port}")
+        assert await ask("--config", "relay.toml") == 0
+    assert said(capsys) == (["ok"], [])

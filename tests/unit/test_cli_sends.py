@@ -427,3 +427,58 @@ def test_without_a_file_the_records_of_a_trial_are_read(
 
     assert "data/task_done.db" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+SERVICE = """
+[[upstreams]]
+address = "smtp.example.com:587"
+username = "relay"
+[[listeners]]
+address = "127.0.0.1:2525"
+tls = "starttls"
+[tls]
+cert = "/run/credentials/cert"
+key = "/run/credentials/key"
+[clients]
+auth = "users"
+[http]
+token_file = "/run/credentials/token"
+"""
+"""Some secrets are where the service alone finds them; other keys come from its environment."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sends"],
+        ["stats", "--by", "type"],
+        ["limits"],
+        ["spool", "list"],
+        ["spool", "replay"],
+        ["expire"],
+        ["forget", "nobody@example.com"],
+        ["migrate-store", "--from", "sqlite:///data/task_done.db", "--to", "sqlite:///other.db"],
+    ],
+)
+def test_the_records_need_nothing_that_is_the_services_alone(arguments, capsys):
+    Path("relay.toml").write_text(SERVICE)
+    record(ROW)
+
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_what_the_records_do_not_need_is_read_by_a_check(capsys):
+    Path("relay.toml").write_text(SERVICE)
+
+    assert main(["check"]) == 2
+    assert "upstreams.0.password: missing" in capsys.readouterr().err
+
+
+def test_other_mistakes_are_told_to_who_reads_the_records(capsys):
+    Path("relay.toml").write_text('[upstream]\n[records]\nurl = "mysql:///data"\n')
+
+    assert main(["sends"]) == 2
+    assert capsys.readouterr().err == (
+        "relay: relay.toml: records.url: must be sqlite:///path or postgresql://user@host:port/database\n"
+        'relay: relay.toml: upstream: unknown key; did you mean "upstreams"?\n'
+    )
