@@ -108,6 +108,7 @@ def search(
 ) -> int:
     """Search the records of what was sent, newest first."""
     if context.invoked_subcommand is not None:
+        _nothing_before(context)
         return 0
     given = {
         "sender": sender,
@@ -289,6 +290,15 @@ class _Progress:
         """Leave the line as it was."""
         if self._told:
             typer.echo("\r\x1b[K", nl=False, err=True)
+
+
+def _nothing_before(context: typer.Context) -> None:
+    """Raise CommandError for options that are not the subcommand's: they would be passed over."""
+    sources = map(context.get_parameter_source, context.params)
+    if any(source is not None and source.name == "COMMANDLINE" for source in sources):
+        raise CommandError(
+            ["relay: options of show stand behind it: relay sends show TASK_ID --config FILE"], 2
+        )
 
 
 def _mistake(option: str, takes: str) -> typer.BadParameter:

@@ -274,6 +274,19 @@ def test_a_bad_value_is_one_line(arguments, option, takes, capsys):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--config=other.toml", "--format=json", "--tz=UTC", "--follow"])
+def test_an_option_before_show_is_not_passed_over(option, capsys):
+    record(ROW)
+
+    assert main(["sends", option, "show", str(ROW.task_id)]) == 2
+
+    assert capsys.readouterr() == (
+        "",
+        "relay: options of show stand behind it: relay sends show TASK_ID --config FILE\n",
+    )
+    assert main(["sends", "show", str(ROW.task_id)]) == 0
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
