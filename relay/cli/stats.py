@@ -84,7 +84,7 @@ def stats(
 
 
 def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, detail: bool) -> None:
-    from relay.cli.rows import cope
+    from relay.cli.rows import cope, printable
 
     cope(out, output)
     columns = ("messages", *(DETAILS if detail else ()))
@@ -95,25 +95,29 @@ def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, 
     elif output is Format.CSV:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow((*by, *columns))
-        writer.writerows((*each.keys, *(getattr(each, name) for name in columns)) for each in found.counts)
+        show = printable if out.isatty() else str
+        for each in found.counts:
+            writer.writerow((*map(show, each.keys), *(getattr(each, name) for name in columns)))
     else:
         terminal = out.isatty()
-        width = shutil.get_terminal_size().columns if terminal and _draws(out) else None
+        width = shutil.get_terminal_size().columns if terminal else None
         bold = terminal and os.environ.get("TERM") != "dumb"
-        made = enumerate(lines(found, by, width, detail=detail))
+        made = enumerate(lines(found, by, width, detail=detail, bars=_takes(out, _EIGHTHS)))
         out.writelines(f"{typer.style(line, bold=True) if bold and not at else line}\n" for at, line in made)
 
 
-def _draws(out: TextIO) -> bool:
-    """Whether the terminal's encoding has what bars are made of."""
+def _takes(out: TextIO, text: str) -> bool:
+    """Whether the encoding of `out` has this text."""
     try:
-        _EIGHTHS.encode(out.encoding)
+        text.encode(out.encoding or "utf-8")
     except UnicodeEncodeError:
         return False
     return True
 
 
-def lines(found: Statistics, by: Sequence[By], width: int | None, *, detail: bool = False) -> Iterator[str]:
+def lines(
+    found: Statistics, by: Sequence[By], width: int | None, *, detail: bool = False, bars: bool = True
+) -> Iterator[str]:
     """Give the lines of a table, with bars where it is `width` cells wide; None: as wide as it takes."""
     from rich.cells import cell_len
 
@@ -142,7 +146,7 @@ def lines(found: Statistics, by: Sequence[By], width: int | None, *, detail: boo
     ):
         cells = [*map(_fitted, keys, key_widths)]
         cells += [f"{value:>{size}}" for value, size in zip(values, number_widths, strict=True)]
-        if room >= NARROWEST_BAR and share is not None:
+        if bars and room >= NARROWEST_BAR and share is not None:
             cells.append(bar(share, most, room))
         yield GAP.join(cells).rstrip()
     if found.groups > len(found.counts):

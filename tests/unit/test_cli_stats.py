@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import IO
 from uuid import UUID
 
 import pytest
@@ -336,3 +338,47 @@ def test_a_long_export_says_how_far_it_is_where_somebody_looks(monkeypatch: pyte
     assert "\r200 rows" in said
     assert said.endswith("\r\x1b[K")
     assert len(list(csv.reader(Path("out.csv").read_text().splitlines()))) == 900
+
+
+# Where it is written
+
+
+def stats_to(stream: IO[bytes] | int, *arguments: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "relay", "stats", "--by", "sender", *arguments],
+        check=False,
+        stdout=stream,
+        stderr=subprocess.PIPE,
+        env=os.environ | environ,
+    )
+
+
+def test_every_encoding_will_do() -> None:
+    record(replace(ROW, sender="jörg@example.com"))
+
+    done = stats_to(subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"j\\xf6rg@example.com" in done.stdout
+    done = stats_to(subprocess.PIPE, "--format=csv", PYTHONIOENCODING="ascii")
+    assert "jörg@example.com,1\n" in done.stdout.decode()
+
+
+class Narrow(io.StringIO):
+    """A terminal that has no bars."""
+
+    encoding = "iso-8859-1"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_bars_where_the_encoding_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    record(replace(ROW, sender="j\u202erg@example.com"))
+    for output, expected in (
+        ("table", "MESSAGES\x1b[0m\nj\\u202erg@example.com         1\n"),
+        ("csv", "j\\u202erg"),
+    ):
+        out = Narrow()
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["stats", "--by", "sender", f"--format={output}"]) == 0
+        assert expected in out.getvalue()
