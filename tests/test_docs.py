@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import errno
 import io
 import json
 import os
@@ -532,6 +533,32 @@ def test_commands_that_are_not_run_say_why(page: Path) -> None:
             if found[1]:
                 assert f"def {found[1]}(" in Path(__file__).read_text()
         assert line not in ("```bash", "```shell", "```shell-session"), f"{page.name}: mark it sh or console"
+
+
+def test_what_a_relay_says_that_does_not_start_is_what_the_troubleshooting_has(tmp_path: Path) -> None:
+    text = sections(read("troubleshooting.md"))["The relay does not start"]
+    said = [row[0] for row in next(tables(text))[1:] if row[0].startswith("`")]
+    with pytest.raises(SettingsError) as missing:
+        load(tmp_path / "relay.toml", {})
+    mistakes = (ROOT / "tests/bad_settings").glob("*/expected_error")
+    known = [str(missing.value), os.strerror(errno.EADDRINUSE), os.strerror(errno.EACCES)]
+    known += [file.read_text() for file in mistakes]
+    for each in said:
+        words = each.split("`")[1]
+        assert any(words in line for line in known), words
+
+
+def test_every_secret_stands_in_the_settings() -> None:
+    text = sections(read("settings.md"))["Secrets"]
+    secrets = {
+        name
+        for model in SCHEMA["$defs"].values()
+        for name, key in model["properties"].items()
+        if form(key) == "secret"
+    }
+    assert secrets == {"password", "client_secret", "refresh_token", "recipients_key", "token"}
+    for name in secrets:
+        assert re.search(rf"`([a-z]+\.)?{name}`", text), name
 
 
 def test_every_command_that_a_page_names_is_there() -> None:
