@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from relay.selftest import Finding
-    from relay.settings import Settings, UpstreamSettings
+    from relay.settings import HttpSettings, ListenerSettings, Settings, UpstreamSettings
 
 __all__ = ["app"]
 
@@ -331,14 +331,37 @@ def _routing(upstream: UpstreamSettings, *, alone: bool) -> str:
     return text
 
 
+def _listener(listener: ListenerSettings) -> str:
+    """Where clients connect, and what they meet there that is not usual."""
+    tls = "" if listener.tls == "none" else f" TLS {listener.tls}"
+    return f"{listener.address}{tls}{' behind PROXY' if listener.proxy_protocol else ''}"
+
+
+def _clients(settings: Settings) -> Iterator[str]:
+    """Who may relay."""
+    clients = settings.clients
+    yield from map(str, clients.allow)
+    if clients.auth == "users":
+        yield f"users of {clients.users_file}"
+    elif clients.auth == "passthrough":
+        yield f"who may log in at {clients.passthrough_to or settings.upstreams[0].name}"
+
+
+def _served(http: HttpSettings) -> str:
+    """What the HTTP side answers, and to whom."""
+    if http.token is not None:
+        return "metrics, health; page and API with the token"
+    return "metrics, health, page, API" if http.loopback else "metrics, health; no page and API: no token"
+
+
 def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
     """What the settings mean, for people, in a few lines."""
     from relay.settings.units import format_duration, format_size
 
     server, records = settings.server, settings.records
     yield "name", server.hostname
-    yield "listens", ", ".join(str(listener.address) for listener in settings.listeners)
-    yield "clients", ", ".join(str(network) for network in settings.clients.allow)
+    yield "listens", ", ".join(map(_listener, settings.listeners))
+    yield "clients", ", ".join(_clients(settings))
     size = format_size(server.max_message_size) if server.max_message_size else "whatever the upstream allows"
     yield "messages", f"up to {size}, {server.max_recipients} recipients"
     for upstream in settings.upstreams:
@@ -358,5 +381,5 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
 
         for rule in rules_of(settings.limits):
             yield "limit", f"{rule.name}: {rule.scope}, {rule}, {rule.action}"
-    yield "http", f"{settings.http.address} (metrics, health)"
+    yield "http", f"{settings.http.address} ({_served(settings.http)})"
     yield "log", f"{settings.log.format}, {settings.log.level}"

@@ -21,6 +21,7 @@ from relay.records.model import Record
 from relay.records.retention import Retention
 from relay.records.store import open_store
 from relay.settings import Settings
+from tests.support.certificates import Certificates
 
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
 App = Callable[..., None]
@@ -281,11 +282,50 @@ def test_check_says_what_is_effective(config: Path, capsys: pytest.CaptureFixtur
         ],
         ["records", "sqlite:///data/task_done.db, spool data/spool, when away: spool"],
         ["retention", "never, mention 90d"],
-        ["http", "127.0.0.1:9025 (metrics, health)"],
+        ["http", "127.0.0.1:9025 (metrics, health, page, API)"],
         ["log", "json, info"],
     ]
     assert captured.err.startswith("relay: warning: upstreams.0.tls_verify: off")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "said"),
+    [
+        ("", "clients", "127.0.0.0/8, ::1/128"),
+        ('auth = "passthrough"', "clients", "who may log in at smtp.example.com"),
+        (
+            'auth = "users"\nusers_file = "users.toml"\nallow = ["10.0.0.0/8"]',
+            "clients",
+            "10.0.0.0/8, users of users.toml",
+        ),
+        (
+            '[http]\naddress = "0.0.0.0:9025"',
+            "http",
+            "0.0.0.0:9025 (metrics, health; no page and API: no token)",
+        ),
+        (
+            '[http]\ntoken = "0123456789abcdef"',
+            "http",
+            "127.0.0.1:9025 (metrics, health; page and API with the token)",
+        ),
+    ],
+)
+def test_check_says_who_gets_in(
+    text: str, what: str, said: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("users.toml").write_text("")
+    cert, key = Certificates().write_server(tmp_path)
+    config.write_text(
+        f'{UPSTREAM}[[listeners]]\naddress = "127.0.0.1:2525"\n[[listeners]]\naddress = "[::1]:587"\n'
+        f'tls = "required"\n[tls]\ncert = "{cert}"\nkey = "{key}"\n[clients]\n{text}\n'
+    )
+
+    assert main(["check", "--config", str(config)]) == 0
+
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines[what] == said
+    assert lines["listens"] == "127.0.0.1:2525, [::1]:587 TLS required"
 
 
 def test_expire_creates_no_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
