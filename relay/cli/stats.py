@@ -33,7 +33,10 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 def stats(
     by: Annotated[
         list[By],
-        typer.Option(help="What to count by; may be given twice. Time is counted in hours or days."),
+        typer.Option(
+            help="What to count by; may be given twice. Time is counted in hours or days; by "
+            "recipient-domain a message counts once for each recipient there."
+        ),
     ],
     config: ConfigOption = None,
     sender: Annotated[str | None, typer.Option(metavar="ADDRESS", help="As of relay sends.")] = None,
@@ -123,7 +126,8 @@ def lines(
 
     if not found.counts:
         return
-    names = ("messages", *(DETAILS if detail else ()))
+    counted = "recipients" if By.RECIPIENT_DOMAIN in by else "messages"
+    names = ("messages", *(name for name in DETAILS if detail and name != counted))
     rows = [
         ([_key(each, key) for each, key in zip(by, count.keys, strict=True)], count) for count in found.counts
     ]
@@ -133,7 +137,7 @@ def lines(
         min(max(map(cell_len, column)), LONGEST_KEY if width else 10_000)
         for column in zip(header, *(keys for keys, _ in rows), strict=True)
     ]
-    heads = [name.upper().replace("_", " ") for name in names]
+    heads = [name.upper().replace("_", " ") for name in (counted, *names[1:])]
     number_widths = [max(map(len, column)) for column in zip(heads, *numbers, strict=True)]
     room = 0
     if width is not None:
@@ -150,7 +154,7 @@ def lines(
             cells.append(bar(share, most, room))
         yield GAP.join(cells).rstrip()
     if found.groups > len(found.counts):
-        yield f"... {found.groups - len(found.counts):,} more; {found.messages:,} messages in all"
+        yield f"... {found.groups - len(found.counts):,} more; {found.messages:,} {counted} in all"
 
 
 def bar(value: int, most: int, room: int) -> str:

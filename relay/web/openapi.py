@@ -216,7 +216,8 @@ def description() -> dict[str, Any]:
         "name": "by",
         "in": "query",
         "required": True,
-        "description": "What to count by: one thing or two.",
+        "description": "What to count by: one thing or two. By recipient-domain a message counts once for "
+        "each recipient there.",
         "schema": {
             "type": "array",
             "minItems": 1,

@@ -103,6 +103,18 @@ def test_counts_by_time(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_by_domain_recipients_are_counted_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    record(ROW, replace(ROW, task_id=UUID(int=2), recipients=("ann@example.org",)))
+    assert main(["stats", "--by", "recipient-domain", "--limit", "1"]) == 0
+    assert capsys.readouterr().out == (
+        "RECIPIENT DOMAIN  RECIPIENTS\nexample.net                2\n... 1 more; 3 recipients in all\n"
+    )
+    assert main(["stats", "--by", "recipient-domain", "--limit", "1", "--detail"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "RECIPIENT DOMAIN  RECIPIENTS  OCTETS  AVERAGE MS  SLOWEST MS\n"
+    )
+
+
 def test_counts_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     some()
     assert main(["stats", "--by", "sender", "--format", "json"]) == 0
