@@ -212,6 +212,8 @@ def demo(
         seconds = parse_duration(within)
     except ValueError as error:
         raise CommandError([f"relay: --within: {error}"], 2) from None
+    if not seconds:
+        raise CommandError(["relay: --within: must be longer than nothing"], 2)
     import asyncio
 
     try:

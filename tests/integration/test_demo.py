@@ -100,8 +100,9 @@ def test_its_configuration_is_written_once(tmp_path: Path) -> None:
     assert configuration(tmp_path / "a" / "demo").read_text().endswith("# mine\n")
 
 
-def test_a_wrong_duration_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["demo", "--directory", str(tmp_path), "--within", "soon"]) == 2
+@pytest.mark.parametrize("within", ["soon", "0s"])
+def test_a_wrong_duration_is_told(within: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--directory", str(tmp_path), "--within", within]) == 2
     said = capsys.readouterr().err
     assert said.startswith("relay: --within: ")
     assert said.count("\n") == 1
