@@ -29,6 +29,13 @@ def migrate_store(
     """
     if source == target:
         raise typer.BadParameter("takes another store than --from", param_hint="'--to'")
+    from relay.settings import check_url
+
+    for option, url in (("--from", source), ("--to", target)):
+        try:
+            check_url(url)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=f"'{option}'") from None
     settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
     import asyncio
 

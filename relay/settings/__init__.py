@@ -9,7 +9,7 @@ from relay.settings.load import DEV_UPSTREAM, SettingsError, load
 from relay.settings.log import LogSettings
 from relay.settings.model import Settings
 from relay.settings.networks import Network
-from relay.settings.records import RecordSettings
+from relay.settings.records import RecordSettings, check_url
 from relay.settings.retention import ExpirySettings, RetentionSettings
 from relay.settings.schema import schema
 from relay.settings.server import ServerSettings
@@ -40,6 +40,7 @@ __all__ = [
     "TlsSettings",
     "TokenSettings",
     "UpstreamSettings",
+    "check_url",
     "compare",
     "load",
     "schema",

@@ -15,7 +15,23 @@ from relay.settings.dsn import check_dsn, is_dsn, shown_url, with_password
 from relay.settings.kinds import Duration, FileName, HeaderName, RelayName, StoreUrl, check_length, written
 from relay.settings.section import Section
 
-__all__ = ["RecordSettings"]
+__all__ = ["RecordSettings", "check_url"]
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError for what is no URL of a store; it never shows the URL, which may hold a password."""
+    if "\0" in url:
+        raise ValueError("must not hold NUL")
+    if is_dsn(url):
+        check_dsn(url)
+        return
+    if not url.startswith("sqlite:///"):
+        raise ValueError("must be sqlite:///path or postgresql://user@host:port/database")
+    path = url.removeprefix("sqlite:///")
+    if not path or path.startswith(":memory:"):
+        raise ValueError("names no file: rows would be lost at the end")
+    if "?" in path or "#" in path or path.endswith("/"):
+        raise ValueError("must end in the name of a file, without parameters")
 
 
 class RecordSettings(Section):
@@ -58,19 +74,8 @@ class RecordSettings(Section):
 
     @field_validator("url")
     @classmethod
-    def _database(cls, value: str) -> str:  # never shows the value: it may hold a password
-        if "\0" in value:
-            raise ValueError("must not hold NUL")
-        if is_dsn(value):
-            check_dsn(value)
-            return value
-        if not value.startswith("sqlite:///"):
-            raise ValueError("must be sqlite:///path or postgresql://user@host:port/database")
-        path = value.removeprefix("sqlite:///")
-        if not path or path.startswith(":memory:"):
-            raise ValueError("names no file: rows would be lost at the end")
-        if "?" in path or "#" in path or path.endswith("/"):
-            raise ValueError("must end in the name of a file, without parameters")
+    def _database(cls, value: str) -> str:
+        check_url(value)
         return value
 
     @field_validator("password")

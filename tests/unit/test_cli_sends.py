@@ -480,6 +480,22 @@ def test_the_records_need_nothing_that_is_the_services_alone(arguments, capsys):
     assert main(arguments) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--from", "--to"])
+def test_a_url_that_is_none_is_the_options_mistake(option, capsys):
+    urls = {
+        "--from": "sqlite:///data/task_done.db",
+        "--to": "sqlite:///other.db",
+        option: "mysql://a:sesame@b",
+    }
+
+    assert main(["migrate-store", *(word for pair in urls.items() for word in pair)]) == 2
+
+    assert capsys.readouterr().err == (
+        f"relay: invalid value for '{option}': must be sqlite:///path or "
+        "postgresql://user@host:port/database; see relay --help\n"
+    )
+
+
 def test_what_the_records_do_not_need_is_read_by_a_check(capsys):
     Path("relay.toml").write_text(SERVICE)
 
