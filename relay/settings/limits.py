@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from relay.settings.kinds import Count, Duration, Size
 from relay.settings.section import Section
@@ -25,7 +25,12 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[Annotated[str, Field(max_length=320)], ...], BeforeValidator(_several)]
+_PATTERN = {"type": "string", "maxLength": 320}
+Texts = Annotated[
+    tuple[Annotated[str, Field(max_length=320)], ...],
+    BeforeValidator(_several),
+    WithJsonSchema({"anyOf": [_PATTERN, {"type": "array", "items": _PATTERN}]}),
+]
 """One pattern or several: `*` stands for anything, `?` for one character, case does not matter."""
 
 

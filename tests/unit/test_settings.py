@@ -431,3 +431,13 @@ def test_the_schema_says_what_it_is() -> None:
     assert made["title"] == "relay.toml"
     assert made["required"] == ["upstreams"]
     json.dumps(made)
+
+
+@pytest.mark.parametrize("value", ['"mention"', '["mention", "digest"]'])
+def test_a_pattern_alone_is_in_the_schema_too(value: str, file: Path) -> None:
+    limit = f'[[limits]]\nscope = "sender"\nmax = 1\nper = "1d"\ntask_type = {value}\n'
+    assert loaded(file, limit).limits[0].task_type
+    for model in ("LimitSettings", "ExceptionSettings"):
+        forms = schema()["$defs"][model]["properties"]["task_type"]["anyOf"]
+        kinds = {each.get("type") for form in forms for each in form.get("anyOf", [form])}
+        assert kinds == {"string", "array", "null"}
