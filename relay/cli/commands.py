@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -222,7 +223,12 @@ def demo(
     except SettingsError as error:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
     except (StartError, OSError) as error:
-        raise CommandError([f"relay: the demonstration cannot start: {error}"]) from None
+        lines = [f"relay: the demonstration cannot start: {error}"]
+        if os.strerror(errno.EADDRINUSE) in str(error):
+            lines.append(
+                f"relay: end the relay that runs here, or change the addresses in {directory}/relay.toml"
+            )
+        raise CommandError(lines) from None
     return 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -106,3 +107,18 @@ def test_a_wrong_duration_is_told(within: str, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     assert said.startswith("relay: --within: ")
     assert said.count("\n") == 1
+
+
+def test_beside_a_relay_that_runs_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for name, value in (environment() | {"RELAY__UPSTREAMS__0__ADDRESS": address}).items():
+            monkeypatch.setenv(name, value)
+        assert main(["demo", "--directory", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("relay: the demonstration cannot start: ")
+    assert second == (
+        f"relay: end the relay that runs here, or change the addresses in {tmp_path}/relay.toml"
+    )

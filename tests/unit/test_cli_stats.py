@@ -355,26 +355,6 @@ def test_a_long_export_says_how_far_it_is_where_somebody_looks(monkeypatch: pyte
 # Where it is written
 
 
-def stats_to(stream: IO[bytes] | int, *arguments: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "relay", "stats", "--by", "sender", *arguments],
-        check=False,
-        stdout=stream,
-        stderr=subprocess.PIPE,
-        env=os.environ | environ,
-    )
-
-
-def test_every_encoding_will_do() -> None:
-    record(replace(ROW, sender="jörg@example.com"))
-
-    done = stats_to(subprocess.PIPE, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"j\\xf6rg@example.com" in done.stdout
-    done = stats_to(subprocess.PIPE, "--format=csv", PYTHONIOENCODING="ascii")
-    assert "jörg@example.com,1\n" in done.stdout.decode()
-
-
 class Narrow(io.StringIO):
     """A terminal that has no bars."""
 
