@@ -145,7 +145,7 @@ class Database:
         # SQLite would go on writing to a file that nobody can find any more, without an error.
         if _identity(self.path) != self._file:
             raise _replaced(self.path)
-        if _identity(self._log) != self._log_file:
+        if self._log_file is not None and _identity(self._log) != self._log_file:
             raise _replaced(self._log)
         return work(raw)
 
@@ -342,6 +342,7 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create:
         from relay.records.migrations import upgrade
 
         upgrade(raw)
+    raw.execute(_NEWEST).fetchone()  # the first read behind the switch makes the write-ahead log
 
 
 def make_tables(path: Path, raw: sqlite3.Connection) -> str:
