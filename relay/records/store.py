@@ -31,6 +31,8 @@ __all__ = [
 BUSY_TIMEOUT_S = 5.0
 LEASE = timedelta(seconds=60)
 """How long a run of expiry that shows no life keeps others away."""
+LONGEST_LEASE = 2 * LEASE
+"""What ends later was said by a clock that was wrong, and keeps nobody away."""
 LEASE_RENEWAL_S = 5.0
 
 

@@ -271,6 +271,20 @@ async def test_the_lease_of_a_run_that_died_ends_and_one_that_was_asleep_stops(s
     await other.close()
 
 
+@pytest.mark.parametrize(("end", "busy"), [(timedelta(seconds=120), True), (timedelta(seconds=121), False)])
+async def test_the_lease_of_a_clock_that_was_ahead_keeps_nobody_away(store, database, end, busy):
+    """Of a process that was killed while the machine had the wrong year; clocks of a fleet differ by less."""
+    await store.write([record(1, NOW)])
+    until = f"{NOW + end:%Y-%m-%d %H:%M:%S.%f}"
+    database.execute(f"INSERT INTO task_done_state VALUES ('expiry', 'dead', '{until}')")
+    if busy:
+        with pytest.raises(ExpiryBusyError):
+            await store.expire(NOW, 5000)
+    else:
+        assert await store.expire(NOW, 5000) == 1
+        assert lease(database) == []
+
+
 async def test_a_cancelled_run_gives_its_lease_back(store, database):
     await store.write([record(number, NOW) for number in range(1000)])
     begun = asyncio.Event()

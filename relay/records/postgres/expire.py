@@ -16,7 +16,7 @@ from relay.records.errors import ExpiryBusyError
 from relay.records.postgres.database import Connection, Database
 from relay.records.postgres.follow import retention_state
 from relay.records.steps import PLANNED_ROWS
-from relay.records.store import LEASE, LEASE_RENEWAL_S
+from relay.records.store import LEASE, LEASE_RENEWAL_S, LONGEST_LEASE
 
 __all__ = ["Due", "Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired"]
 
@@ -42,7 +42,10 @@ class Lease:
                     "changed retention settings are being applied; expired rows are deleted after that"
                 )
             now = self._clock()
-            if await connection.fetchval(_TAKE_LEASE, self.owner, now, now + LEASE) is None:
+            if (
+                await connection.fetchval(_TAKE_LEASE, self.owner, now, now + LEASE, now + LONGEST_LEASE)
+                is None
+            ):
                 raise ExpiryBusyError("another process is deleting expired rows just now")
 
     async def kept(self, *, in_doubt: bool = False) -> bool:
@@ -122,7 +125,7 @@ _DELETE = """
 _TAKE_LEASE = """
     INSERT INTO task_done_state (name, value, expires_at) VALUES ('expiry', $1, $3)
     ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires_at = excluded.expires_at
-    WHERE task_done_state.expires_at <= $2
+    WHERE task_done_state.expires_at <= $2 OR task_done_state.expires_at > $4
     RETURNING 1
 """
 _KEEP_LEASE = """

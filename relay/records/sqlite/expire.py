@@ -15,7 +15,7 @@ from relay.records.errors import ExpiryBusyError
 from relay.records.sqlite.database import Database
 from relay.records.sqlite.follow import retention_state
 from relay.records.steps import PLANNED_ROWS
-from relay.records.store import LEASE, LEASE_RENEWAL_S
+from relay.records.store import LEASE, LEASE_RENEWAL_S, LONGEST_LEASE
 from relay.records.tables import utc_text
 
 __all__ = ["Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired", "vacuum"]
@@ -57,7 +57,12 @@ def _take_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> None:
         raise ExpiryBusyError(
             "changed retention settings are being applied; expired rows are deleted after that"
         )
-    lease = {"owner": owner, "now": utc_text(now), "until": utc_text(now + LEASE)}
+    lease = {
+        "owner": owner,
+        "now": utc_text(now),
+        "until": utc_text(now + LEASE),
+        "longest": utc_text(now + LONGEST_LEASE),
+    }
     if raw.execute(_TAKE_LEASE, lease).rowcount == 0:
         raise ExpiryBusyError("another process is deleting expired rows just now")
 
@@ -134,7 +139,7 @@ _DELETE = """
 _TAKE_LEASE = """
     INSERT INTO task_done_state (name, value, expires_at) VALUES ('expiry', :owner, :until)
     ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires_at = excluded.expires_at
-    WHERE task_done_state.expires_at <= :now
+    WHERE task_done_state.expires_at <= :now OR task_done_state.expires_at > :longest
 """
 _KEEP_LEASE = "UPDATE task_done_state SET expires_at = :until WHERE name = 'expiry' AND value = :owner"
 _DROP_LEASE = "DELETE FROM task_done_state WHERE name = 'expiry' AND value = :owner"
