@@ -116,8 +116,9 @@ class Connection(asyncio.Protocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over a transport on which the handshake is done."""
         self._transport = transport
-        # What the upstream does not take at once waits here, and no more is read until it has: a block.
-        transport.set_write_buffer_limits(high=0)
+        # What the upstream does not take at once waits here, and no more is read until it has: a block. (With
+        # 0, TLS takes an empty buffer for a full one until the upstream says something.)
+        transport.set_write_buffer_limits(high=1)
         transport.set_protocol(self)
         transport.resume_reading()
 

@@ -75,6 +75,21 @@ async def is_refused(running: Running, upstream: ScriptedUpstream, stage: str) -
 # TLS
 
 
+@pytest.mark.parametrize("tls", ["starttls", "implicit"])
+async def test_a_large_message_goes_through_tls(
+    tls: str, certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    """One that is written in many pieces, before the upstream says a word."""
+    content = b"Subject: large\r\n\r\n" + (b"x" * 998 + b"\r\n") * 5000
+    server = ScriptedUpstream(tls=certificates.server(), implicit_tls=tls == "implicit")
+    async with server as upstream, start(upstream.port, upstream={"tls": tls, **trusting}) as running:
+        async with Client(running.port) as client:
+            await client.ehlo()
+            for _ in range(2):
+                assert (await client.message("a@example.test", ["b@example.test"], content))[-1].code == 250
+        assert [message.content for message in upstream.messages] == [content] * 2
+
+
 @pytest.mark.parametrize("tls", ["starttls", "opportunistic", "implicit"])
 async def test_tls_is_used(
     tls: str,
