@@ -746,6 +746,7 @@ class Dialogue:
     def _settled(self, reply: Reply) -> None:
         """Give the verdict to the client; what it sent behind the end of data is next."""
         self._transaction = None
+        self._flow_paused = False  # by its end, on a connection that is not its own any more
         if self._state is SETTLING:
             self._state = COMMANDS
         self._replies.say(reply)

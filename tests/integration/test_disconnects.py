@@ -259,6 +259,26 @@ async def test_the_session_goes_on_while_a_verdict_is_overdue(start: Any, upstre
         await nothing_left(running)
 
 
+@pytest.mark.parametrize("verdict", [b"554 5.7.1 no\r\n", Close()])
+async def test_the_session_goes_on_though_its_last_octets_were_not_taken(
+    verdict: Any, start: Any, upstream: ScriptedUpstream
+) -> None:
+    answer = asyncio.Event()
+    upstream.script = {"end_of_data": [Delay(answer, verdict)]}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        for line, code in ((b"MAIL FROM:<a@b.test>", 250), (b"RCPT TO:<c@d.test>", 250), (b"DATA", 354)):
+            await client.command(line, code)
+        await client.send(CONTENT + b".\r\n")
+        (message,) = await eventually(lambda: [*running.relay.reception.services.settling])
+        message._lease.connection.pause_writing()  # as when the buffers are full
+        answer.set()
+        assert (await client.reply()).code in (451, 554)
+        await client.command(b"NOOP", 250)
+        replies = await client.message("a@example.test", ["c@example.test"], CONTENT)
+        assert replies[-1].code == 250
+
+
 async def test_what_is_pipelined_behind_the_end_of_data_runs_after_the_verdict(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
