@@ -458,6 +458,7 @@ class Transaction:
         # That one gets an introduction of its own, by what it offers.
         self._queued.extendleft(each for each in reversed(self._sent) if each.verb != _XFORWARD)
         self._sent.clear()
+        self.on_flow(False)
 
     def _break(self, reply: Reply, outcome: Outcome) -> None:
         """Answer everything that waits, and whatever still comes, with `reply`: there is no connection."""

@@ -279,6 +279,23 @@ async def test_the_session_goes_on_though_its_last_octets_were_not_taken(
         assert replies[-1].code == 250
 
 
+async def test_the_session_goes_on_though_the_connection_was_replaced_that_took_nothing_more(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.message("a@example.test", ["b@example.test"], CONTENT)
+        gate = asyncio.Event()
+        upstream.script = {"MAIL": [Delay(gate, Close()), b"250 2.1.0 ok\r\n"]}
+        await client.send(b"MAIL FROM:<a@b.test>\r\n")
+        await eventually(lambda: any(each.lessee for each in running.pool._open))
+        (connection,) = running.pool._open
+        connection.pause_writing()  # as when the buffers are full
+        gate.set()
+        await client.expect(250)
+        await client.command(b"NOOP", 250)
+
+
 async def test_what_is_pipelined_behind_the_end_of_data_runs_after_the_verdict(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
