@@ -41,6 +41,9 @@ def task_types(settings: Settings) -> Sequence[str]:
     """Return the task types that the settings name; they have metrics of their own."""
     named = [settings.task_type.default, *settings.retention.by_type]
     named += [rule.type for rule in settings.task_type.rules]
+    for limit in settings.limits:
+        texts = [*(limit.task_type or ()), *((limit.exceptions and limit.exceptions.task_type) or ())]
+        named += [text for text in texts if not any(wildcard in text for wildcard in "*?")]
     return list(dict.fromkeys(named))
 
 

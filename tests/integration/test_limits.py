@@ -411,3 +411,15 @@ async def test_rows_in_the_spool_count_also_after_a_restart(
                 await asyncio.sleep(0.02)
         assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
     assert len(upstream.accepted) == 3
+
+
+async def test_a_type_that_a_limit_names_is_counted_by_its_name(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    named = limit(task_type=["mention", "news*"], exceptions={"task_type": ["invoice"]})
+    async with start(upstream.port, limits=[named]) as running:
+        for name in ("mention", "invoice", "news1"):
+            content = MENTION.replace(b"mention", name.encode())
+            assert (await send(running.port, "a@example.com", ["b@example.org"], content))[-1] == 250
+        for name, rows in {"mention": 1, "invoice": 1, "other": 1}.items():
+            assert running.metric("records_total", task_type=name) == rows
