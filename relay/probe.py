@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from relay import maillog
 from relay.metrics import Metrics
 from relay.records.retention import Retention
-from relay.records.store import MissingStoreError, StoreError, open_store
+from relay.records.store import MissingStoreError, OlderStoreError, StoreError, open_store
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
 
@@ -41,10 +41,13 @@ async def _store(settings: Settings) -> Finding:
     url, kept = settings.records.connect_url, settings.retention
     what = f"store {settings.records.shown_url}"
     try:
-        store = await open_store(url, Retention.of_seconds(kept.default, kept.by_type), create=False)
+        lifetimes = Retention.of_seconds(kept.default, kept.by_type)
+        store = await open_store(url, lifetimes, create=False, upgrade=False)
         await store.close()
     except MissingStoreError:
         return what, True, "does not exist yet, the first start makes it"
+    except OlderStoreError as older:
+        return what, True, f"has schema version {older.version}, the next start brings it up to date"
     except StoreError as error:
         return what, False, str(error)
     return what, True, "opens, its schema is current"

@@ -293,7 +293,8 @@ async def _expire(settings: Settings, *, dry_run: bool) -> int:
     from relay.records.store import open_store
 
     retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
-    store = await open_store(settings.records.connect_url, retention, create=False)
+    url = settings.records.connect_url
+    store = await open_store(url, retention, create=False, upgrade=not dry_run)
     now = datetime.now(UTC)
     try:
         if dry_run or not sys.stderr.isatty():

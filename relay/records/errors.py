@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ExpiryBusyError",
     "MissingStoreError",
+    "OlderStoreError",
     "RejectedRecordError",
     "SlowReadError",
     "StoreError",
@@ -18,6 +19,14 @@ class StoreError(Exception):
 
 class MissingStoreError(StoreError):
     """There is no store yet, and none was to be made."""
+
+
+class OlderStoreError(StoreError):
+    """The store has the schema of an older version, and was not to be changed."""
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(f"{name}: has schema version {version}; the next start brings it up to date")
+        self.version = version
 
 
 class RejectedRecordError(StoreError):

@@ -13,13 +13,20 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-from relay.records.errors import ExpiryBusyError, MissingStoreError, RejectedRecordError, StoreError
+from relay.records.errors import (
+    ExpiryBusyError,
+    MissingStoreError,
+    OlderStoreError,
+    RejectedRecordError,
+    StoreError,
+)
 from relay.records.model import Entry
 from relay.records.retention import Retention
 
 __all__ = [
     "ExpiryBusyError",
     "MissingStoreError",
+    "OlderStoreError",
     "RejectedRecordError",
     "Store",
     "StoreError",
@@ -111,6 +118,7 @@ async def open_store(
     retention: Retention,
     *,
     create: bool = True,
+    upgrade: bool = True,
     busy_timeout: float = BUSY_TIMEOUT_S,
     clock: Callable[[], datetime] = utc_now,
     later: bool = False,
@@ -119,18 +127,26 @@ async def open_store(
     """Open the store at `url` and bring its schema to this version.
 
     One that does not exist is made, a file with its directory, when `create`; else MissingStoreError is
-    raised. `busy_timeout`, in seconds, is how long another process's lock is waited for; `clock` gives the
-    time, aware, for leases and for what is due. With `later`, a server that cannot be reached now is no error
-    but for who uses the store before it can. `relay` is the name that rows get in their `data`; empty: they
-    have it already, or none. Raises StoreError, in one line that names the store and what to
-    change.
+    raised. One of an older version stays as it is without `upgrade`, and OlderStoreError is raised.
+    `busy_timeout`, in seconds, is how long another process's lock is waited for; `clock` gives the time,
+    aware, for leases and for what is due. With `later`, a server that cannot be reached now is no error but
+    for who uses the store before it can. `relay` is the name that rows get in their `data`; empty: they have
+    it already, or none. Raises StoreError, in one line that names the store and what to change.
     """
     if is_postgres(url):
         from relay.records.postgres.store import PostgresStore
 
-        return await PostgresStore.open(url, retention, create=create, later=later, relay=relay, clock=clock)
+        return await PostgresStore.open(
+            url, retention, create=create, upgrade=upgrade, later=later, relay=relay, clock=clock
+        )
     from relay.records.sqlite.store import SqliteStore
 
     return await SqliteStore.open(
-        url, retention, create=create, busy_timeout=busy_timeout, relay=relay, clock=clock
+        url,
+        retention,
+        create=create,
+        upgrade=upgrade,
+        busy_timeout=busy_timeout,
+        relay=relay,
+        clock=clock,
     )

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
+from contextlib import closing
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from relay.records.retention import Retention
+from relay.records.store import open_store
+from tests.support.tables import BACK_TO_0001
 from tests.support.upstream import ScriptedUpstream
 
 if TYPE_CHECKING:
@@ -41,6 +47,21 @@ async def test_it_says_what_works_and_makes_nothing(tmp_path: Path, upstream: Sc
     )
     assert not (tmp_path / "rows.db").exists()
     assert upstream.messages == []
+
+
+async def test_an_older_schema_is_left_to_the_start(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    path = tmp_path / "rows.db"
+    store = await open_store(f"sqlite:///{path}", Retention(timedelta(days=30)))
+    await store.close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(BACK_TO_0001)
+    before = path.read_bytes()
+
+    status, said = await check(tmp_path, upstream.address)
+
+    assert status == 0
+    assert "has schema version 0001, the next start brings it up to date" in said[-2]
+    assert path.read_bytes() == before
 
 
 async def test_an_upstream_that_refuses_fails_the_check(tmp_path: Path, upstream: ScriptedUpstream) -> None:

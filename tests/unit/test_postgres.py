@@ -18,6 +18,7 @@ from sqlalchemy.dialects import postgresql
 
 from relay.records.errors import (
     MissingStoreError,
+    OlderStoreError,
     RejectedRecordError,
     StoreError,
     UnreachableError,
@@ -126,6 +127,10 @@ async def test_the_migrations_make_what_the_metadata_says(cluster, postgres_data
 async def test_a_database_of_an_older_version_is_brought_up_and_keeps_what_it_has(empty, version):
     await upgrade_postgres(lambda: asyncpg.connect(empty.url), version)
     empty.execute("INSERT INTO task_done_state VALUES ('kept', 'as it was', NULL)")
+    text, kind = await refusal(empty.url, create=False, upgrade=False)
+    assert f"has schema version {version}; the next start brings it up to date" in text
+    assert kind is OlderStoreError
+    assert empty.rows(f"SELECT version_num FROM {VERSION_TABLE}") == [(version,)]
     store = await open_store(empty.url, MONTH, create=False)
     await store.write([record()])
     await store.close()

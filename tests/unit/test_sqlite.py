@@ -24,7 +24,7 @@ from relay.records.retention import Retention
 from relay.records.sqlite.database import Database, path_of
 from relay.records.store import open_store
 from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
-from tests.support.tables import definitions
+from tests.support.tables import BACK_TO_0001, definitions
 
 ROOT = Path(__file__).parents[2]
 RETENTION = Retention(timedelta(days=30))
@@ -171,6 +171,17 @@ async def test_a_reading_command_makes_no_tables_in_a_file_that_has_none(tmp_pat
     assert text.startswith(f"{path}: has no tables of the relay")
     assert digest(path) == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+async def test_a_reading_command_leaves_an_older_schema_as_it_is(tmp_path):
+    path = tmp_path / "t.db"
+    await (await open_store(f"sqlite:///{path}", RETENTION)).close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(BACK_TO_0001)
+    before = digest(path)
+    text = await open_error(path, create=False, upgrade=False)
+    assert text == f"{path}: has schema version 0001; the next start brings it up to date"
+    assert digest(path) == before
 
 
 @pytest.mark.parametrize(

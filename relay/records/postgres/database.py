@@ -16,6 +16,7 @@ from typing import Any
 
 from relay.records.errors import (
     MissingStoreError,
+    OlderStoreError,
     RejectedRecordError,
     StoreError,
     UnreachableError,
@@ -80,9 +81,10 @@ def _options(url: str) -> dict[str, Any]:
 class Database:
     """A PostgreSQL database, open or to be opened."""
 
-    def __init__(self, url: str, *, create: bool) -> None:
+    def __init__(self, url: str, *, create: bool, upgrade: bool) -> None:
         self.url = url
         self._create = create
+        self._upgrade = upgrade
         self._pool: Any = None
         self._opening = asyncio.Lock()
         self._uses = 0
@@ -91,12 +93,14 @@ class Database:
         self._closed = False
 
     @classmethod
-    async def open(cls, url: str, *, create: bool, later: bool) -> Database:
-        """Open the database and bring its schema to this version; make it first if it has none and `create`.
+    async def open(cls, url: str, *, create: bool, later: bool, upgrade: bool = True) -> Database:
+        """Open the database; make its tables if it has none and `create`; bring its schema to this version.
+
+        Without `upgrade`, one that has an older version is refused with OlderStoreError.
 
         With `later`, one that cannot be reached now is opened by the first call that can.
         """
-        database = cls(url, create=create)
+        database = cls(url, create=create, upgrade=upgrade)
         try:
             await database._open()
         except UnreachableError:
@@ -171,6 +175,8 @@ class Database:
                         f"{shown_url(self.url)}: has no tables of the relay; nothing was recorded yet, or "
                         "records.url names another database"
                     )
+                if version not in (None, SCHEMA_VERSION) and not self._upgrade:
+                    raise OlderStoreError(shown_url(self.url), str(version))
                 if version != SCHEMA_VERSION:
                     # Alembic takes longer to load than all the rest of a start.
                     from relay.records.migrations import upgrade_postgres

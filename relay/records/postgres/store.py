@@ -50,12 +50,14 @@ class PostgresStore:
         retention: Retention,
         *,
         create: bool,
+        upgrade: bool,
         later: bool,
         relay: str,
         clock: Callable[[], datetime],
     ) -> PostgresStore:
         """Open the database that `url` names; see `relay.records.store.open_store`."""
-        return cls(await Database.open(url, create=create, later=later), retention, relay, clock)
+        database = await Database.open(url, create=create, upgrade=upgrade, later=later)
+        return cls(database, retention, relay, clock)
 
     async def write(self, entries: Sequence[Entry]) -> None:
         """Commit the entries with one statement."""

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import aiosqlite
 
-from relay.records.errors import MissingStoreError, RejectedRecordError, StoreError
+from relay.records.errors import MissingStoreError, OlderStoreError, RejectedRecordError, StoreError
 from relay.records.tables import COLUMNS, NAMES, SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE
 
 __all__ = [
@@ -93,8 +93,10 @@ class Database:
         self._log_file: tuple[int, int] | None = None
 
     @classmethod
-    async def open(cls, path: Path, *, create: bool, busy_timeout: float) -> Database:
-        """Open the file; bring its schema to this version; make it first if there is none and `create`.
+    async def open(cls, path: Path, *, create: bool, busy_timeout: float, upgrade: bool = True) -> Database:
+        """Open the file; make it first if there is none and `create`; bring its schema to this version.
+
+        Without `upgrade`, one that has an older version is refused with OlderStoreError.
 
         `busy_timeout` is how long, in seconds, a lock that another process holds is waited for.
         Raises StoreError for a file that is missing, not ours, newer than this version or not writable.
@@ -107,7 +109,7 @@ class Database:
             raise explained(error, path, busy_timeout) from error
         database = cls(path, connection, busy_timeout)
         try:
-            await database.run(lambda raw: _set_up(path, raw, busy_timeout, create=create))
+            await database.run(lambda raw: _set_up(path, raw, busy_timeout, create=create, upgrade=upgrade))
             database._file, database._log_file = _identity(path), _identity(database._log)
         except BaseException:
             await database.close()
@@ -312,7 +314,7 @@ def _make(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
 
 
-def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create: bool) -> None:
+def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create: bool, upgrade: bool) -> None:
     """Look at the file, then make it ours."""
     version = version_in(path, raw)
     if version is None and not create:
@@ -321,6 +323,8 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create:
         )
     if version == SCHEMA_VERSION:
         check_columns(path, raw)
+    elif version is not None and not upgrade:
+        raise OlderStoreError(str(path), version)
     if version is None:
         # Only before the first page is written; it lets expiry give space back piece by piece.
         raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -339,9 +343,9 @@ def _set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create:
         version = make_tables(path, raw)
     if version != SCHEMA_VERSION:
         # Alembic takes longer to load than all the rest of a start.
-        from relay.records.migrations import upgrade
+        from relay.records import migrations
 
-        upgrade(raw)
+        migrations.upgrade(raw)
     raw.execute(_NEWEST).fetchone()  # the first read behind the switch makes the write-ahead log
 
 

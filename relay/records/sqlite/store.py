@@ -58,12 +58,15 @@ class SqliteStore:
         retention: Retention,
         *,
         create: bool,
+        upgrade: bool,
         busy_timeout: float,
         relay: str,
         clock: Callable[[], datetime],
     ) -> SqliteStore:
         """Open the file that `url` names; see `relay.records.store.open_store`."""
-        database = await Database.open(path_of(url), create=create, busy_timeout=busy_timeout)
+        database = await Database.open(
+            path_of(url), create=create, busy_timeout=busy_timeout, upgrade=upgrade
+        )
         try:
             await database.run(prepare)
         except BaseException:
