@@ -132,7 +132,7 @@ def _file(config: Path | None, file: Path | None) -> Path:
             raise typer.BadParameter("takes the place of --config: give one of them", param_hint="'--file'")
         return file
     source = find(config, os.environ)
-    named = configured(source).clients.users_file
+    named = configured(source, without=("upstreams",)).clients.users_file
     if named is None:
         raise CommandError(
             [f"relay: {source}: clients.users_file: not set: name the file there, or give --file FILE"], 2

@@ -106,6 +106,18 @@ async def test_a_closed_relay_passes_and_its_upstream_hears_nothing(
     assert upstream.messages == upstream.incomplete == []
 
 
+async def test_it_needs_no_password_of_an_upstream(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with start(upstream.port, clients=CLOSED) as running:
+        config = configuration(
+            tmp_path, running.port, upstreams=[{"address": "smtp.example.com:587", "username": "relay"}]
+        )
+        status, out, err = await command(config)
+
+    assert (status, err) == (0, ""), out
+
+
 async def test_it_says_that_an_allowed_source_proves_nothing(
     start: Any, upstream: ScriptedUpstream, findings: Any
 ) -> None:

@@ -237,3 +237,24 @@ def test_the_file_that_the_configuration_names(run: Run, file: Path) -> None:
     assert added == (0, "app added to users.toml\n", "")
     assert run("list", "--config", "relay.toml")[1].splitlines()[1].split()[0] == "shop"
     assert set(read(file)) == {"shop", "app"}
+
+
+def test_an_upstreams_password_is_not_asked_for(run: Run, file: Path) -> None:
+    """Under systemd the service alone has it."""
+    Path("relay.toml").write_text(
+        '[clients]\nauth = "users"\nauth_without_tls = true\nusers_file = "users.toml"\n'
+        '[[upstreams]]\naddress = "smtp.example.com:587"\nusername = "relay"\n'
+    )
+    assert run("list", "--config", "relay.toml")[0] == 0
+
+
+def test_a_configuration_without_users(run: Run) -> None:
+    Path("relay.toml").write_text(
+        '[clients]\nauth = "passthrough"\nauth_without_tls = true\npassthrough_to = "primary"\n'
+        '[[upstreams]]\nname = "primary"\naddress = "smtp.example.com:587"\n'
+    )
+    status, _, error = run("list", "--config", "relay.toml")
+    assert (status, error) == (
+        2,
+        "relay: relay.toml: clients.users_file: not set: name the file there, or give --file FILE\n",
+    )
