@@ -11,6 +11,7 @@ thrown away first, for a while.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -256,7 +257,8 @@ class Session(smtp.SMTP):
         self._since = self.loop.time()
         self._lingers = self._heard = True
         if self.transport.can_write_eof():  # not within TLS
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # it was closed before the last word, which met a reset
+                self.transport.write_eof()
 
     def cut(self) -> None:
         """Drop the connection; what has not gone out is not sent any more."""

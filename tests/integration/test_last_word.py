@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay import maillog
 from relay.session import session as session_module
 from tests.support.certificates import Certificates
 from tests.support.client import Client
+from tests.support.upstream import ScriptedUpstream
 from tests.support.watch import eventually, nothing_left
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.support.upstream import ScriptedUpstream
 
 MAIL, RCPT = b"MAIL FROM:<a@example.test>\r\n", b"RCPT TO:<b@example.test>\r\n"
 LARGE = b"x" * 998 + b"\r\n"
@@ -123,3 +123,26 @@ async def test_who_stays_is_closed_on_and_who_never_ends_is_cut(
             assert reception._sessions == {session}
             look(session_module.LINGER + SOON)
             await nothing_left(running)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_who_has_left_before_it_is_no_defect(
+    loop: str, start: Any, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    async def leave() -> None:
+        async with ScriptedUpstream() as upstream, start(upstream.port) as running:
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", running.port)) as peer:
+                    await eventually(lambda: len(running.relay.reception._sessions) == 1)
+                    peer.recv(4096)  # what stays unread would reset the connection
+                    peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                await nothing_left(running)
+        maillog.flush()
+
+    maillog.configure("json", "info")
+    factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(leave())
+    logged = capfdbinary.readouterr().out
+    assert logged.count(b'"out_of_step"') == 5
+    assert b'"unforeseen"' not in logged
