@@ -29,9 +29,11 @@ __all__ = [
 
 DEFAULT = Path("config/relay.toml")
 
-OF_HEALTH: Final = ("listeners", "tls", "clients", "upstreams")
-OF_THE_RECORDS: Final = (*OF_HEALTH, "http")
+_OF_MAIL: Final = ("listeners", "tls", "clients", "upstreams")
+OF_THE_RECORDS: Final = (*_OF_MAIL, "http")
 """What commands about the records leave out: the password of an upstream, say, may be the service's alone."""
+OF_HEALTH: Final = (*_OF_MAIL, "records", "task_type", "retention", "expiry", "limits", "log")
+"""What `relay health` leaves out, for the same reason."""
 
 ConfigOption = Annotated[
     Path | None,

@@ -103,7 +103,10 @@ address = "smtp.example.net:587"
 """
 
 
-@pytest.mark.parametrize("text", [ROUTED, '[[listeners]]\naddress = "127.0.0.1:2526"\n'])
+RECORDS = '[records]\npassword_file = "/run/secrets/of-the-service"\n'
+
+
+@pytest.mark.parametrize("text", [ROUTED, '[[listeners]]\naddress = "127.0.0.1:2526"\n', RECORDS])
 async def test_what_else_the_file_says_does_not_matter(
     text: str,
     start: Any,
