@@ -27,7 +27,7 @@ from relay.cli.migrate import migrate_store
 from relay.cli.sends import sends
 from relay.cli.spool import spool
 from relay.cli.stats import stats
-from relay.cli.streams import let_go
+from relay.cli.streams import let_go, not_written
 from relay.cli.user import user
 
 if TYPE_CHECKING:
@@ -223,6 +223,8 @@ def demo(
     except SettingsError as error:
         raise CommandError([f"relay: {problem}" for problem in error.problems], 2) from None
     except (StartError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or not_written(error):
+            raise
         lines = [f"relay: the demonstration cannot start: {error}"]
         if os.strerror(errno.EADDRINUSE) in str(error):
             lines.append(

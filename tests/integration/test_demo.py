@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,3 +123,13 @@ def test_beside_a_relay_that_runs_it_says_what_to_do(
     assert second == (
         f"relay: end the relay that runs here, or change the addresses in {tmp_path}/relay.toml"
     )
+
+
+def test_output_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "relay", "demo", "--directory", str(tmp_path / "demo"), "--within", "1h"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60, env=environment()
+        )
+    said = b"relay: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
