@@ -195,17 +195,6 @@ def test_every_encoding_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "Rückfrage" in said.stdout.decode() or r"R\u00fcckfrage" in said.stdout.decode()
 
 
-def test_no_bars_where_the_terminal_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    record(ROW)
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "relay", "stats", "--by", "type"]
-    subprocess.run(command, stdout=theirs, check=True)
-    os.close(theirs)
-    assert b"mention         1\r\n" in os.read(ours, 4096)
-    os.close(ours)
-
-
 # One send
 
 

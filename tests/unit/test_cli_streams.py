@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
+import socket
 import subprocess
 import sys
 import time
@@ -82,20 +84,40 @@ def test_every_encoding_will_do() -> None:
     assert out.startswith(b"\\u540d.toml is valid.\n")
 
 
-@pytest.mark.parametrize("redirection", ["<&-", "2>&-", "<&- 2>&-"])
+@pytest.mark.parametrize("closed", [{0}, {1}, {2}, {0, 1, 2}])
 async def test_a_relay_without_standard_streams_serves_and_stops_in_order(
-    redirection: str, tmp_path: Path, upstream: ScriptedUpstream
+    closed: set[int], tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    async with RelayProcess(tmp_path, upstream.port) as relay:
-        relay.launcher = ("sh", "-c", f'exec "$@" {redirection}', "sh")
-        await relay.start()
-        for _ in range(3):
-            async with Client(relay.port) as client:
-                await client.ehlo()
-                replies = await client.message("a@example.test", ["b@example.test"], b"x: y\r\n\r\n")
-                assert [reply.code for reply in replies] == [250, 250, 354, 250]
+    # Its own files get other numbers.
+    redirections = " ".join(f"{number}<&-" for number in sorted(closed))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    async with RelayProcess(tmp_path, upstream.port, listener={"address": f"127.0.0.1:{port}"}) as relay:
+        relay.launcher = ("sh", "-c", f'exec "$@" {redirections}', "sh")
+        await relay.spawn()
+        async with asyncio.timeout(30):
+            while not await _listens(port):
+                assert relay.running, relay.errors()
+                await asyncio.sleep(0.02)
+        async with Client(port) as client:
+            await client.ehlo()
+            replies = await client.message("a@example.com", ["b@example.org"], b"\r\ntext\r\n")
+            assert replies[-1].code == 250
+        for number in closed:
+            assert Path(f"/proc/{relay.pid}/fd/{number}").resolve() == Path(os.devnull)
         assert await relay.terminate() == 0
-        assert relay.errors() == ""
+    assert relay.errors() == ""
+    assert len(relay.rows()) == 1
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
 
 
 def test_a_log_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:

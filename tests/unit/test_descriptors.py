@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import resource
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ from typing import Any
 import pytest
 
 from relay.descriptors import BESIDE, raise_limit, shortage
-from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.upstream import ScriptedUpstream
 
@@ -66,39 +62,3 @@ async def test_the_relay_raises_it_at_its_start_and_warns(tmp_path: Path) -> Non
         any("may need 10000084 file descriptors" in text for text in warnings)
         or hard == resource.RLIM_INFINITY
     )
-
-
-@pytest.mark.parametrize("closed", [{0}, {1}, {2}, {0, 1, 2}])
-async def test_a_relay_without_standard_input_or_output(
-    closed: set[int], tmp_path: Path, upstream: ScriptedUpstream
-) -> None:
-    """It serves and ends in order; its own files get other numbers."""
-    redirections = " ".join(f"{number}<&-" for number in sorted(closed))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    async with RelayProcess(tmp_path, upstream.port, listener={"address": f"127.0.0.1:{port}"}) as relay:
-        relay.launcher = ("sh", "-c", f'exec "$@" {redirections}', "sh")
-        await relay.spawn()
-        async with asyncio.timeout(30):
-            while not await _listens(port):
-                assert relay.running, relay.errors()
-                await asyncio.sleep(0.02)
-        async with Client(port) as client:
-            await client.ehlo()
-            replies = await client.message("a@example.com", ["b@example.org"], b"\r\ntext\r\n")
-            assert replies[-1].code == 250
-        for number in closed:
-            assert Path(f"/proc/{relay.pid}/fd/{number}").resolve() == Path(os.devnull)
-        assert await relay.terminate() == 0
-    assert relay.errors() == ""
-    assert len(relay.rows()) == 1
-
-
-async def _listens(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except ConnectionRefusedError:
-        return False
-    writer.close()
-    return True
