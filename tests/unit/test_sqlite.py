@@ -471,6 +471,30 @@ async def test_a_file_that_was_removed_or_replaced_takes_no_more_rows(tmp_path, 
     await database.close()
 
 
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_a_backup_that_is_put_in_place_under_the_relay_is_not_spoiled(tmp_path, moved, noticed):
+    path, backup, old = tmp_path / "t.db", tmp_path / "backup.db", tmp_path / "old.db"
+    database = await Database.open(path, create=True, busy_timeout=1)
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("VACUUM INTO ?", (str(backup),))
+    await database.transaction(lambda raw: raw.execute("CREATE TABLE later (x)"))
+    if moved:
+        path.rename(old)
+    backup.rename(path)
+    if noticed:
+        with pytest.raises(StoreError, match="was removed or replaced"):
+            await database.transaction(lambda raw: raw.execute("DELETE FROM later"))
+    await database.close()
+    await (await Database.open(path, create=False, busy_timeout=1)).close()
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert raw.execute("SELECT name FROM sqlite_schema WHERE name = 'later'").fetchall() == []
+    if moved:
+        with closing(sqlite3.connect(old)) as raw:
+            assert raw.execute("SELECT * FROM later").fetchall() == []
+
+
 async def test_rows_in_a_write_ahead_log_that_was_removed_are_there_after_a_stop_in_order(tmp_path):
     path = tmp_path / "t.db"
     database = await Database.open(path, create=True, busy_timeout=1)

@@ -91,6 +91,7 @@ class Database:
         self._log = f"{path.resolve()}-wal"
         self._file: tuple[int, int] | None = None
         self._log_file: tuple[int, int] | None = None
+        self._parted = False  # from our file, which is not in its place any more
 
     @classmethod
     async def open(cls, path: Path, *, create: bool, busy_timeout: float, upgrade: bool = True) -> Database:
@@ -146,10 +147,22 @@ class Database:
     def _in_its_place(self, work: Callable[[sqlite3.Connection], T], raw: sqlite3.Connection) -> T:
         # SQLite would go on writing to a file that nobody can find any more, without an error.
         if _identity(self.path) != self._file:
+            self._part(raw)
             raise _replaced(self.path)
         if self._log_file is not None and _identity(self._log) != self._log_file:
             raise _replaced(self._log)
         return work(raw)
+
+    def _part(self, raw: sqlite3.Connection) -> None:
+        """Carry the write-ahead log into our file, wherever it is now, and empty it, once.
+
+        SQLite leaves the log as it is, and whatever file comes in the place would get the pages of another.
+        What is in the log behind that is not ours.
+        """
+        if not self._parted:
+            with contextlib.suppress(sqlite3.Error):
+                busy, _, _ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._parted = not busy
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on a connection of its own that cannot write: it may take long and holds nobody up."""
@@ -167,7 +180,11 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        await self._connection.close()
+        try:
+            if self._file is not None and _identity(self.path) != self._file:
+                await on_thread(self._connection, self._part)
+        finally:
+            await self._connection.close()
 
 
 def in_transaction(raw: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
