@@ -232,8 +232,8 @@ class LimitedTransaction(Transaction):
             self._break(reply, Outcome.DEFERRED if reply.transient else Outcome.REJECTED)
             return reply
         self._held = False
+        self.on_flow(False)  # first: what is written next may be more than the upstream takes
         self.pass_on()
-        self.on_flow(False)
         self._finish_now()
         return reply
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from relay.records.errors import StoreError
 from relay.records.sqlite.store import SqliteStore
 from relay.reload import reload
 from tests.support.client import Client
-from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream
+from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream, StopReading
 
 MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
 OTHER = b"From: a@example.com\r\n\r\ntext\r\n"
@@ -207,6 +208,30 @@ async def test_content_that_was_held_arrives_octet_for_octet(start: Any, upstrea
             await client.send(b".\r\n")
             await client.expect(250)
         assert upstream.accepted[0].wire == content
+
+
+async def test_behind_what_was_held_no_more_is_read_than_the_upstream_takes(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"body": StopReading()}
+    async with start(upstream.port, limits=[MENTIONS]) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        await client.command("MAIL FROM:<a@example.com>", 250)
+        await client.command("RCPT TO:<b@example.org>", 250)
+        (connection,) = running.pool._open
+        transport: Any = connection._transport
+        # As over a network: the kernel takes less at once than is held.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+        await client.command("DATA", 354)
+        sending = asyncio.create_task(client.send(MENTION + (b"x" * 998 + b"\r\n") * 20_000))
+        await upstream.wait_for(lambda: upstream.incomplete and upstream.incomplete[0].mail)
+        waits = [0, 1]
+        while (not waits[-1] or waits[-1] != waits[-2]) and len(waits) < 100:
+            await asyncio.sleep(0.1)
+            waits.append(transport.get_write_buffer_size())
+        sending.cancel()
+        assert 0 < waits[-1] < 1024 * 1024
 
 
 async def test_what_the_upstream_says_to_data_is_heard_at_the_end(
