@@ -27,7 +27,7 @@ from relay.provider import accepted_as
 from relay.records.model import Json
 from relay.records.sends import InDoubt, Send
 
-__all__ = ["GAP", "Table", "cope", "details", "fitted", "printable", "writer"]
+__all__ = ["GAP", "Table", "as_utf8", "details", "fitted", "printable", "writer"]
 
 Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
@@ -51,11 +51,11 @@ def writer(
 
     An empty first page makes it print what stands above the rows.
     """
-    cope(out, output)
     columns = tuple(field.name for field in fields(kind))
     if output is Format.TABLE:
         write = _table(out, HEADER if kind is Send else HEADER_IN_DOUBT, zone)
     else:
+        as_utf8(out)
         write = (_json if output is Format.JSON else _csv)(out, columns)
 
     def page(rows: Sequence[Row]) -> None:
@@ -65,13 +65,10 @@ def writer(
     return page
 
 
-def cope(out: TextIO, output: Format) -> None:
-    """Make `out` take every character."""
+def as_utf8(out: TextIO) -> None:
+    """Write JSON and CSV as UTF-8, whatever the terminal's encoding; for people, `streams.py` sees to it."""
     if isinstance(out, io.TextIOWrapper):
-        if output is Format.TABLE:
-            out.reconfigure(errors="backslashreplace")
-        else:
-            out.reconfigure(encoding="utf-8")
+        out.reconfigure(encoding="utf-8")
 
 
 # For people
@@ -160,7 +157,6 @@ def printable(text: str) -> str:
 
 def details(row: Row, out: TextIO, *, zone: tzinfo | None = None) -> None:
     """Print everything about one row, a line for each value, for people."""
-    cope(out, Format.TABLE)
     lines = list(_details(row, zone))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

@@ -87,9 +87,10 @@ def stats(
 
 
 def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, detail: bool) -> None:
-    from relay.cli.rows import cope, printable
+    from relay.cli.rows import as_utf8, printable
 
-    cope(out, output)
+    if output is not Format.TABLE:
+        as_utf8(out)
     columns = ("messages", *(DETAILS if detail else ()))
     if output is Format.JSON:
         for each in found.counts:

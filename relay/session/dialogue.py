@@ -552,12 +552,7 @@ class Dialogue:
         """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
         transaction = self._open_transaction()
         command = parse_bdat(argument)
-        # What was offered stands, whatever an upstream has said since on another connection.
-        if not (
-            self._chunking_offered
-            or "CHUNKING" in self._carried
-            or (transaction is not None and transaction.chunking)
-        ):
+        if not self._chunking_offered:  # what was stands, whatever an upstream has said since
             self._end(answers.NO_CHUNKING, "out_of_step")
         elif command is None:
             self._end(answers.BAD_CHUNK, "out_of_step")
