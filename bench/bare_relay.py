@@ -8,9 +8,9 @@ TLS, no metrics, no log; what fails breaks the session. Not for mail. Runs until
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import queue
+import re
 import signal
 import sqlite3
 import threading
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import cast
 
 import uvloop
+
+from bench.yardstick import arguments
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS task_done (
@@ -37,6 +39,7 @@ INSERT = """
 INSERT INTO task_done (task_id, sender, recipients, sent_at, upstream_reply, size) VALUES (?, ?, ?, ?, ?, ?)
 """
 END_OF_DATA = b"\r\n.\r\n"
+REPLY = re.compile(rb"(?:\d{3}-[^\n]*\n)*\d{3}(?!-)[^\n]*\n")
 
 Row = tuple[str, str, str, str, str, int]
 Kept = Callable[[], None]
@@ -107,17 +110,10 @@ class Upstream(asyncio.Protocol):
         self.on_reply = self.ready.set_result
 
     def data_received(self, octets: bytes) -> None:
-        received = self._received + octets
-        while (end := received.find(b"\n") + 1) > 0:
-            while received[end - 2 : end] == b"\r\n" and received[_line(received, end) + 3 : end][:1] == b"-":
-                following = received.find(b"\n", end) + 1
-                if following == 0:
-                    self._received = received
-                    return
-                end = following
-            reply, received = received[:end], received[end:]
-            self.on_reply(reply)
-        self._received = received
+        self._received += octets
+        while (found := REPLY.match(self._received)) is not None:
+            self._received = self._received[found.end() :]
+            self.on_reply(found[0])
 
     def pause_writing(self) -> None:
         if self.client is not None:
@@ -126,11 +122,6 @@ class Upstream(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self.client is not None:
             self.client.resume_reading()
-
-
-def _line(octets: bytes, end: int) -> int:
-    """Return where the line that ends at `end` begins."""
-    return octets.rfind(b"\n", 0, end - 1) + 1
 
 
 class Client(asyncio.Protocol):
@@ -288,14 +279,8 @@ async def serve(port: int, upstream_port: int, path: Path) -> None:
 
 def main() -> None:
     """Read the arguments and serve."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--upstream-port", type=int, required=True)
-    parser.add_argument("--database", type=Path, required=True)
-    arguments = parser.parse_args()
-    uvloop.run(serve(arguments.port, arguments.upstream_port, arguments.database))
+    given = arguments(__doc__)
+    uvloop.run(serve(given.port, given.upstream_port, given.database))
 
 
 if __name__ == "__main__":

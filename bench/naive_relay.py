@@ -7,7 +7,6 @@ waits for all of it. Runs until SIGTERM.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import signal
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import aiosmtplib
 import aiosqlite
 from aiosmtpd import smtp
+
+from bench.yardstick import arguments
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS task_done (
@@ -76,14 +77,8 @@ async def serve(port: int, upstream_port: int, path: Path) -> None:
 
 def main() -> None:
     """Read the arguments and serve."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--upstream-port", type=int, required=True)
-    parser.add_argument("--database", type=Path, required=True)
-    arguments = parser.parse_args()
-    asyncio.run(serve(arguments.port, arguments.upstream_port, arguments.database))
+    given = arguments(__doc__)
+    asyncio.run(serve(given.port, given.upstream_port, given.database))
 
 
 if __name__ == "__main__":
