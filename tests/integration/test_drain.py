@@ -283,3 +283,18 @@ async def test_an_upstream_that_does_not_answer_quit_is_not_waited_for_long(
     relay = await stopping()
     await relay.begin()
     await relay.end(upstream)
+
+
+async def test_whatever_a_drain_fails_with_all_is_closed(
+    stopping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = await stopping()
+
+    async def fail(_: float) -> None:
+        raise OSError("cannot drain")
+
+    monkeypatch.setattr(relay.relay.reception, "drain", fail)
+    relay._stop = asyncio.create_task(relay.relay.stop())
+    with pytest.raises(OSError, match="cannot drain"):
+        await relay._stop
+    await eventually(lambda: threads() <= relay._threads, threads)  # that of the database above all
