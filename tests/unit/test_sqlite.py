@@ -485,6 +485,7 @@ async def test_a_backup_that_is_put_in_place_under_the_relay_is_not_spoiled(tmp_
     if noticed:
         with pytest.raises(StoreError, match="was removed or replaced"):
             await database.transaction(lambda raw: raw.execute("DELETE FROM later"))
+        assert (tmp_path / "t.db-wal").stat().st_size == 0  # at once, for who is killed before a stop
     await database.close()
     await (await Database.open(path, create=False, busy_timeout=1)).close()
     with closing(sqlite3.connect(path)) as raw:
