@@ -8,6 +8,7 @@ own, and sends nothing to anybody.
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ SLOWEST_S = 1.5
 """How long the upstream takes at most for a verdict in its slow minutes."""
 
 CONFIGURATION = """\
-# The demonstration's relay. Ask its records with: relay sends --config {file}
+# The demonstration's relay. Ask its records with relay sends --config and the name of this file.
 # This directory is the demonstration's alone; remove it when you are done.
 
 [server]
@@ -42,8 +43,8 @@ address = "{upstream}"
 tls = "none"
 
 [records]
-url = "sqlite:///{directory}/task_done.db"
-spool = "{directory}/spool"
+url = {url}
+spool = {spool}
 
 [retention]
 default = "30d"
@@ -82,9 +83,18 @@ def configuration(directory: Path) -> Path:
     file = directory / "relay.toml"
     if not file.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        text = CONFIGURATION.format(file=file, directory=directory.as_posix(), upstream=DEV_UPSTREAM)
-        file.write_text(text)
+        text = CONFIGURATION.format(
+            url=_toml(f"sqlite:///{directory.as_posix()}/task_done.db"),
+            spool=_toml(f"{directory.as_posix()}/spool"),
+            upstream=DEV_UPSTREAM,
+        )
+        file.write_text(text, encoding="utf-8")
     return file
+
+
+def _toml(text: str) -> str:
+    """Return text as a basic string of TOML, which is one of JSON but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 async def demo(

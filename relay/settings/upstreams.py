@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from relay.settings.address import Address
 from relay.settings.kinds import (
@@ -101,8 +101,8 @@ class UpstreamSettings(Endpoint):
     """File that holds the password; its last line end does not count."""
     password: SecretStr | None = None
     """Password for AUTH with the upstream. Better: password_file."""
-    max_connections: Count = 20
-    """Connections to the upstream at the same time."""
+    max_connections: Annotated[Count, Field(le=65_535)] = 20
+    """Connections to the upstream at the same time; no more than TCP has ports for."""
     idle_timeout: Duration = written("60s")
     """An unused connection is closed after this time."""
     max_age: Duration = written("5m")

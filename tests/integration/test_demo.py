@@ -16,6 +16,7 @@ import pytest
 from relay.cli import main
 from relay.demo import configuration
 from relay.demo.hour import BREAKS, MINUTES, the_hour
+from relay.settings import load
 from tests.interop.peers import free_port
 
 
@@ -45,6 +46,13 @@ def test_the_hour_is_the_same_each_time_and_has_all_that_it_should() -> None:
     assert len({mail.task_type for mail in hour}) >= 7
     assert len({recipient.rpartition("@")[2] for mail in hour for recipient in mail.recipients}) >= 7
     assert sum(BREAKS in mail.recipients for mail in hour) == 1
+
+
+@pytest.mark.parametrize("name", ['a "quoted" place', "50 % {of} \\ \x7f", "a\nb", "Straße"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    settings = load(configuration(tmp_path / name), {})
+    assert settings.records.url == f"sqlite:///{tmp_path / name}/task_done.db"
+    assert settings.records.spool == tmp_path / name / "spool"
 
 
 async def test_an_hour_is_played_and_can_be_looked_at(
