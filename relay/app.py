@@ -199,6 +199,7 @@ class Relay:
                 self.metrics.settle()
                 self.reception.sweep(now, now - looked)
                 self.upstreams.sweep(now)
+                self.records.journal.look()
                 self.reread()
             except Exception as error:
                 maillog.unforeseen("sweep", None, error)

@@ -11,7 +11,7 @@ Rules:
   be entered, when nothing had gone up yet, or about to be freed, when all was said: it is no doubt.
 - The file's blocks are taken in advance (`posix_fallocate`): on a file system that writes in place, a store
   into the map never needs room on the disk, the lack of which would be a SIGBUS.
-- Where there is no room for the slots, nothing may go up: `refusal` says so, and `enter` returns None.
+- Where there is no room for the slots, or the file has been removed, nothing may go up: `refusal` says so.
 - The slot freed last is used next, so that few pages are touched.
 - Whoever has the spool's lock has the journal: open it after the spool, close it before.
 - One thread.
@@ -73,6 +73,7 @@ class Journal:
         self._slots = 0
         self._failure: str | None = None
         self._tried_at = 0.0
+        self._removed = False
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -125,12 +126,23 @@ class Journal:
         self._free.append(slot)
 
     def refusal(self) -> str | None:
-        """Return why new mail must be refused now, or None; tries once a second to have room again."""
+        """Return why new mail must be refused now, or None; tries once a second to have room again.
+
+        After a kill the next start would find nothing in what was removed.
+        """
+        if self._removed:
+            return f"{self.path}: was removed while it was in use; restart the relay"
         if self._free:
             return None
         if self._failure is None or time.monotonic() - self._tried_at >= _RETRY_S:
             self._grow(max(self._slots, 1))
         return self._failure
+
+    def look(self) -> None:
+        """See whether the file has been removed under the relay; to be called every second or so."""
+        if not self._removed and os.fstat(self._file).st_nlink == 0:
+            self._removed = True
+            _log.error("%s: was removed while it was in use; restart the relay", self.path)
 
     def close(self) -> None:
         """Close the file. What is in use stays in it, for the next start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
@@ -225,3 +226,33 @@ async def test_the_store_can_only_be_read_for_a_while(start: Any, upstream: Scri
         await database.run(lambda raw: raw.execute("PRAGMA query_only = 0"))
         await until_rows(running, 3)
         assert not (running.relay.records.recorder._spooler._spool.rejected_file).exists()
+
+
+async def test_the_directory_of_the_spool_is_removed_under_the_relay(
+    start: Any, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kill would leave nothing of a message under way, so none is begun; the one that is goes on."""
+    async with start(upstream.port) as running, Client(running.port) as client, Client(running.port) as other:
+        for each in (client, other):
+            await each.greeting()
+            await each.ehlo()
+        assert (await other.command(b"MAIL FROM:<a@example.test>")).code == 250
+        directory = running.relay.records.spool.directory
+        assert running.relay.readiness()[0] is True
+        shutil.rmtree(directory)
+
+        await eventually(lambda: not running.relay.readiness()[0])
+        reason = f"{directory}/journal: was removed while it was in use; restart the relay"
+        assert f"records cannot be kept: {reason}" in running.relay.readiness()[1]
+        assert str(await client.command(b"MAIL FROM:<a@example.test>")) == (
+            "451 4.3.0 The relay cannot keep its records now, try again later"
+        )
+        assert (await other.command(b"RCPT TO:<b@example.test>")).code == 250
+        assert (await other.command(b"DATA")).code == 354
+        assert (await other.command(CONTENT + b".")).code == 250
+    assert [record.message for record in caplog.records].count(reason) == 1
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        assert await send(client) == 250
+        assert len(upstream.accepted) == len(running.rows()) == 2
