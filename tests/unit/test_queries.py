@@ -379,6 +379,20 @@ async def test_a_writer_neither_waits_nor_is_waited_for(path):
         assert await found(path, task_type="later") == [1]
 
 
+async def test_by_a_link_the_rows_of_a_relay_that_runs_are_there_too(path):
+    """Its write-ahead log stands beside the file, not beside the link."""
+    real = path.with_name("real") / "other.db"
+    real.parent.mkdir()
+    path.symlink_to(real)
+    await write(real, row(1))
+    store = await open_store(url_of(path), Retention(timedelta(days=30)))
+    try:
+        await store.write([row(2)])
+        assert await found(path) == [2, 1]
+    finally:
+        await store.close()
+
+
 async def test_a_relay_that_starts_in_the_middle_is_noticed(path, monkeypatch):
     """The file was taken for one that does not change, and then it did."""
     await write(path, row(1))

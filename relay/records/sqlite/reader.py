@@ -143,7 +143,8 @@ def _look(path: Path) -> tuple[object, ...]:
             raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise StoreError(f"{path}: cannot be read; run the command as the relay's user, or as its group")
-        in_use = path.with_name(path.name + "-wal").exists()
+        real = path.resolve()  # SQLite follows links, and keeps its files beside the one that it finds
+        in_use = real.with_name(f"{real.name}-wal").exists()
     except FileNotFoundError:
         raise MissingStoreError(
             f"{path}: no such file; nothing was recorded yet, or records.url names another"
