@@ -23,7 +23,7 @@ from typing import Any
 
 from relay.cli import main
 from relay.records import spool
-from relay.records.sqlite import database, store
+from relay.records.sqlite import setup, store
 from relay.reply import Reply
 from relay.settlement import Settlement
 from relay.upstream.connection import Connection
@@ -155,7 +155,7 @@ def _migration(passed: Passed) -> None:
 
 def _new_file(passed: Passed) -> None:
     """Each statement that makes the tables of a new file, before it."""
-    make_tables = database.make_tables
+    make_tables = setup.make_tables
 
     def wrapped(path: Path, connection: sqlite3.Connection) -> str:
         connection.set_trace_callback(lambda _: passed())
@@ -163,7 +163,7 @@ def _new_file(passed: Passed) -> None:
         connection.set_trace_callback(None)
         return version
 
-    database.make_tables = wrapped
+    setup.make_tables = wrapped
 
 
 def _expiry(passed: Passed) -> None:

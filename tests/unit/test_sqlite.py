@@ -21,7 +21,8 @@ import pytest
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.migrations import upgrade
 from relay.records.retention import Retention
-from relay.records.sqlite.database import Database, path_of
+from relay.records.sqlite.database import Database
+from relay.records.sqlite.file import path_of
 from relay.records.store import open_store
 from relay.records.tables import SCHEMA_VERSION, VERSION_TABLE
 from tests.support.tables import BACK_TO_0001, definitions

@@ -10,7 +10,9 @@ import aiosqlite
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
-from relay.records.sqlite.database import connect, explained, on_thread, path_of
+from relay.records.sqlite.connection import connect, on_thread
+from relay.records.sqlite.errors import explained
+from relay.records.sqlite.file import path_of
 
 __all__ = ["SqliteEraser"]
 

@@ -19,7 +19,7 @@ from relay.envelope import domain_of
 from relay.records.errors import RejectedRecordError
 from relay.records.model import Doubt, Entry, Record, signed
 from relay.records.retention import Retention
-from relay.records.sqlite.database import in_transaction
+from relay.records.sqlite.connection import in_transaction
 from relay.records.tables import utc_text
 
 __all__ = ["insert_entries", "prepare"]

@@ -18,18 +18,12 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import LRUCache
 
-from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.sqlite.database import (
-    SMALLEST,
-    check_columns,
-    connect,
-    explained,
-    interrupt,
-    on_thread,
-    path_of,
-    version_in,
-)
+from relay.records.errors import SlowReadError, StoreError
+from relay.records.sqlite.connection import connect, interrupt, on_thread
+from relay.records.sqlite.errors import explained
+from relay.records.sqlite.file import SMALLEST, log_of, no_such_file, path_of
 from relay.records.sqlite.hints import heed_hints
+from relay.records.sqlite.tables import check_columns, version_in
 from relay.records.tables import SCHEMA_VERSION
 
 __all__ = ["ATTEMPTS", "SqliteReader"]
@@ -143,12 +137,9 @@ def _look(path: Path) -> tuple[object, ...]:
             raise StoreError(f"{path}: is not a store of the relay; name the right file in records.url")
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise StoreError(f"{path}: cannot be read; run the command as the relay's user, or as its group")
-        real = path.resolve()  # SQLite follows links, and keeps its files beside the one that it finds
-        in_use = real.with_name(f"{real.name}-wal").exists()
+        in_use = log_of(path).exists()
     except FileNotFoundError:
-        raise MissingStoreError(
-            f"{path}: no such file; nothing was recorded yet, or records.url names another"
-        ) from None
+        raise no_such_file(path) from None
     except OSError as error:
         raise StoreError(
             f"{path}: {error.strerror}; change records.url, or the rights of its path"

@@ -16,7 +16,7 @@ from typing import TypeVar
 from relay.records.model import Entry
 from relay.records.pacing import Pace
 from relay.records.retention import Retention
-from relay.records.sqlite.database import Database, path_of
+from relay.records.sqlite.database import Database
 from relay.records.sqlite.expire import (
     Lease,
     count_expired,
@@ -26,6 +26,7 @@ from relay.records.sqlite.expire import (
     oldest_expired,
     vacuum,
 )
+from relay.records.sqlite.file import path_of
 from relay.records.sqlite.follow import begin_following, count_due, follow
 from relay.records.sqlite.insert import insert_entries, prepare
 from relay.records.sqlite.presence import say_alive, say_gone, say_retention
