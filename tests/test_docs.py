@@ -30,7 +30,8 @@ from relay.maillog.values import MAX_ITEMS, MAX_TEXT
 from relay.metrics import AUTH_OUTCOMES, CONNECT_OUTCOMES, REJECT_REASONS, REPLY_COMMANDS
 from relay.outcome import Outcome
 from relay.records.model import Record
-from relay.records.spool import Spool, encode
+from relay.records.spool import Spool
+from relay.records.spool_line import encode
 from relay.session import dialogue
 from relay.session.commands import DEFAULT_LINE_LIMIT, LINE_LIMITS
 from relay.session.lines import MAX_LINE

@@ -14,16 +14,8 @@ from typing import NamedTuple
 
 from relay.records.model import Doubt, Json, Record, Settled
 from relay.records.segment import end_of_rows
-from relay.records.spool import (
-    CORRUPT,
-    REJECTED,
-    REPLAYED,
-    SEGMENT_NAME,
-    CorruptLineError,
-    SpoolError,
-    contents,
-    decode,
-)
+from relay.records.spool import CORRUPT, REJECTED, REPLAYED, SEGMENT_NAME, SpoolError
+from relay.records.spool_line import CorruptLineError, contents, decode
 
 __all__ = ["Found", "Survey", "Waiting", "entries_waiting", "survey", "waiting"]
 

@@ -16,17 +16,8 @@ from relay.records.aside import append_line, take_away
 from relay.records.errors import RejectedRecordError
 from relay.records.model import Entry
 from relay.records.segment import sync_directory
-from relay.records.spool import (
-    CORRUPT,
-    REJECTED,
-    REPLAYED,
-    CorruptLineError,
-    Spool,
-    SpoolError,
-    UnknownRowError,
-    decode,
-    encode,
-)
+from relay.records.spool import CORRUPT, REJECTED, REPLAYED, Spool, SpoolError
+from relay.records.spool_line import CorruptLineError, UnknownRowError, decode, encode
 
 __all__ = ["Carried", "Progress", "replay", "replay_rejected"]
 

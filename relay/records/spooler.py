@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 from relay.records.model import Entry
-from relay.records.spool import Batch, Spool, SpoolError, encode
+from relay.records.spool import Batch, Spool, SpoolError
+from relay.records.spool_line import encode
 
 __all__ = ["USUAL_PLACE", "Spooler", "SpoolerMetrics"]
 

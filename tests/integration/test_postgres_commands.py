@@ -15,7 +15,8 @@ import pytest
 from relay.records.identity import uuid7
 from relay.records.model import Doubt, Record
 from relay.records.retention import Retention
-from relay.records.spool import Spool, encode
+from relay.records.spool import Spool
+from relay.records.spool_line import encode
 from relay.records.store import open_store
 from tests.support.process import ROOT, RelayProcess
 

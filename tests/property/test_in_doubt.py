@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from relay.records.model import Doubt, Entry, Record, Settled
 from relay.records.retention import Retention
-from relay.records.spool import decode, encode
+from relay.records.spool_line import decode, encode
 from relay.records.store import open_store
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

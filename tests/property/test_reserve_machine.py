@@ -10,7 +10,6 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,9 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relay.records import spool as spool_module
-from relay.records.identity import uuid7
 from relay.records.model import Record
-from relay.records.spool import Spool, SpoolError, encode
+from relay.records.spool import Spool, SpoolError
+from relay.records.spool_line import encode
+from tests.support.rows import make_record
 
 USUAL = 16 * 1024
 LONG = 8 * 1024
@@ -59,18 +59,7 @@ class Disk:
 
 
 def row(size: int) -> Record:
-    return Record(
-        task_id=uuid7(),
-        task_type="mention",
-        sender="s" * size,
-        client="127.0.0.1",
-        sent_at=datetime(2026, 1, 2, tzinfo=UTC),
-        upstream="primary",
-        upstream_reply="250 ok",
-        size=1,
-        duration_ms=1,
-        recipients=("b@example.org",),
-    )
+    return make_record("s" * size)
 
 
 class ReserveMachine(RuleBasedStateMachine):

@@ -10,7 +10,7 @@ from relay.classify import MAX_TAGS, Classification
 from relay.envelope import Envelope, Recipient
 from relay.records.bound import MAX_VERDICT
 from relay.records.identity import uuid7
-from relay.records.spool import decode, encode
+from relay.records.spool_line import decode, encode
 from relay.records.spooler import USUAL_PLACE
 from relay.reply import Reply, ReplyParser
 

@@ -17,8 +17,10 @@ from relay.cli import main
 from relay.records.identity import uuid7
 from relay.records.model import Record
 from relay.records.retention import Retention
-from relay.records.spool import Spool, encode
+from relay.records.spool import Spool
+from relay.records.spool_line import encode
 from relay.records.store import open_store
+from tests.support.rows import spool_line
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 SPOOL = Path("data/spool")
@@ -130,12 +132,8 @@ def test_list_rows(capsys: pytest.CaptureFixture[str]) -> None:
 def test_rows_that_hold_what_no_row_of_this_version_holds(capsys: pytest.CaptureFixture[str]) -> None:
     fill(record(recipients=(), task_type="x"))
     segment = SPOOL / "000000000001.jsonl"
-    from relay.records import spool as spool_module
-
     octets = b'{"task_id":"1","since":"the day after","recipients":7}'
-    segment.write_bytes(
-        b'{"crc32":"%08x","record":%b}\n' % (spool_module.zlib.crc32(octets), octets) + b"rubbish\n"
-    )
+    segment.write_bytes(spool_line("record", octets) + b"rubbish\n")
 
     assert main(["spool", "list", "--rows"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[1:4] == ["the", "day", "after"]

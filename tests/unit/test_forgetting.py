@@ -16,7 +16,7 @@ from relay.records.model import Doubt, Record
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
 from relay.records.sends import SendFilter
-from relay.records.spool import encode
+from relay.records.spool_line import encode
 from relay.records.store import open_store
 
 ANN = "ann@example.org"

@@ -10,7 +10,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import UUID
@@ -24,27 +23,14 @@ from relay.records import spooler as spooler_module
 from relay.records.identity import uuid7
 from relay.records.model import Doubt, Entry, Record, Settled
 from relay.records.recorder import MAX_BATCH, Recorder
-from relay.records.spool import Spool, decode, encode
+from relay.records.spool import Spool
+from relay.records.spool_line import decode, encode
 from relay.records.spooler import USUAL_PLACE
 from relay.records.store import RejectedRecordError, StoreError
+from tests.support.rows import make_record
 
 LONG = 3600.0  # a limit that no test reaches
 SHORT = 0.02  # a limit that the test waits for; being late does not matter
-
-
-def make_record(task_type: str = "mention") -> Record:
-    return Record(
-        task_id=uuid7(),
-        task_type=task_type,
-        sender="a@example.com",
-        client="127.0.0.1",
-        sent_at=datetime(2026, 1, 2, tzinfo=UTC),
-        upstream="primary",
-        upstream_reply="250 2.0.0 Ok",
-        size=1234,
-        duration_ms=56,
-        recipients=("b@example.org",),
-    )
 
 
 def make_doubt(record: Record) -> Doubt:

@@ -5,31 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from relay.records.identity import uuid7
 from relay.records.model import Record
 from relay.records.replay import Carried, replay, replay_rejected
-from relay.records.spool import Spool, SpoolError, decode, encode
+from relay.records.spool import Spool, SpoolError
+from relay.records.spool_line import decode, encode
 from relay.records.store import RejectedRecordError, StoreError
-
-
-def record(task_type: str = "mention") -> Record:
-    return Record(
-        task_id=uuid7(),
-        task_type=task_type,
-        sender="a@example.com",
-        client="127.0.0.1",
-        sent_at=datetime(2026, 1, 2, tzinfo=UTC),
-        upstream="primary",
-        upstream_reply="250 2.0.0 Ok",
-        size=1234,
-        duration_ms=56,
-        recipients=("b@example.org",),
-    )
+from tests.support.rows import make_record, spool_line
 
 
 class MemoryStore:
@@ -53,7 +38,7 @@ def done(_: int) -> None:
 
 async def test_a_store_that_goes_away_in_the_middle(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    rows = [record() for _ in range(1200)]
+    rows = [make_record() for _ in range(1200)]
     spool.append([encode(row) for row in rows])
     store = MemoryStore(limit=700)
     with pytest.raises(StoreError):
@@ -70,7 +55,7 @@ async def test_a_store_that_goes_away_in_the_middle(tmp_path: Path) -> None:
 
 async def test_poison_in_a_batch(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    rows = [record("poison" if number in (3, 4, 9) else "mention") for number in range(10)]
+    rows = [make_record(task_type="poison" if number in (3, 4, 9) else "mention") for number in range(10)]
     spool.append([encode(row) for row in rows])
     store = MemoryStore()
 
@@ -83,7 +68,7 @@ async def test_poison_in_a_batch(tmp_path: Path) -> None:
 
 async def test_a_replay_of_rejected_rows_that_is_cut_short(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    rows = [record() for _ in range(3)]
+    rows = [make_record() for _ in range(3)]
     for row in rows[:2]:
         spool.set_aside(encode(row, "no such column"))
     with pytest.raises(StoreError):
@@ -100,12 +85,9 @@ async def test_a_replay_of_rejected_rows_that_is_cut_short(tmp_path: Path) -> No
 
 async def test_rejected_lines_that_cannot_be_read(tmp_path: Path) -> None:
     """Rubbish goes where rubbish is; a row of another version stays until that one is back."""
-    from relay.records import spool as spool_module
-
-    octets = b'{"kind":"something later"}'
-    unknown = b'{"crc32":"%08x","record":%b}\n' % (spool_module.zlib.crc32(octets), octets)
+    unknown = spool_line("record", b'{"kind":"something later"}')
     rejected = tmp_path / "rejected.jsonl"
-    rejected.write_bytes(b"rubbish\n" + unknown + encode(record())[:40])
+    rejected.write_bytes(b"rubbish\n" + unknown + encode(make_record())[:40])
 
     assert await replay_rejected(tmp_path, MemoryStore(), done) == Carried(0, 1, 2)
     assert rejected.read_bytes() == unknown
@@ -123,7 +105,7 @@ with open(sys.argv[1], "r+b") as file:
 
 async def test_two_replays_of_rejected_rows(tmp_path: Path) -> None:
     taken = tmp_path / "rejected.replayed.jsonl"
-    taken.write_bytes(encode(record()))
+    taken.write_bytes(encode(make_record()))
     with subprocess.Popen(  # noqa: ASYNC220 - nothing else runs in this loop
         [sys.executable, "-c", HOLD, taken], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from relay.records import spool as spool_module
-from relay.records.identity import uuid7
-from relay.records.model import Doubt, Entry, Json, Record, Settled
-from relay.records.spool import RESERVE, CorruptLineError, Spool, SpoolError, decode, encode
+from relay.records.model import Record
+from relay.records.spool import RESERVE, Spool, SpoolError
+from relay.records.spool_line import decode, encode
+from tests.support.rows import make_record, spool_line
 
-SENT_AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-
-
-def make_record(sender: str = "a@example.com", data: dict[str, Json] | None = None) -> Record:
-    return Record(
-        task_id=uuid7(),
-        task_type="mention",
-        sender=sender,
-        client="127.0.0.1",
-        sent_at=SENT_AT,
-        upstream="primary",
-        upstream_reply="250 2.0.0 Ok: queued as 4FZ",
-        size=1234,
-        duration_ms=56,
-        recipients=("b@example.org", "c@example.net"),
-        data=data or {},
-    )
+ROOT = Path(__file__).parents[2]
 
 
 def drain(spool: Spool, limit: int = 2) -> list[Record]:
@@ -57,122 +38,6 @@ def segments(directory: Path) -> list[Path]:
 
 def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-text = st.text(st.characters(exclude_categories=["Cs"]))
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
-    max_leaves=10,
-)
-records = st.builds(
-    Record,
-    task_id=st.uuids(),
-    task_type=text,
-    sender=text,
-    client=text,
-    sent_at=st.datetimes(timezones=st.just(UTC)),
-    upstream=text,
-    upstream_reply=text,
-    size=st.integers(min_value=0),
-    duration_ms=st.integers(min_value=0),
-    recipients=st.lists(text, max_size=4).map(tuple),
-    client_task_id=st.none() | text,
-    message_id=st.none() | text,
-    data=st.dictionaries(text, json_values, max_size=4),
-)
-
-
-doubts = st.builds(
-    Doubt,
-    task_id=st.uuids(),
-    task_type=text,
-    sender=text,
-    client=text,
-    since=st.datetimes(timezones=st.just(UTC)),
-    upstream=text,
-    reason=text,
-    size=st.integers(min_value=0),
-    duration_ms=st.integers(min_value=0),
-    recipients=st.lists(text, max_size=4).map(tuple),
-    client_task_id=st.none() | text,
-    message_id=st.none() | text,
-    data=st.dictionaries(text, json_values, max_size=4),
-)
-entries = records | doubts | st.builds(Settled, st.uuids())
-
-
-@given(entries, st.none() | text)
-def test_any_entry_survives_the_line(entry: Entry, reason: str | None) -> None:
-    line = encode(entry, reason)
-
-    assert line.count(b"\n") == 1
-    assert isinstance(json.loads(line), dict)
-    assert decode(line) == entry
-
-
-def test_a_line_says_its_kind() -> None:
-    task_id = uuid7()
-
-    assert b'"record":{' in encode(make_record())
-    assert encode(Settled(task_id)).endswith(b'"settled":{"task_id":"%b"}}\n' % str(task_id).encode())
-
-
-def test_a_line_of_an_older_version_is_read() -> None:
-    line = (
-        b'{"crc32":"88cff8ac","record":{"task_id":"01944f8a-5b1d-7000-8000-000000000001","task_type":"mention",'
-        b'"sender":"a@example.com","client":"127.0.0.1","sent_at":"2026-01-02T03:04:05.678901+00:00",'
-        b'"upstream":"primary","upstream_reply":"250 2.0.0 Ok","size":1234,"duration_ms":56,'
-        b'"recipients":["b@example.org"],"client_task_id":null,"message_id":null,"data":{}}}\n'
-    )
-
-    record = decode(line)
-
-    assert isinstance(record, Record)
-    assert (record.sender, record.recipients, record.sent_at) == (
-        "a@example.com",
-        ("b@example.org",),
-        SENT_AT,
-    )
-
-
-def test_what_has_waited_may_be_in_doubt_meanwhile() -> None:
-    record = decode(encode(make_record()))
-
-    assert isinstance(record, Record)
-    assert record.doubted
-
-
-@given(entries, st.data())
-def test_a_line_cut_anywhere_is_recognised(record: Entry, data: st.DataObject) -> None:
-    line = encode(record)
-    cut = data.draw(st.integers(min_value=0, max_value=len(line) - 2))
-
-    with pytest.raises(CorruptLineError):
-        decode(line[:cut])
-
-
-@given(entries, st.data())
-def test_a_flipped_bit_is_recognised(record: Entry, data: st.DataObject) -> None:
-    line = bytearray(encode(record))
-    bit = data.draw(st.integers(min_value=0, max_value=8 * (len(line) - 1) - 1))
-    line[bit // 8] ^= 1 << bit % 8
-
-    try:
-        decoded = decode(bytes(line))
-    except CorruptLineError:
-        return
-    assert decoded == record  # the case of a hexadecimal digit: the record is untouched
-
-
-def test_a_line_that_is_no_record_is_corrupt() -> None:
-    """As after a downgrade: the checksum holds, the content is not a record."""
-    other = encode(make_record()).replace(b'"recipients"', b'"receivers_"')
-    octets = other.split(b'"record":', 1)[1][:-2]
-    line = b'{"crc32":"%08x","record":%b}\n' % (spool_module.zlib.crc32(octets), octets)
-
-    with pytest.raises(CorruptLineError, match="not a record"):
-        decode(line)
 
 
 def test_rows_come_back_in_order_and_files_go(tmp_path: Path) -> None:
@@ -595,8 +460,9 @@ def test_nothing_to_read_and_nothing_to_forget(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import pathlib, resource, signal, sys
-from test_spool import make_record
-from relay.records.spool import Spool, SpoolError, encode
+from relay.records.spool import Spool, SpoolError
+from relay.records.spool_line import encode
+from tests.support.rows import make_record
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails with EFBIG, in part
 spool = Spool(pathlib.Path(sys.argv[1]))
@@ -623,7 +489,7 @@ print(row.task_id, flush=True)
 @pytest.mark.parametrize("limit", [700, 5_000, 20_000])
 def test_a_full_disk_leaves_whole_rows_only(tmp_path: Path, limit: int) -> None:
     """The limit cuts a write in its middle: nothing of it may stay, and rows go on once there is space."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
     said = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -639,8 +505,9 @@ def test_a_full_disk_leaves_whole_rows_only(tmp_path: Path, limit: int) -> None:
 
 KILLED = """
 import pathlib, sys
-from test_spool import make_record
-from relay.records.spool import Spool, encode
+from relay.records.spool import Spool
+from relay.records.spool_line import encode
+from tests.support.rows import make_record
 
 spool = Spool(pathlib.Path(sys.argv[1]))
 while True:
@@ -653,7 +520,7 @@ while True:
 
 @pytest.mark.parametrize("after", [1, 10, 200])
 def test_sigkill_loses_nothing_that_was_said(tmp_path: Path, after: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -714,8 +581,7 @@ def test_rows_behind_a_lost_block_come(tmp_path: Path) -> None:
 
 
 def test_a_row_of_a_later_version_is_kept_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    octets = b'{"task_id":"1","limit":"mentions"}'
-    later = b'{"crc32":"%08x","limit":%b}\n' % (spool_module.zlib.crc32(octets), octets)
+    later = spool_line("limit", b'{"task_id":"1","limit":"mentions"}')
     row = make_record()
     spool = crashed(tmp_path, later + encode(row))
 
