@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import urlencode
 from uuid import UUID
@@ -21,24 +21,23 @@ import orjson
 from aiohttp import web
 
 from relay.asking import AskedError, filter_of, zone_of
-from relay.provider import accepted_as
 from relay.records.by import By
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.sends import InDoubt, Key, Send
+from relay.records.sends import Key
 from relay.web import openapi
-from relay.web.openapi import CURSOR, DEFAULT_LIMIT, FILTERS, MAX_LIMIT, TASK_ID
+from relay.web.cursor import cursor_of, place_of
+from relay.web.openapi import DEFAULT_LIMIT, FILTERS, MAX_LIMIT, TASK_ID
 from relay.web.overview import Overview
 from relay.web.problem import problem
 from relay.web.reading import BusyError, Reading
+from relay.web.row import document, key_of
 
-__all__ = ["Api", "Limits", "shown"]
+__all__ = ["Api", "Limits", "no_limits"]
 
 Limits = Callable[[], Awaitable[list[dict[str, Any]]]]
 """Gives the rate limits and how near their edge each is."""
 
 _FIELDS: Final = tuple(FILTERS)
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -96,8 +95,8 @@ class Api:
         found = await self._reading.search(wanted, rows=rows, after=after)
         last = found[-1] if len(found) == rows else None
         return {
-            "sends": [shown(each) for each in found],
-            **_next(request, None if last is None else (last.sent_at, last.id)),
+            "sends": [document(each) for each in found],
+            **_next(request, None if last is None else key_of(last)),
         }
 
     async def _doubts(self, request: web.Request) -> Any:
@@ -105,13 +104,14 @@ class Api:
         found = await self._reading.in_doubt(wanted, rows=rows, after=after)
         last = found[-1] if len(found) == rows else None
         return {
-            "in_doubt": [shown(each) for each in found],
-            **_next(request, None if last is None else (last.since, last.id)),
+            "in_doubt": [document(each) for each in found],
+            **_next(request, None if last is None else key_of(last)),
         }
 
     def _asked(self, request: web.Request) -> tuple[Any, int, Key | None]:
         rows = _number(request.query.get("limit"), DEFAULT_LIMIT)
-        return self._filter(request), rows, _place(request.query.get("cursor"))
+        after = place_of(request.query.get("cursor"), "cursor", "the cursor of an answer")
+        return self._filter(request), rows, after
 
     def _filter(self, request: web.Request) -> Any:
         given = {name: request.query.get(name) for name in _FIELDS}
@@ -129,7 +129,7 @@ class Api:
             raise web.HTTPNotFound(
                 text="no send has this task_id, and no message in doubt; it may have expired"
             )
-        return shown(found)
+        return document(found)
 
     async def _stats(self, request: web.Request) -> Any:
         names = request.query.getall("by", [])
@@ -171,23 +171,6 @@ class Api:
         return await asyncio.to_thread(openapi.description)
 
 
-def shown(row: Send | InDoubt) -> dict[str, Any]:
-    """Return a send, or a message in doubt, as the API shows it: its columns, and what they tell."""
-    names = (field.name for field in dataclasses.fields(row))
-    found = {name: _plain(getattr(row, name)) for name in names if name != "id"}
-    found["state"] = "accepted" if isinstance(row, Send) else "in_doubt"
-    if isinstance(row, Send):
-        accepted = accepted_as(row.upstream_reply)
-        found["provider_id"] = None if accepted is None else accepted.id
-    return found
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return value
-
-
 def _json(document: Any) -> web.Response:
     body = orjson.dumps(document)
     return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
@@ -213,16 +196,6 @@ def _next(request: web.Request, key: Key | None) -> Mapping[str, str | None]:
     """Return the cursor of the next page, and its address; null at the end."""
     if key is None:
         return {"cursor": None, "next": None}
-    cursor = f"{(key[0] - _EPOCH) // _MICROSECOND}-{key[1]}"
+    cursor = cursor_of(key)
     query = [(name, value) for name, value in request.query.items() if name != "cursor"]
     return {"cursor": cursor, "next": f"{request.path}?{urlencode([*query, ('cursor', cursor)])}"}
-
-
-def _place(cursor: str | None) -> Key | None:
-    """Return the row that a cursor stands for: its time in microseconds, and its id."""
-    if cursor is None:
-        return None
-    if re.fullmatch(CURSOR, cursor) is None:
-        raise AskedError("cursor", "the cursor of an answer")
-    micros, identity = map(int, cursor.split("-"))
-    return _EPOCH + micros * _MICROSECOND, identity

@@ -14,12 +14,12 @@ from relay import __version__
 from relay.asking import MAX_VALUE
 from relay.outcome import Outcome
 from relay.records.by import By
+from relay.web.cursor import CURSOR
 
-__all__ = ["CURSOR", "DEFAULT_LIMIT", "FILTERS", "MAX_LIMIT", "TASK_ID", "description"]
+__all__ = ["DEFAULT_LIMIT", "FILTERS", "MAX_LIMIT", "TASK_ID", "description"]
 
 DEFAULT_LIMIT: Final = 50
 MAX_LIMIT: Final = 1000
-CURSOR: Final = "[0-9]{1,17}-[0-9]{1,18}"
 TASK_ID: Final = "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 
 _TEXT: Final = {"type": "string", "maxLength": MAX_VALUE}

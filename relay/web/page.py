@@ -8,16 +8,12 @@ every other second at most, and the records no more than a hundredth of the time
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import re
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -26,15 +22,17 @@ from aiohttp import web
 from relay import __version__
 from relay.asking import AskedError, zone_of
 from relay.late import late
-from relay.provider import accepted_as
 from relay.records.errors import MissingStoreError, StoreError
 from relay.records.sends import InDoubt, Key, Send, SendFilter
-from relay.web.api import Limits, no_limits, shown
+from relay.web.api import Limits, no_limits
 from relay.web.box import Box
+from relay.web.cursor import cursor_of, place_of
 from relay.web.figures import SPANS, Figure, by_outcome, by_type
+from relay.web.files import load_templates, static_files
+from relay.web.kept import Kept
 from relay.web.overview import Overview
 from relay.web.reading import Reading
-from relay.web.shown import FILTERS, octets, seconds, visible
+from relay.web.row import Line, document, facts, headers, key_of, line_of, refused
 from relay.web.standing import LimitRow, limit_row, standing
 
 if TYPE_CHECKING:
@@ -42,16 +40,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Page"]
 
-T = TypeVar("T")
-
 ROWS: Final = 50
 """Sends on a page of results."""
 RECENT: Final = 10
 _NOW_S: Final = 2.0
 """For how long what happens now is good enough for the next one who looks."""
-_REST: Final = 100
-_SHORTEST_REST_S, _LONGEST_REST_S = 5.0, 300.0
-"""What was read from the records rests so many times as long as reading it took, within these bounds."""
 _HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -63,10 +56,6 @@ _HEADERS: Final = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-cache",
 }
-_TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-_CURSOR: Final = re.compile("([0-9]{1,17})-([0-9]{1,18})")
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _EXAMPLE: Final = """\
 python3 - <<'END'
 import smtplib
@@ -82,20 +71,8 @@ END"""
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
-    """A send, or a message in doubt, in a table."""
-
-    task_id: str
-    moment: datetime
-    task_type: str
-    sender: str
-    recipients: tuple[str, ...]
-    reply: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Recent:
-    rows: list[_Line]
+    rows: list[Line]
     problem: str | None = None
 
 
@@ -115,8 +92,8 @@ class Page:
         self._hostname = hostname
         self._listens = listens
         self._limits = limits
-        self._kept = _Kept()
-        self._static = _static_files()
+        self._kept = Kept()
+        self._static = static_files()
         self._templates: Environment | None = None
 
     def routes(self) -> Iterable[web.AbstractRouteDef]:
@@ -191,7 +168,7 @@ class Page:
 
     async def _recent(self) -> _Recent:
         try:
-            return _Recent([_line(row) for row in await self._reading.search(SendFilter(), rows=RECENT)])
+            return _Recent([line_of(row) for row in await self._reading.search(SendFilter(), rows=RECENT)])
         except MissingStoreError:
             return _Recent([])
         except StoreError as error:
@@ -228,7 +205,7 @@ class Page:
         problem, status = None, 200
         found: list[Send] | list[InDoubt] = []
         try:
-            found = await find(_place(request.query.get("after")))
+            found = await find(place_of(request.query.get("after"), "after", "the address of an older page"))
         except AskedError as error:
             problem, status = f"{error.field} takes {error.takes}.", 400
         except MissingStoreError:
@@ -239,7 +216,7 @@ class Page:
         older = None
         if len(found) > ROWS:
             found = found[:ROWS]
-            older = _address(request.path, [*query, ("after", _cursor(found[-1]))])
+            older = _address(request.path, [*query, ("after", cursor_of(key_of(found[-1])))])
         return await self._html(
             request,
             "sends.html",
@@ -248,7 +225,7 @@ class Page:
             here=request.path,
             doubts=title == "In doubt",
             form=box,
-            rows=[_line(row) for row in found],
+            rows=[line_of(row) for row in found],
             problem=problem,
             first="after" not in request.query,
             first_page=_address(request.path, query),
@@ -269,14 +246,14 @@ class Page:
             request,
             "send.html",
             here="",
-            row=_line(row),
+            row=line_of(row),
             doubt=isinstance(row, InDoubt),
             reason=row.reason if isinstance(row, InDoubt) else "",
             upstream=row.upstream,
-            facts=list(_facts(row)),
-            refused=_refused(row.data.get("refused")),
-            headers=list(_kept_headers(row.data.get("headers"))),
-            raw=json.dumps(shown(row), indent=2, ensure_ascii=False, default=list),
+            facts=list(facts(row)),
+            refused=refused(row),
+            headers=list(headers(row)),
+            raw=json.dumps(document(row), indent=2, ensure_ascii=False, default=list),
         )
 
     # Answers
@@ -298,66 +275,9 @@ class Page:
 
     async def _render(self, template: str, **values: Any) -> str:
         if self._templates is None:
-            self._templates = await late(_load_templates)
+            self._templates = await late(load_templates)
         found = self._templates.get_template(template)
         return found.render(hostname=self._hostname(), version=__version__, **values)
-
-
-class _Kept:
-    """What was read a moment ago, by name. Who comes while it is read waits for the same reading."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, tuple[float, Any]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-
-    async def get(
-        self, name: str, read: Callable[[], Awaitable[T]], *, at_most: float = _LONGEST_REST_S
-    ) -> T:
-        """Return what `read` gives, or gave not long ago."""
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            good_until, value = self._values.get(name, (0.0, None))
-            begun = time.monotonic()
-            if begun < good_until:
-                kept: T = value
-                return kept
-            fresh = await read()
-            ended = time.monotonic()
-            rest = min(max((ended - begun) * _REST, _SHORTEST_REST_S), at_most)
-            self._values[name] = ended + rest, fresh
-            return fresh
-
-
-def _load_templates() -> Environment:
-    """Make all of them ready: to load jinja2 and to compile takes a while, which a start has not."""
-    import jinja2
-
-    files = _template_files()
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(files),
-        auto_reload=False,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    environment.filters.update(FILTERS)
-    for name in files:
-        environment.get_template(name)
-    return environment
-
-
-def _template_files() -> dict[str, str]:
-    """Return the templates by name, all read now: an upgrade changes none under a relay that runs."""
-    found = (resources.files("relay.web") / "templates").iterdir()
-    return {each.name: each.read_text("utf-8") for each in found}
-
-
-def _static_files() -> dict[str, tuple[bytes, str]]:
-    """Return the package's own files: content and type, by name."""
-    root = resources.files("relay.web") / "static"
-    names = ("style.css", "page.js", "favicon.svg", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
-    return {name: ((root / name).read_bytes(), _TYPES[name.rpartition(".")[2]]) for name in names}
 
 
 def _answer(request: web.Request, body: bytes, kind: str, status: int = 200) -> web.Response:
@@ -390,79 +310,3 @@ def _sentence(error: StoreError) -> str:
 def _address(path: str, query: Iterable[tuple[str, str]]) -> str:
     text = urlencode(list(query))
     return f"{path}?{text}" if text else path
-
-
-def _cursor(row: Send | InDoubt) -> str:
-    return f"{(_moment(row) - _EPOCH) // _MICROSECOND}-{row.id}"
-
-
-def _place(cursor: str | None) -> Key | None:
-    if cursor is None:
-        return None
-    found = _CURSOR.fullmatch(cursor)
-    if found is None:
-        raise AskedError("after", "the address of an older page")
-    return _EPOCH + int(found[1]) * _MICROSECOND, int(found[2])
-
-
-def _moment(row: Send | InDoubt) -> datetime:
-    return row.sent_at if isinstance(row, Send) else row.since
-
-
-def _line(row: Send | InDoubt) -> _Line:
-    said = row.upstream_reply if isinstance(row, Send) else row.reason
-    return _Line(row.task_id, _moment(row), row.task_type, row.sender, row.recipients, said)
-
-
-def _facts(row: Send | InDoubt) -> Iterable[tuple[str, Any, str]]:
-    """Give what is known of a send: a name, the value, how it is shown."""
-    if isinstance(row, Send):
-        accepted = accepted_as(row.upstream_reply)
-        yield "Accepted", row.sent_at, "time"
-        yield "The upstream said", row.upstream_reply.split("\n"), "lines"
-        if accepted is not None:
-            yield "The provider's id", accepted.id, "mono"
-    else:
-        yield "In doubt since", row.since, "time"
-        yield "Because", row.reason, ""
-    if "client_reply" in row.data:
-        heard = row.data["client_reply"]
-        yield "The client heard", "nothing: its connection had broken" if heard is None else str(heard), ""
-    yield "From", row.sender, "search"
-    yield "Client", _client(row), ""
-    yield "Upstream", row.upstream, ""
-    if row.message_id is not None:
-        yield "Message-ID", row.message_id, "mono"
-    yield "Task id", row.task_id, "mono"
-    if row.client_task_id is not None:
-        yield "The application's id", row.client_task_id, "mono"
-    exactly = "" if row.size < 1000 else f" ({row.size:,} octets)"
-    yield "Size", f"{octets(row.size)}{exactly}", ""
-    yield "Took", f"{seconds(row.duration_ms / 1000)} from MAIL on", ""
-    if isinstance(row.data.get("tags"), list):
-        yield "Tags", row.data["tags"], "lines"
-    if row.expires_at is None:
-        yield "Kept", "for ever", ""
-    else:
-        yield "Kept until", row.expires_at, "time"
-
-
-def _client(row: Send | InDoubt) -> str:
-    address = row.data.get("client_address")
-    return row.client if address is None else f"{row.client}, from {address}"
-
-
-def _refused(found: object) -> list[dict[str, str]]:
-    if not isinstance(found, list):
-        return []
-    return [
-        {"recipient": str(each.get("recipient", "")), "reply": str(each.get("reply", ""))}
-        for each in found
-        if isinstance(each, Mapping)
-    ]
-
-
-def _kept_headers(found: object) -> Iterable[tuple[str, str]]:
-    for name, value in found.items() if isinstance(found, Mapping) else ():
-        for each in value if isinstance(value, list) else [value]:
-            yield str(name), str(each)
