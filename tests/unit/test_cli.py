@@ -394,7 +394,7 @@ def test_the_unforeseen_is_a_line_and_no_traceback(
     assert main(["serve", "--config", str(config)]) == 1
 
     message = capsys.readouterr().err
-    assert message.startswith("relay: LookupError: nobody thought of it (relay/cli/commands.py:")
+    assert message.startswith("relay: LookupError: nobody thought of it (relay/cli/serve.py:")
     assert message.count("\n") == 1
 
 
