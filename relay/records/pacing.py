@@ -8,9 +8,10 @@ however many commits there are.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
-__all__ = ["Pace"]
+__all__ = ["Commits", "Pace"]
 
 STEP_S = 0.004
 """How long, in seconds, a step may take, however short commits are."""
@@ -51,3 +52,23 @@ class Pace:
             if left < 0:
                 return max(1, count)
         return len(weights)
+
+
+class Commits:
+    """What commits take, and whether there are some: who writes says so, and long work rests by it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._seen = 0  # by long work
+        self._seconds = 0.0  # what one takes, smoothed
+
+    def took(self, seconds: float) -> None:
+        """Note a commit; in whatever thread, as long as it is always that one."""
+        self._count += 1
+        self._seconds += (seconds - self._seconds) / 16
+
+    async def rest(self, pace: Pace, seconds: float) -> None:
+        """Rest from a step that took `seconds`, for longer if there were commits since the last rest."""
+        count = self._count
+        busy, self._seen = count > self._seen, count
+        await asyncio.sleep(pace.took(seconds, commit=self._seconds, commits=busy))

@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from uuid import uuid4
 
+from relay.records.deletion import Due
 from relay.records.errors import ExpiryBusyError
 from relay.records.postgres.database import Connection, Database
 from relay.records.postgres.follow import retention_state
 from relay.records.steps import PLANNED_ROWS
 from relay.records.store import LEASE, LEASE_RENEWAL_S, LONGEST_LEASE
 
-__all__ = ["Due", "Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired"]
+__all__ = ["Behind", "Lease", "count_expired", "delete", "delete_doubts", "next_due", "oldest_expired"]
 
-Due = tuple[int, int, datetime]
-"""A row to delete: its id, the rows of all tables that go with it, when it was due."""
+Behind = tuple[datetime, int]
+"""A place in the order in which rows are deleted: when one was due, and its id."""
 
 
 class Lease:
@@ -62,13 +63,16 @@ class Lease:
             await connection.execute(_DROP_LEASE, self.owner)
 
 
-async def next_due(connection: Connection, moment: datetime, behind: Due | None) -> list[Due]:
-    """Return the next rows to delete, those behind one that was looked up before.
+async def next_due(
+    connection: Connection, moment: datetime, behind: Behind | None
+) -> tuple[list[Due], Behind | None]:
+    """Return the next rows to delete, those behind one that was looked up before, and the last one's place.
 
     Behind, and not simply the first: rows that another holds are left alone, and must not be found for ever.
     """
-    after = (None, None) if behind is None else (behind[2], behind[0])
-    return [tuple(row) for row in await connection.fetch(_DUE, moment, PLANNED_ROWS, *after)]
+    rows = await connection.fetch(_DUE, moment, PLANNED_ROWS, *(behind or (None, None)))
+    last = (rows[-1][2], rows[-1][0]) if rows else behind
+    return [(key, work) for key, work, _ in rows], last
 
 
 async def delete(connection: Connection, keys: Sequence[int], moment: datetime, owner: str) -> int:

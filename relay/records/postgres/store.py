@@ -11,11 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 
+from relay.records.deletion import Due, delete_expired
 from relay.records.model import Entry
-from relay.records.pacing import Pace
+from relay.records.pacing import Commits
 from relay.records.postgres.database import Connection, Database
 from relay.records.postgres.expire import (
-    Due,
+    Behind,
     Lease,
     count_expired,
     delete,
@@ -40,8 +41,7 @@ class PostgresStore:
         self._retention = retention
         self._relay = relay
         self._clock = clock
-        self._commits = 0  # since long work last looked
-        self._commit_s = 0.0  # what one takes, smoothed
+        self._commits = Commits()
 
     @classmethod
     async def open(
@@ -67,8 +67,7 @@ class PostgresStore:
             begun = time.monotonic()
             await insert_entries(connection, entries, self._retention, self._relay)
             seconds = time.monotonic() - begun
-        self._commits += 1
-        self._commit_s += (seconds - self._commit_s) / 16
+        self._commits.took(seconds)
 
     def use_retention(self, retention: Retention) -> None:
         """Give new rows the ends of this retention."""
@@ -142,7 +141,8 @@ class PostgresStore:
         lease = Lease(self._database, self._clock)
         await lease.take()
         try:
-            return await self._delete_expired(now, batch_size, lease, on_batch)
+            expired = _Expired(self._database, now, lease.owner)
+            return await delete_expired(expired, lease, self._commits, batch_size, on_batch)
         finally:
             await lease.drop()
 
@@ -152,46 +152,29 @@ class PostgresStore:
             oldest = await oldest_expired(connection, now)
         return 0.0 if oldest is None else (now - oldest).total_seconds()
 
-    async def _delete_expired(
-        self, moment: datetime, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
-    ) -> int:
-        pace = Pace()
-        deleted = 0
-        due: list[Due] = []
-        last: Due | None = None
-        while True:
-            if not due:
-                async with self._database.connection() as connection:
-                    due = await next_due(connection, moment, last)
-                if not due:
-                    return deleted + await self._delete_doubts(moment, batch_size, lease, on_batch)
-            count = min(batch_size, pace.first([work for _, work, _ in due]))
-            keys, last = [key for key, _, _ in due[:count]], due[count - 1]
-            due = due[count:]
-            rows, seconds = await self._timed(partial(delete, keys=keys, moment=moment, owner=lease.owner))
-            deleted += rows
-            if rows and on_batch is not None:
-                on_batch(rows)
-            if not await lease.kept(in_doubt=rows < len(keys)):
-                return deleted  # the rest is the work of the one who has it
-            await self._rest(pace, seconds)
 
-    async def _delete_doubts(
-        self, moment: datetime, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
-    ) -> int:
-        """Delete what has expired of the messages in doubt; they are few."""
-        pace = Pace()
-        deleted = 0
-        while True:
-            wanted = min(batch_size, pace.work)
-            work = partial(delete_doubts, moment=moment, rows=wanted, owner=lease.owner)
-            rows, seconds = await self._timed(work)
-            deleted += rows
-            if rows and on_batch is not None:
-                on_batch(rows)
-            if rows < wanted or not await lease.kept():
-                return deleted
-            await self._rest(pace, seconds)
+class _Expired:
+    """What has expired in the database by `moment`, for the run that has the lease as `owner`."""
+
+    def __init__(self, database: Database, moment: datetime, owner: str) -> None:
+        self._database = database
+        self._moment = moment
+        self._owner = owner
+        self._last: Behind | None = None
+
+    async def next_due(self) -> list[Due]:
+        """Look up those behind the last that was looked up."""
+        async with self._database.connection() as connection:
+            due, self._last = await next_due(connection, self._moment, self._last)
+        return due
+
+    async def delete(self, keys: Sequence[int]) -> tuple[int, float]:
+        """Delete these rows."""
+        return await self._timed(partial(delete, keys=keys, moment=self._moment, owner=self._owner))
+
+    async def delete_doubts(self, rows: int) -> tuple[int, float]:
+        """Delete messages in doubt."""
+        return await self._timed(partial(delete_doubts, moment=self._moment, rows=rows, owner=self._owner))
 
     async def _timed(self, work: Callable[[Connection], Awaitable[int]]) -> tuple[int, float]:
         """Run `work`, one statement; return the rows it is about, and the seconds it took."""
@@ -199,10 +182,6 @@ class PostgresStore:
             begun = time.monotonic()
             rows = await work(connection)
             return rows, time.monotonic() - begun
-
-    async def _rest(self, pace: Pace, seconds: float) -> None:
-        commits, self._commits = self._commits, 0
-        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=commits > 0))
 
 
 _CLEAR = """

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import orjson
 
+from relay.records.deletion import Due
 from relay.records.errors import ExpiryBusyError
 from relay.records.sqlite.database import Database
 from relay.records.sqlite.follow import retention_state
@@ -72,8 +73,8 @@ def _keep_lease(raw: sqlite3.Connection, owner: str, now: datetime) -> bool:
     return raw.execute(_KEEP_LEASE, {"owner": owner, "until": utc_text(now + LEASE)}).rowcount > 0
 
 
-def next_due(raw: sqlite3.Connection, moment: str) -> list[tuple[int, int]]:
-    """Return the next rows to delete, each with the rows of all tables that go with it."""
+def next_due(raw: sqlite3.Connection, moment: str) -> list[Due]:
+    """Return the next rows to delete."""
     return raw.execute(_DUE, {"now": moment, "rows": PLANNED_ROWS}).fetchall()
 
 

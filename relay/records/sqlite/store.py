@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
+from relay.records.deletion import Due, delete_expired
 from relay.records.model import Entry
-from relay.records.pacing import Pace
+from relay.records.pacing import Commits, Pace
 from relay.records.retention import Retention
 from relay.records.sqlite.database import Database
 from relay.records.sqlite.expire import (
@@ -48,9 +49,7 @@ class SqliteStore:
         self._retention = retention
         self._relay = relay
         self._clock = clock
-        self._commits = 0  # counted, and timed, by the connection's thread
-        self._commits_seen = 0  # by long work
-        self._commit_s = 0.0  # what one takes, smoothed
+        self._commits = Commits()  # by the connection's thread
 
     @classmethod
     async def open(
@@ -83,8 +82,7 @@ class SqliteStore:
         if entries:
             begun = time.monotonic()
             insert_entries(raw, entries, self._retention, self._relay)
-            self._commits += 1
-            self._commit_s += (time.monotonic() - begun - self._commit_s) / 16
+            self._commits.took(time.monotonic() - begun)
 
     def use_retention(self, retention: Retention) -> None:
         """Give new rows the ends of this retention."""
@@ -152,7 +150,8 @@ class SqliteStore:
         lease = Lease(self._database, self._clock)
         await lease.take()
         try:
-            deleted = await self._delete_expired(moment, batch_size, lease, on_batch)
+            expired = _Expired(self._database, moment, lease.owner)
+            deleted = await delete_expired(expired, lease, self._commits, batch_size, on_batch)
             await self._give_space_back(lease)
         finally:
             await lease.drop()
@@ -166,67 +165,14 @@ class SqliteStore:
             return 0.0
         return (now - datetime.fromisoformat(oldest).replace(tzinfo=UTC)).total_seconds()
 
-    async def _delete_expired(
-        self, moment: str, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
-    ) -> int:
-        pace = Pace()
-        deleted = 0
-        due: list[tuple[int, int]] = []
-        while True:
-            if not due:
-                due = await self._database.run(lambda raw: next_due(raw, moment))
-                if not due:
-                    return deleted + await self._delete_doubts(moment, batch_size, lease, on_batch)
-            count = min(batch_size, pace.first([work for _, work in due]))
-            keys = [key for key, _ in due[:count]]
-            due = due[count:]
-            rows, seconds = await self._timed(partial(delete, keys=keys, moment=moment, owner=lease.owner))
-            deleted += rows
-            if rows and on_batch is not None:
-                on_batch(rows)
-            if not await lease.kept(in_doubt=rows < len(keys)):
-                return deleted  # the rest is the work of the one who has it
-            await self._rest(pace, seconds)
-
-    async def _delete_doubts(
-        self, moment: str, batch_size: int, lease: Lease, on_batch: Callable[[int], None] | None
-    ) -> int:
-        """Delete what has expired of the messages in doubt; they are few."""
-        pace = Pace()
-        deleted = 0
-        while True:
-            wanted = min(batch_size, pace.work)
-            work = partial(delete_doubts, moment=moment, rows=wanted, owner=lease.owner)
-            rows, seconds = await self._timed(work)
-            deleted += rows
-            if rows and on_batch is not None:
-                on_batch(rows)
-            if rows < wanted or not await lease.kept():
-                return deleted
-            await self._rest(pace, seconds)
-
     async def _give_space_back(self, lease: Lease) -> None:
         pace = Pace()
         more = True
         while more and await lease.kept():
-            more, seconds = await self._timed(lambda raw: vacuum(raw, pace.work))
-            await self._rest(pace, seconds)
+            more, seconds = await _timed(self._database, lambda raw: vacuum(raw, pace.work))
+            await self._commits.rest(pace, seconds)
         # PASSIVE waits for nobody; the file shrinks when the log has been carried into it.
         await self._database.run(lambda raw: raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
-
-    async def _timed(self, work: Callable[[sqlite3.Connection], T]) -> tuple[T, float]:
-        """Run `work`, which writes with one statement; return the seconds it took, too."""
-
-        def timed(raw: sqlite3.Connection) -> tuple[T, float]:
-            begun = time.monotonic()
-            return work(raw), time.monotonic() - begun
-
-        return await self._database.statement(timed)
-
-    async def _rest(self, pace: Pace, seconds: float) -> None:
-        commits = self._commits
-        busy, self._commits_seen = commits > self._commits_seen, commits
-        await asyncio.sleep(pace.took(seconds, commit=self._commit_s, commits=busy))
 
     async def _paced(self, work: Callable[[sqlite3.Connection], Step]) -> Step:
         """Run one short transaction, then leave the store to others for as long as it took."""
@@ -234,3 +180,36 @@ class SqliteStore:
         if not step.finished:
             await asyncio.sleep(step.seconds)
         return step
+
+
+class _Expired:
+    """What has expired in the file by `moment`, for the run that has the lease as `owner`."""
+
+    def __init__(self, database: Database, moment: str, owner: str) -> None:
+        self._database = database
+        self._moment = moment
+        self._owner = owner
+
+    async def next_due(self) -> list[Due]:
+        """Look them up: what was deleted is not found again."""
+        return await self._database.run(lambda raw: next_due(raw, self._moment))
+
+    async def delete(self, keys: Sequence[int]) -> tuple[int, float]:
+        """Delete these rows."""
+        work = partial(delete, keys=keys, moment=self._moment, owner=self._owner)
+        return await _timed(self._database, work)
+
+    async def delete_doubts(self, rows: int) -> tuple[int, float]:
+        """Delete messages in doubt."""
+        work = partial(delete_doubts, moment=self._moment, rows=rows, owner=self._owner)
+        return await _timed(self._database, work)
+
+
+async def _timed(database: Database, work: Callable[[sqlite3.Connection], T]) -> tuple[T, float]:
+    """Run `work`, which writes with one statement; return the seconds it took, too."""
+
+    def timed(raw: sqlite3.Connection) -> tuple[T, float]:
+        begun = time.monotonic()
+        return work(raw), time.monotonic() - begun
+
+    return await database.statement(timed)
