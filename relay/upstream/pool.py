@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.reply import Reply
-from relay.upstream.breaker import Breaker
 from relay.upstream.capabilities import UNKNOWN, Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import UNREACHABLE, Dialer, DialError
+from relay.upstream.health import Health
 from relay.upstream.idle import Idle, same
 from relay.upstream.shares import Shares, Waiter
 
@@ -90,7 +90,7 @@ class Pool:
         """Those that are closed to make room for a waiter."""
         self._closing = False
         self._emptied = asyncio.Event()
-        self._breaker = Breaker(random or Random())  # noqa: S311  no secret
+        self._health = Health(upstream.name, upstream.address, metrics, random or Random())  # noqa: S311  no secret
         self._trying: asyncio.Task[None] | None = None
         self.draining = False
         """Whether no new transactions come: connections are not kept."""
@@ -99,8 +99,6 @@ class Pool:
         metrics.drained(value=False)
         self.on_refused: Callable[[bytes], None] = _ignore
         """Called with the identity whose credentials the upstream has refused."""
-        self.last_error: str | None = None
-        """Why the last attempt to connect failed; None after one that did not."""
 
     # Who is who
 
@@ -122,7 +120,12 @@ class Pool:
     @property
     def avoided(self) -> bool:
         """Whether the upstream has failed too often to be tried for a message now."""
-        return self._breaker.open
+        return self._health.avoided
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last attempt to connect failed; None after one that did not."""
+        return self._health.last_error
 
     @property
     def transactions(self) -> int:
@@ -134,21 +137,15 @@ class Pool:
         if self.draining:
             busy = self.transactions
             return f"draining, {busy} transactions" if busy else "drained"
-        if self.last_error is None:
-            return "up"
-        if self._breaker.retry_at is None:
-            return f"down: {self.last_error}"
-        return f"down: {self.last_error}, next try in {max(0.0, self._breaker.retry_at - now):.0f} s"
+        return self._health.in_words(now)
 
     def answered(self) -> None:
         """MAIL was answered on one of the connections."""
-        self._breaker.answered()
+        self._health.answered()
 
     def lost(self, reason: str) -> None:
         """A new connection was lost before MAIL was answered on it."""
-        if self._breaker.lost(self._loop.time()):
-            self.last_error = reason
-            self._went_down(reason)
+        self._health.lost(reason)
 
     def drain(self, *, replaced: bool = False) -> None:
         """Keep no connections from now on; those that are leased end with their transactions.
@@ -189,7 +186,7 @@ class Pool:
         while True:
             if not fresh and (connection := self._take(client, identity)) is not None:
                 return connection
-            if self._breaker.open and self._used < self._settings.max_connections:
+            if self.avoided and self._used < self._settings.max_connections:
                 raise self._left_alone()
             granted = await self._room(client, identity, fresh=fresh)
             if granted is None:
@@ -204,7 +201,7 @@ class Pool:
         Raises UnavailableError, with the upstream's own reply as its `verdict` if it gave one.
         """
         identity = self.identity(credentials)
-        if self._breaker.open:
+        if self.avoided:
             raise self._left_alone()
         await self._room(RELAY, identity, fresh=True)
         connection, welcome = await self._dial(RELAY, identity, credentials)
@@ -349,7 +346,7 @@ class Pool:
         """
         leased = False
         try:
-            if self._breaker.open and not decisive:  # it opened while the permit was waited for
+            if self.avoided and not decisive:  # it opened while the permit was waited for
                 raise self._left_alone()
             transport, capabilities, welcome = await self._dialer.dial(credentials)
         except DialError as error:
@@ -371,13 +368,9 @@ class Pool:
             connection.leased_to = client
             leased = True
             self._open.add(connection)
-            self.last_error = None
             if capabilities != self.capabilities or self.capabilities is UNKNOWN:
                 self.capabilities = capabilities  # else the one that is known: replies are made for it
-            self.metrics.connected("ok")
-            self.metrics.up(value=True)
-            if self._breaker.connected():
-                maillog.upstream_up(self.name, self._settings.address)
+            self._health.connected()
             maillog.upstream_connected(self.name, self._settings.address, self._settings.tls)
             connection.attach(transport)
             return connection, welcome
@@ -389,25 +382,15 @@ class Pool:
 
     def _failed(self, error: DialError, identity: bytes | None, *, decisive: bool) -> None:
         """Take note of a dial that failed; whose credentials are refused says nothing of the upstream."""
-        self.metrics.connected(error.stage)
-        self.metrics.up(value=error.verdict is not None)
         if error.verdict is None:
-            self.last_error = str(error)
-            maillog.upstream_failed(self.name, self._settings.address, f"{error.stage}: {error}")
             # Nor does an exchange that a client's own credentials have broken: it could shut out all others.
             counts = identity is None or error.stage != "auth"
-            if counts and self._breaker.refused(self._loop.time(), decisive=decisive):
-                self._went_down(f"{error.stage}: {error}")
+            self._health.failed(error, counts=counts, decisive=decisive)
             return
-        self.last_error = None
+        self._health.refused(error.stage)
         if identity is not None and not error.verdict.transient:
             self._retire(identity)
             self.on_refused(identity)
-
-    def _went_down(self, reason: str) -> None:
-        self.metrics.up(value=False)
-        pause = cast("float", self._breaker.retry_at) - self._loop.time()
-        maillog.upstream_down(self.name, self._settings.address, reason, pause)
 
     def _left_alone(self) -> UnavailableError:
         return UnavailableError(UNREACHABLE)
@@ -427,15 +410,15 @@ class Pool:
 
     async def _try_again(self) -> None:
         """Find out whether the upstream is back, by a connection of nobody's message."""
-        self._breaker.try_begins()
+        self._health.try_begins()
         try:
             await self._room(RELAY, None, fresh=True)
             connection, _ = await self._dial(RELAY, None, None, decisive=True)
         except UnavailableError:
-            self._breaker.not_tried(self._loop.time())
+            self._health.not_tried()
         except Exception as error:
             maillog.unforeseen("upstream", None, error)
-            self._breaker.not_tried(self._loop.time())
+            self._health.not_tried()
         else:
             self.release(connection, reset=False)
         finally:
@@ -443,7 +426,7 @@ class Pool:
 
     def sweep(self, now: float) -> None:
         """End what has waited too long, retire what is idle or worn, and show the counts; every second."""
-        if self._trying is None and not (self.draining or self._closing) and self._breaker.due(now):
+        if self._trying is None and not (self.draining or self._closing) and self._health.due(now):
             self._trying = asyncio.get_running_loop().create_task(self._try_again())
         if self.draining and not self._drain_told and not self.transactions:
             self._drain_told = True

@@ -249,11 +249,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.holders.append(Holder(connection, client))
         self.run()
 
-    @precondition(lambda self: self.pool._breaker.open)
+    @precondition(lambda self: self.pool.avoided)
     @rule()
     def the_upstream_is_back(self) -> None:
         """Three failed dials in a row open the breaker, and nobody is given a connection while it is open."""
-        self.pool._breaker.connected()
+        self.pool._health._breaker.connected()
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
