@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from relay import maillog, parts
-from relay.limits.presence import name_in
 from relay.records.agreement import AGAIN_S, Agreement
 from relay.records.expiry import ExpiryLoop
 from relay.records.inspection import entries_waiting
 from relay.records.journal import Journal
 from relay.records.recorder import Recorder
+from relay.records.relay_id import relay_id
 from relay.records.spool import RESERVE, Spool
 from relay.records.spooler import USUAL_PLACE
 from relay.records.store import Store, StoreError, open_store, utc_now
@@ -73,10 +73,10 @@ class Bookkeeping:
             self.left_over += await asyncio.to_thread(entries_waiting, self.spool.directory)
         self.recorder.start()
         self._take_over_doubts()
-        name = await asyncio.to_thread(name_in, self.spool.directory)
+        identity = await asyncio.to_thread(relay_id, self.spool.directory)
         self._agreement = Agreement(
             self.store,
-            f"{settings.relay_name}/{name.partition(':')[2][:8]}",
+            f"{settings.relay_name}/{identity[:8]}",
             parts.retention(settings),
             clock=utc_now,
             on_differ=maillog.retention_differs,

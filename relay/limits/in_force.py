@@ -14,7 +14,8 @@ from relay.late import late
 from relay.limits.configured import rules_of
 from relay.limits.limits import Limits
 from relay.limits.now import LimitState, limits_now
-from relay.limits.presence import Presence, name_in
+from relay.limits.presence import Presence
+from relay.records.relay_id import relay_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,11 +47,11 @@ class InForce:
     async def prepare(self, settings: Settings) -> None:
         """Have limits ready if there are to be any; nothing is limited by that."""
         if self._limits is None and settings.limits:
-            name = await asyncio.to_thread(name_in, self._directory)
+            identity = await asyncio.to_thread(relay_id, self._directory)
             counts_of = await late(_load)
             self._counts = counts_of(settings.records.connect_url)
             self._limits = Limits(self._counts, self._metrics, clock=time.time, spooling=self._spooling)
-            self._presence = Presence(self._store, self._counts, self._limits, name)
+            self._presence = Presence(self._store, self._counts, self._limits, identity)
             await self._presence.start()
 
     def use(self, settings: Settings) -> Limits | None:

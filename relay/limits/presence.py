@@ -2,41 +2,24 @@
 
 Rules: a relay that comes says so first, and where there are others it waits until they must have seen it
 before it takes any mail. One that ends says so; one that was killed counts as alive until what it said runs
-out, or it is started again: its name is kept beside its spool. What cannot be read changes nothing.
+out, or it is started again: it has its id again. What cannot be read changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
 
 from relay.limits.limits import Limits
 from relay.records.errors import StoreError
 
-__all__ = ["LOOK_S", "Presence", "name_in"]
+__all__ = ["LOOK_S", "Presence"]
 
 LOOK_S = 1.0
 """Seconds between two looks at who else is there."""
 RENEWAL_S = 10.0
 LIFE = timedelta(seconds=30)
-
-
-def name_in(directory: Path) -> str:
-    """Return the name of the relay whose spool this is, made when it is asked for first (it blocks)."""
-    file = directory / "relay_id"
-    try:
-        found = file.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        found = ""
-    if not found.isalnum():
-        found = uuid4().hex
-        with contextlib.suppress(OSError):  # then it is another one after a restart
-            file.write_text(f"{found}\n", "ascii")
-    return f"relay:{found}"
 
 
 class Store(Protocol):
@@ -59,11 +42,11 @@ class Counts(Protocol):
 class Presence:
     """One relay among those that use the store."""
 
-    def __init__(self, store: Store, counts: Counts, limits: Limits, name: str) -> None:
+    def __init__(self, store: Store, counts: Counts, limits: Limits, relay_id: str) -> None:
         self._store = store
         self._counts = counts
         self._limits = limits
-        self._name = name
+        self._name = f"relay:{relay_id}"
         self._said = 0.0
         self._task: asyncio.Task[None] | None = None
 
