@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relay.auth import hashing
+from relay.escaping import escaped
 
 __all__ = ["MAX_NAME", "User", "UsersError", "name_problem", "parse", "read", "sender_problem"]
 
@@ -24,7 +25,7 @@ class UsersError(Exception):
     """The file of users cannot be used. `problems` has one line for each mistake, for the operator."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = [_one_line(problem) for problem in problems]
+        self.problems = [escaped(problem) for problem in problems]  # names come from the file as they are
         super().__init__("\n".join(self.problems))
 
 
@@ -122,11 +123,3 @@ def _sender_problems(senders: object) -> Iterator[str]:
 def _user(table: Mapping[str, Any]) -> User:
     senders = table.get("senders")
     return User(table["password"], None if senders is None else tuple(senders))
-
-
-def _one_line(text: str) -> str:
-    """Escape what could break the line or steer a terminal: names come from the file as they are."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )

@@ -17,6 +17,7 @@ import typer
 from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.failure import CommandError
 from relay.cli.sends import Format
+from relay.escaping import escaped
 
 if TYPE_CHECKING:
     from relay.limits.now import LimitState
@@ -91,7 +92,7 @@ def _rows(state: LimitState) -> Iterator[tuple[object, ...]]:
 
 
 def _lines(states: Sequence[LimitState], out: TextIO) -> Iterator[str]:
-    from relay.cli.rows import GAP, fitted, printable
+    from relay.cli.rows import GAP, fitted
     from relay.limits.rule import in_words
 
     table: list[tuple[str, ...]] = [HEADER]
@@ -99,7 +100,7 @@ def _lines(states: Sequence[LimitState], out: TextIO) -> Iterator[str]:
         passes = f"{state.maximum:,} {state.unit} in {in_words(state.window_s)} for each {state.scope}"
         first: tuple[str, ...] = (state.name, passes.removesuffix(" for each all"), state.action)
         for key in state.keys:
-            who = printable(key.key) or ("all" if state.scope == "all" else "<>")
+            who = escaped(key.key) or ("all" if state.scope == "all" else "<>")
             again = "there is" if key.room_in_s is None else f"in {in_words(key.room_in_s)}"
             table.append((*first, who, f"{key.used:,} ({key.state})", again))
             first = ("", "", "")

@@ -23,11 +23,12 @@ import typer
 from rich.cells import cell_len, set_cell_size
 
 from relay.cli.sends import Format
+from relay.escaping import escaped
 from relay.provider import accepted_as
 from relay.records.model import Json
 from relay.records.sends import InDoubt, Send
 
-__all__ = ["GAP", "Table", "as_utf8", "details", "fitted", "printable", "writer"]
+__all__ = ["GAP", "Table", "as_utf8", "details", "fitted", "writer"]
 
 Row = Send | InDoubt
 HEADER = ("TIME", "TYPE", "SENDER", "RECIPIENTS", "REPLY")
@@ -141,18 +142,11 @@ def _cells(row: Row, zone: tzinfo | None) -> list[Cell]:
     moment, last = (row.sent_at, row.upstream_reply) if isinstance(row, Send) else (row.since, row.reason)
     return [
         (f"{moment.astimezone(zone):%Y-%m-%d %H:%M:%S}", ""),
-        (printable(row.task_type), ""),
-        (printable(row.sender) or "<>", ""),
-        (printable(first), f" +{len(more)}" if more else ""),
-        (printable(" ".join(last.split("\n"))), ""),
+        (escaped(row.task_type), ""),
+        (escaped(row.sender) or "<>", ""),
+        (escaped(first), f" +{len(more)}" if more else ""),
+        (escaped(" ".join(last.split("\n"))), ""),
     ]
-
-
-def printable(text: str) -> str:
-    """Return text with every character escaped that would drive a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def details(row: Row, out: TextIO, *, zone: tzinfo | None = None) -> None:
@@ -160,7 +154,7 @@ def details(row: Row, out: TextIO, *, zone: tzinfo | None = None) -> None:
     lines = list(_details(row, zone))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        first, *more = [printable(line) for line in value.split("\n")]
+        first, *more = [escaped(line) for line in value.split("\n")]
         out.write(f"{name:<{width}}{GAP}{first}".rstrip() + "\n")
         out.writelines(f"{'':<{width}}{GAP}{line}\n" for line in more)
     out.flush()
@@ -200,7 +194,7 @@ def _data(name: str, value: Json) -> Iterator[tuple[str, str]]:
     if name == "headers" and isinstance(value, dict):
         for header, content in value.items():
             texts = content if isinstance(content, list) else [content]
-            yield f"header {printable(header)}", "\n".join(map(str, texts))
+            yield f"header {escaped(header)}", "\n".join(map(str, texts))
     elif name == "refused" and isinstance(value, list):
         each = [item for item in value if isinstance(item, dict)]
         yield "refused", "\n".join(f"{item.get('recipient')}: {item.get('reply')}" for item in each)
@@ -225,7 +219,7 @@ def _json(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None
 def _csv(out: TextIO, columns: Sequence[str]) -> Callable[[Sequence[Row]], None]:
     lines = csv.writer(out, lineterminator="\n")
     header = iter([columns])  # written once, when there is a store to read
-    show = printable if out.isatty() else str
+    show = escaped if out.isatty() else str
 
     def write(rows: Sequence[Row]) -> None:
         lines.writerows(header)

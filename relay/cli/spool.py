@@ -13,6 +13,7 @@ import typer
 
 from relay.cli.configuration import OF_THE_RECORDS, ConfigOption, configured, configured_to_read, find
 from relay.cli.failure import CommandError
+from relay.escaping import escaped
 
 if TYPE_CHECKING:
     from relay.records.inspection import Found, Survey, Waiting
@@ -230,14 +231,10 @@ def _rows_as_json(rows: Iterable[Waiting]) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    shown = [header, *([_printable(cell) for cell in row] for row in rows)]
+    shown = [header, *([escaped(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def _moment(value: object) -> str:

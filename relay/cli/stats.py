@@ -14,6 +14,7 @@ import typer
 
 from relay.cli.configuration import ConfigOption
 from relay.cli.sends import Format, asked, reading
+from relay.escaping import escaped
 from relay.records.by import By
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def stats(
 
 
 def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, detail: bool) -> None:
-    from relay.cli.rows import as_utf8, printable
+    from relay.cli.rows import as_utf8
 
     if output is not Format.TABLE:
         as_utf8(out)
@@ -99,7 +100,7 @@ def _write(found: Statistics, by: Sequence[By], output: Format, out: TextIO, *, 
     elif output is Format.CSV:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow((*by, *columns))
-        show = printable if out.isatty() else str
+        show = escaped if out.isatty() else str
         for each in found.counts:
             writer.writerow((*map(show, each.keys), *(getattr(each, name) for name in columns)))
     else:
@@ -165,11 +166,9 @@ def bar(value: int, most: int, room: int) -> str:
 
 
 def _key(by: By, key: str) -> str:
-    from relay.cli.rows import printable
-
     if by is By.HOUR:
         return f"{key[:10]} {key[11:16]}"
-    return printable(key) or ("<>" if by is By.SENDER else "-")
+    return escaped(key) or ("<>" if by is By.SENDER else "-")
 
 
 def _number(count: Count, name: str) -> str:

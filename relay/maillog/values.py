@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
+from relay.escaping import escaped
 from relay.records.model import Entry
 
 __all__ = [
@@ -69,14 +70,10 @@ def printable(text: str) -> str:
     if "://" in cut:  # before the cut, which might fall between a password and its "@"
         cut = _URL_PASSWORD.sub(r"\1:***@", cut)
     if not cut.isprintable():
-        cut = "".join(map(_escaped, cut[:MAX_TEXT]))
+        cut = escaped(cut[:MAX_TEXT])
     if len(cut) > MAX_TEXT or len(text) > MAX_TEXT:
         cut = f"{cut[:MAX_TEXT]}... ({len(text)} characters)"
     return cut
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 def error_text(error: BaseException) -> str:
@@ -87,7 +84,7 @@ def error_text(error: BaseException) -> str:
 def traceback_text(error: BaseException) -> str:
     """Return the end of an error's traceback, in printable characters."""
     text = "".join(traceback.format_exception(error)).strip()[-MAX_TRACEBACK:]
-    return Verbatim("".join(map(_escaped, _URL_PASSWORD.sub(r"\1:***@", text)))[-MAX_TRACEBACK:])
+    return Verbatim(escaped(_URL_PASSWORD.sub(r"\1:***@", text))[-MAX_TRACEBACK:])
 
 
 def row_text(entry: Entry) -> str:

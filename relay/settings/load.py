@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
+from relay.escaping import escaped
 from relay.settings.environment import Key, dotted, model_at, overlay, unknown_key
 from relay.settings.model import Origin, Settings
 
@@ -30,7 +31,7 @@ class SettingsError(Exception):
     """The configuration cannot be used. `problems` has one line for each mistake, for the operator."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = [_one_line(problem) for problem in problems]
+        self.problems = [escaped(problem) for problem in problems]  # keys come from the file as they are
         super().__init__("\n".join(self.problems))
 
 
@@ -74,14 +75,6 @@ def load(
     if problems:
         raise SettingsError([f"{where}: {dotted(key)}: {reason}" for where, key, reason in problems])
     return settings
-
-
-def _one_line(text: str) -> str:
-    """Escape what could break the line or steer a terminal: keys come from the file as they are."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 
 from markupsafe import Markup
 
+from relay.escaping import escaped
+
 __all__ = ["FILTERS", "visible"]
 
 
@@ -16,16 +18,9 @@ def visible(value: object) -> object:
     """
     if value is None:
         return ""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+    if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return "".join(
-        character if character.isprintable() or character == "\n" else _escaped(character)
-        for character in value
-    )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return escaped(value, keep="\n")
 
 
 def iso(moment: datetime) -> str:
