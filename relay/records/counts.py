@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from relay.limits.rule import Event, Message, Patterns, Rule
 from relay.records.errors import StoreError
+from relay.records.patterns import literal
 from relay.records.queries import Queries, Reader, open_queries
 from relay.records.schema import (
     UtcDateTime,
@@ -290,6 +291,4 @@ def _fits(column: sa.ColumnElement[str], patterns: Patterns) -> sa.ColumnElement
 
 
 def _like(text: str) -> str:
-    for character in ("\\", "%", "_"):
-        text = text.replace(character, f"\\{character}")
-    return text.replace("*", "%").replace("?", "_")
+    return literal(text).replace("*", "%").replace("?", "_")

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import sqlalchemy as sa
 
 from relay.records.model import Json
+from relay.records.patterns import literal
 from relay.records.queries import open_queries
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
 from relay.records.store import is_postgres
@@ -133,12 +134,12 @@ def _erase_mentions(c: sa.Connection, names: Sequence[str], begin: int, done: Fo
     table = task_done.c
     data = sa.func.lower(sa.cast(sa.type_coerce(table.data, sa.Text()), sa.Text()))
     like = [
-        sa.func.lower(column).like(f"%{_escaped(form)}%", escape="\\")
+        sa.func.lower(column).like(f"%{literal(form)}%", escape="\\")
         for form in _forms(names)
         for column in (table.sender, table.upstream_reply, table.message_id, table.client_task_id)
     ]
     like += [
-        data.like(f"%{_escaped(json.dumps(form, ensure_ascii=False)[1:-1])}%", escape="\\")
+        data.like(f"%{literal(json.dumps(form, ensure_ascii=False)[1:-1])}%", escape="\\")
         for form in _forms(names)
     ]
     found = (
@@ -192,10 +193,6 @@ def _is(column: sa.ColumnElement[str], names: Sequence[str]) -> sa.ColumnElement
 def _forms(names: Sequence[str]) -> list[str]:
     """Return the names, and the form in which each stands in a return path."""
     return [*names, *("=".join(name.rsplit("@", 1)) for name in names if "@" in name)]
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\%_])", r"\\\1", text)
 
 
 def _without(text: str | None, names: Sequence[str]) -> str | None:

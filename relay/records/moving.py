@@ -20,7 +20,7 @@ from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Doubt, Entry, Record
 from relay.records.queries import Queries
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
-from relay.records.search import recipients_of
+from relay.records.search import fetch_doubts, fetch_sends
 from relay.records.sends import InDoubt, Send
 from relay.records.store import Store
 
@@ -126,18 +126,14 @@ async def _missing(entries: Sequence[Entry], there: Queries, table: sa.Table) ->
 
 def _sends(connection: sa.Connection, after: int) -> list[Send]:
     page = sa.select(task_done).where(task_done.c.id > after).order_by(task_done.c.id).limit(BATCH)
-    rows = connection.execute(page).mappings().all()
-    recipients: dict[int, list[str]] = {row["id"]: [] for row in rows}
-    for key, recipient in connection.execute(recipients_of(recipients)):
-        recipients[key].append(recipient)
-    return [Send(**row, recipients=tuple(recipients[row["id"]])) for row in rows]
+    return fetch_sends(connection, page)
 
 
 def _doubts(connection: sa.Connection, after: int) -> list[InDoubt]:
     table = task_in_doubt.c
-    page = sa.select(task_in_doubt).where(table.id > after).order_by(table.id).limit(BATCH)
-    rows = connection.execute(page)
-    return [InDoubt(**{**row, "recipients": tuple(row["recipients"])}) for row in rows.mappings()]
+    return fetch_doubts(
+        connection, sa.select(task_in_doubt).where(table.id > after).order_by(table.id).limit(BATCH)
+    )
 
 
 def _shared(row: Send | InDoubt) -> dict[str, Any]:

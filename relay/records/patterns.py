@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-__all__ = ["Wanted", "equals_or_like"]
+__all__ = ["Wanted", "equals_or_like", "literal"]
 
 _STAR = re.compile(r"(?<!\\)\*")
 
@@ -81,5 +81,9 @@ def _plain(value: str) -> str:
 
 def _like(value: str) -> str:
     """Return a pattern in the words of LIKE, escaped by a backslash."""
-    parts = [_plain(part) for part in _STAR.split(value)]
-    return "%".join(re.sub(r"([\\%_])", r"\\\1", part) for part in parts)
+    return "%".join(literal(_plain(part)) for part in _STAR.split(value))
+
+
+def literal(text: str) -> str:
+    """Return text that stands for itself in LIKE, escaped by a backslash."""
+    return re.sub(r"([\\%_])", r"\\\1", text)

@@ -9,7 +9,7 @@ nobody but `open_queries` knows which one a URL names.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from relay.records.by import By
 from relay.records.over_time import counts_over_time
 from relay.records.schema import task_done, task_in_doubt
-from relay.records.search import page_of_doubts, page_of_sends, recipients_of, sends_by_id
+from relay.records.search import fetch_doubts, fetch_sends, page_of_doubts, page_of_sends, sends_by_id
 from relay.records.sends import InDoubt, Key, Send, SendFilter
 from relay.records.statistics import MAX_GROUPS, Statistics, counted, statement_of, whole_hours
 from relay.records.store import is_postgres
@@ -27,6 +27,7 @@ from relay.records.store import is_postgres
 __all__ = ["PAGE_ROWS", "Queries", "Reader", "open_queries"]
 
 T = TypeVar("T")
+Row = TypeVar("Row", Send, InDoubt)
 
 PAGE_ROWS = 200
 """Rows in memory at once; each may have a thousand recipients."""
@@ -57,36 +58,16 @@ class Queries:
         """End what is open."""
         await self.reader.close()
 
-    async def sends(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[Send]]:
+    def sends(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[Send]]:
         """Yield the rows that `wanted` describes, newest first, in pages; at most `limit`, None: all.
 
         Raises StoreError when the store cannot be read any more.
         """
-        after: Key | None = None
-        left = limit
-        while left is None or left > 0:
-            rows = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
-            page = await self._page(page_of_sends(wanted, rows, after))
-            if page:
-                yield page
-            if len(page) < rows:
-                return
-            after = page[-1].sent_at, page[-1].id
-            left = None if left is None else left - rows
+        return _pages(lambda rows, after: self.page(wanted, rows, after), limit)
 
-    async def doubts(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[InDoubt]]:
+    def doubts(self, wanted: SendFilter, *, limit: int | None = None) -> AsyncIterator[list[InDoubt]]:
         """Yield the messages in doubt that `wanted` describes, as `sends` does."""
-        after: Key | None = None
-        left = limit
-        while left is None or left > 0:
-            rows = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
-            page = await self._page_of_doubts(page_of_doubts(wanted, rows, after))
-            if page:
-                yield page
-            if len(page) < rows:
-                return
-            after = page[-1].since, page[-1].id
-            left = None if left is None else left - rows
+        return _pages(lambda rows, after: self.page_of_doubts(wanted, rows, after), limit)
 
     async def page(self, wanted: SendFilter, rows: int, after: Key | None = None) -> list[Send]:
         """Return the next `rows` rows that `wanted` describes, newest first, those behind `after`."""
@@ -94,7 +75,8 @@ class Queries:
 
     async def page_of_doubts(self, wanted: SendFilter, rows: int, after: Key | None = None) -> list[InDoubt]:
         """Return the same of the messages in doubt."""
-        return await self._page_of_doubts(page_of_doubts(wanted, rows, after))
+        statement = page_of_doubts(wanted, rows, after)
+        return await self.reader.read(lambda connection: fetch_doubts(connection, statement))
 
     async def recorded_after(self, wanted: SendFilter, key: int, rows: int) -> list[Send]:
         """Return the first `rows` rows with a greater `id`, in its order: as they were recorded."""
@@ -137,10 +119,7 @@ class Queries:
         return await self.reader.read(lambda connection: int(connection.execute(count).scalar_one()))
 
     async def _page(self, page: sa.Select[Any]) -> list[Send]:
-        return await self.reader.read(lambda connection: _fetch(connection, page))
-
-    async def _page_of_doubts(self, page: sa.Select[Any]) -> list[InDoubt]:
-        return await self.reader.read(lambda connection: _fetch_doubts(connection, page))
+        return await self.reader.read(lambda connection: fetch_sends(connection, page))
 
 
 async def open_queries(url: str, *, time_limit: float | None = None) -> Queries:
@@ -158,15 +137,18 @@ async def open_queries(url: str, *, time_limit: float | None = None) -> Queries:
     return Queries(await SqliteReader.open(url, time_limit=time_limit))
 
 
-def _fetch(connection: sa.Connection, page: sa.Select[Any]) -> list[Send]:
-    """Read the rows of a page and all their recipients: two statements, one moment."""
-    rows = connection.execute(page).mappings().all()
-    recipients: dict[int, list[str]] = {row["id"]: [] for row in rows}
-    for key, recipient in connection.execute(recipients_of(recipients)):
-        recipients[key].append(recipient)
-    return [Send(**row, recipients=tuple(recipients[row["id"]])) for row in rows]
-
-
-def _fetch_doubts(connection: sa.Connection, page: sa.Select[Any]) -> list[InDoubt]:
-    rows = connection.execute(page).mappings().all()
-    return [InDoubt(**{**row, "recipients": tuple(row["recipients"])}) for row in rows]
+async def _pages(
+    page: Callable[[int, Key | None], Awaitable[list[Row]]], limit: int | None
+) -> AsyncIterator[list[Row]]:
+    """Yield pages, each behind the one before, until there are no more rows or `limit` is reached."""
+    after: Key | None = None
+    left = limit
+    while left is None or left > 0:
+        rows = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
+        found = await page(rows, after)
+        if found:
+            yield found
+        if len(found) < rows:
+            return
+        after = found[-1].key
+        left = None if left is None else left - rows

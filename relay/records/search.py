@@ -1,4 +1,4 @@
-"""The statements of a search: SQLAlchemy's, against `schema` alone, the same for both databases.
+"""The statements of a search, and what they find: SQLAlchemy's, the same for both databases.
 
 Rules. Which index leads is said and not guessed where the database is SQLite, since it keeps no statistics
 here and would, for one, read every row of a task type to find one message in it. PostgreSQL keeps them, and
@@ -24,9 +24,17 @@ from relay.records.filters import (
 )
 from relay.records.patterns import Wanted
 from relay.records.schema import task_done, task_done_recipient, task_in_doubt
-from relay.records.sends import Key, SendFilter
+from relay.records.sends import InDoubt, Key, Send, SendFilter
 
-__all__ = ["elements_of", "page_of_doubts", "page_of_sends", "recipients_of", "sends_by_id"]
+__all__ = [
+    "elements_of",
+    "fetch_doubts",
+    "fetch_sends",
+    "page_of_doubts",
+    "page_of_sends",
+    "recipients_of",
+    "sends_by_id",
+]
 
 
 class elements_of(GenericFunction[Any]):  # noqa: N801 - named as the function that it is in a statement
@@ -135,3 +143,21 @@ def _page_by_recipient(
         .join_from(page, task_done, task_done.c.id == page.c.task_done_id)
         .order_by(page.c.sent_at.desc(), page.c.task_done_id.desc())
     )
+
+
+# What they find
+
+
+def fetch_sends(connection: sa.Connection, page: sa.Select[Any]) -> list[Send]:
+    """Read rows of `task_done` and all their recipients: two statements, one moment."""
+    rows = connection.execute(page).mappings().all()
+    recipients: dict[int, list[str]] = {row["id"]: [] for row in rows}
+    for key, recipient in connection.execute(recipients_of(recipients)):
+        recipients[key].append(recipient)
+    return [Send(**row, recipients=tuple(recipients[row["id"]])) for row in rows]
+
+
+def fetch_doubts(connection: sa.Connection, page: sa.Select[Any]) -> list[InDoubt]:
+    """Read rows of `task_in_doubt`."""
+    rows = connection.execute(page).mappings().all()
+    return [InDoubt(**{**row, "recipients": tuple(row["recipients"])}) for row in rows]

@@ -11,7 +11,7 @@ from relay.records.model import Json
 __all__ = ["InDoubt", "Key", "Send", "SendFilter"]
 
 Key = tuple[datetime, int]
-"""Where a page ended: time and id of its last row."""
+"""The place of a row in the order of its table, and where a page ended: time and id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,11 @@ class Send:
     data: dict[str, Json]
     recipients: tuple[str, ...]
 
+    @property
+    def key(self) -> Key:
+        """Its place among all."""
+        return self.sent_at, self.id
+
 
 @dataclass(frozen=True, slots=True)
 class InDoubt:
@@ -85,3 +90,8 @@ class InDoubt:
     duration_ms: int
     data: dict[str, Json]
     recipients: tuple[str, ...]
+
+    @property
+    def key(self) -> Key:
+        """Its place among all."""
+        return self.since, self.id

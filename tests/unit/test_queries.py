@@ -398,7 +398,7 @@ async def test_a_relay_that_starts_in_the_middle_is_noticed(path, monkeypatch):
     await write(path, row(1))
     opened = await open_queries(f"sqlite:///{path}")
     stores = []
-    fetch = queries._fetch
+    fetch = queries.fetch_sends
 
     def interrupted(connection, page):
         result = fetch(connection, page)
@@ -408,7 +408,7 @@ async def test_a_relay_that_starts_in_the_middle_is_noticed(path, monkeypatch):
             stores[0].execute("UPDATE task_done SET task_type = 'later'")
         return result
 
-    monkeypatch.setattr(queries, "_fetch", interrupted)
+    monkeypatch.setattr(queries, "fetch_sends", interrupted)
     [[send]] = [page async for page in opened.sends(SendFilter())]
     stores[0].close()
 
@@ -419,14 +419,14 @@ async def test_a_file_that_changes_all_the_time_is_given_up(path, monkeypatch):
     await write(path, row(1))
     opened = await open_queries(f"sqlite:///{path}")
     seconds = itertools.count(1)
-    fetch = queries._fetch
+    fetch = queries.fetch_sends
 
     def touched(connection, page):
         result = fetch(connection, page)
         os.utime(path, (0, next(seconds)))
         return result
 
-    monkeypatch.setattr(queries, "_fetch", touched)
+    monkeypatch.setattr(queries, "fetch_sends", touched)
     with pytest.raises(StoreError, match="changes hands"):
         await anext(opened.sends(SendFilter()))
     assert next(seconds) == reader_module.ATTEMPTS + 1
