@@ -30,7 +30,7 @@ from relay.web.openapi import DEFAULT_LIMIT, FILTERS, MAX_LIMIT, TASK_ID
 from relay.web.overview import Overview
 from relay.web.problem import problem
 from relay.web.reading import BusyError, Reading
-from relay.web.row import document, key_of
+from relay.web.row import document
 
 __all__ = ["Api", "Limits", "no_limits"]
 
@@ -96,7 +96,7 @@ class Api:
         last = found[-1] if len(found) == rows else None
         return {
             "sends": [document(each) for each in found],
-            **_next(request, None if last is None else key_of(last)),
+            **_next(request, None if last is None else last.key),
         }
 
     async def _doubts(self, request: web.Request) -> Any:
@@ -105,7 +105,7 @@ class Api:
         last = found[-1] if len(found) == rows else None
         return {
             "in_doubt": [document(each) for each in found],
-            **_next(request, None if last is None else key_of(last)),
+            **_next(request, None if last is None else last.key),
         }
 
     def _asked(self, request: web.Request) -> tuple[Any, int, Key | None]:

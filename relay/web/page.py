@@ -32,7 +32,7 @@ from relay.web.files import load_templates, static_files
 from relay.web.kept import Kept
 from relay.web.overview import Overview
 from relay.web.reading import Reading
-from relay.web.row import Line, document, facts, headers, key_of, line_of, refused
+from relay.web.row import Line, document, facts, headers, line_of, refused
 from relay.web.standing import LimitRow, limit_row, standing
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Page:
         older = None
         if len(found) > ROWS:
             found = found[:ROWS]
-            older = _address(request.path, [*query, ("after", cursor_of(key_of(found[-1])))])
+            older = _address(request.path, [*query, ("after", cursor_of(found[-1].key))])
         return await self._html(
             request,
             "sends.html",

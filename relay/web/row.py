@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from relay.provider import accepted_as
-from relay.records.sends import InDoubt, Key, Send
+from relay.records.sends import InDoubt, Send
 from relay.web.shown import octets, seconds
 
-__all__ = ["Line", "document", "facts", "headers", "key_of", "line_of", "refused"]
+__all__ = ["Line", "document", "facts", "headers", "line_of", "refused"]
 
 # For programs
 
@@ -33,11 +33,6 @@ def _plain(value: object) -> object:
     return value
 
 
-def key_of(row: Send | InDoubt) -> Key:
-    """Return the place of a row in its order: its time, and its id."""
-    return row.sent_at if isinstance(row, Send) else row.since, row.id
-
-
 # For people
 
 
@@ -56,8 +51,7 @@ class Line:
 def line_of(row: Send | InDoubt) -> Line:
     """Return the line of a row."""
     said = row.upstream_reply if isinstance(row, Send) else row.reason
-    moment, _ = key_of(row)
-    return Line(row.task_id, moment, row.task_type, row.sender, row.recipients, said)
+    return Line(row.task_id, row.key[0], row.task_type, row.sender, row.recipients, said)
 
 
 def facts(row: Send | InDoubt) -> Iterable[tuple[str, Any, str]]:
