@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from relay.settings import Settings
 
-__all__ = ["certificate", "classifier", "pseudonyms", "retention", "task_types"]
+__all__ = ["aliases", "certificate", "classifier", "pseudonyms", "retention", "task_types"]
 
 
 def certificate(settings: Settings) -> Certificate | None:
@@ -53,6 +53,12 @@ def pseudonyms(settings: Settings) -> Pseudonyms | None:
     if settings.records.recipients != "hashed" or key is None:
         return None
     return Pseudonyms(key.get_secret_value())
+
+
+def aliases(settings: Settings, address: str) -> tuple[str, ...]:
+    """Return what else an address may be kept as: under the key, whether or not that is in use now."""
+    key = settings.records.recipients_key
+    return () if key is None else Pseudonyms(key.get_secret_value()).aliases(address)
 
 
 def retention(settings: Settings) -> Retention:

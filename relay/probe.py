@@ -6,9 +6,8 @@ import asyncio
 import secrets
 from typing import TYPE_CHECKING
 
-from relay import maillog
+from relay import maillog, parts
 from relay.metrics import Metrics
-from relay.records.retention import Retention
 from relay.records.store import MissingStoreError, OlderStoreError, StoreError, open_store
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
@@ -38,11 +37,10 @@ async def _all(settings: Settings) -> Sequence[Finding]:
 
 async def _store(settings: Settings) -> Finding:
     """Open the store as it is; one that does not exist is left to the first start to make."""
-    url, kept = settings.records.connect_url, settings.retention
+    url = settings.records.connect_url
     what = f"store {settings.records.shown_url}"
     try:
-        lifetimes = Retention.of_seconds(kept.default, kept.by_type)
-        store = await open_store(url, lifetimes, create=False, upgrade=False)
+        store = await open_store(url, parts.retention(settings), create=False, upgrade=False)
         await store.close()
     except MissingStoreError:
         return what, True, "does not exist yet, the first start makes it"

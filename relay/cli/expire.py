@@ -39,12 +39,11 @@ def expire(
 
 
 async def _expire(settings: Settings, *, dry_run: bool) -> int:
-    from relay.records.retention import Retention
+    from relay import parts
     from relay.records.store import open_store
 
-    retention = Retention.of_seconds(settings.retention.default, settings.retention.by_type)
     url = settings.records.connect_url
-    store = await open_store(url, retention, create=False, upgrade=not dry_run)
+    store = await open_store(url, parts.retention(settings), create=False, upgrade=not dry_run)
     now = datetime.now(UTC)
     try:
         if dry_run or not sys.stderr.isatty():

@@ -33,6 +33,7 @@ def forget(
     import asyncio
     import os
 
+    from relay import parts
     from relay.envelope import text
     from relay.records.errors import StoreError
     from relay.records.spool import SpoolError
@@ -41,7 +42,7 @@ def forget(
     if not wanted or wanted.startswith("@") or "*" in wanted:
         raise typer.BadParameter("takes one whole address", param_hint="'ADDRESS'")
     settings = configured(find(config, os.environ), without=OF_THE_RECORDS)
-    names = [wanted, *_pseudonyms(settings, wanted)]
+    names = [wanted, *parts.aliases(settings, wanted)]
     try:
         # Before and after: a row that gets into the store meanwhile may come behind the look at its place.
         left = _waiting(settings, names)
@@ -62,14 +63,6 @@ def forget(
             ]
         )
     return 0
-
-
-def _pseudonyms(settings: Settings, address: str) -> Sequence[str]:
-    if settings.records.recipients_key is None:
-        return ()
-    from relay.pseudonyms import Pseudonyms
-
-    return Pseudonyms(settings.records.recipients_key.get_secret_value()).aliases(address)
 
 
 async def _forget(settings: Settings, names: Sequence[str], *, dry_run: bool) -> Forgotten:

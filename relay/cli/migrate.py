@@ -58,15 +58,14 @@ async def _move(settings: Settings, source: str, target: str) -> Moved:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from relay import parts
     from relay.records.moving import count_all, move
     from relay.records.queries import open_queries
-    from relay.records.retention import Retention
     from relay.records.store import open_store
 
-    kept = settings.retention
     old = await open_queries(source)
     try:
-        store = await open_store(target, Retention.of_seconds(kept.default, kept.by_type))
+        store = await open_store(target, parts.retention(settings))
         try:
             new = await open_queries(target)
             try:

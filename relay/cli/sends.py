@@ -192,11 +192,10 @@ def asked(
     if wanted.since is not None and wanted.until is not None and wanted.since >= wanted.until:
         raise _mistake("--until", "takes a time after that of --since")
     settings = configured_to_read(config, os.environ)
-    if wanted.recipient is not None and settings.records.recipients_key is not None:
-        from relay.pseudonyms import Pseudonyms
+    if wanted.recipient is not None:
+        from relay import parts
 
-        names = Pseudonyms(settings.records.recipients_key.get_secret_value())
-        wanted = replace(wanted, aliases=names.aliases(wanted.recipient))
+        wanted = replace(wanted, aliases=parts.aliases(settings, wanted.recipient))
     return wanted, place, settings
 
 

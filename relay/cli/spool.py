@@ -97,17 +97,17 @@ def replay(
 
 
 async def _replay(settings: Settings, *, rejected: bool) -> Carried:
+    from relay import parts
     from relay.records.replay import replay, replay_rejected
-    from relay.records.retention import Retention
     from relay.records.spool import Spool
     from relay.records.store import open_store
 
-    directory, kept = settings.records.spool, settings.retention
+    directory = settings.records.spool
     own = None if rejected else Spool(directory, reserve=0)
     try:
         store = await open_store(
             settings.records.connect_url,
-            Retention.of_seconds(kept.default, kept.by_type),
+            parts.retention(settings),
             relay=settings.relay_name,
         )
         try:
