@@ -7,53 +7,45 @@ has none of them, or says nothing (Mailgun's "Great success"), has no id.
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
 
-__all__ = ["Accepted", "accepted_as"]
-
-
-class Accepted(NamedTuple):
-    """Who took a message, by the form of the reply, and as what."""
-
-    form: str
-    id: str
-
+__all__ = ["accepted_as"]
 
 _ID: Final = r"[\w.+=/@$!~:-]+"
 _FORMS: Final = tuple(
-    (form, re.compile(pattern, re.IGNORECASE))
-    for form, pattern in (
-        # 250 2.0.0 OK  1436801113 x3si14160585iod.35 - gsmtp
-        ("Google", r"(?P<id>\S+) - gsmtp"),
-        # 250 2.6.0 <1@example.com> [InternalId=123, Hostname=X.prod.outlook.com] ... Queued mail for delivery
-        ("Microsoft", r"\[InternalId=(?P<id>[0-9]+)[^\]]*\]"),
-        # 250 OK id=1tGx3K-0000000AbCd-0abc
-        ("Exim", rf"\bid=<?(?P<id>{_ID})>?"),
-        # 250 2.0.0 Ok: queued on smtp3m.mail.yandex.net as 1430081058-6ltgNFKSir-iHEKdOrm
-        ("Yandex", rf"queued on \S+ as (?P<id>{_ID})"),
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # 250 2.0.0 OK  1436801113 x3si14160585iod.35 - gsmtp (Google)
+        r"(?P<id>\S+) - gsmtp",
+        # 250 2.6.0 <1@example.com> [InternalId=123, Hostname=X.prod.outlook.com] ... (Microsoft)
+        r"\[InternalId=(?P<id>[0-9]+)[^\]]*\]",
+        # 250 OK id=1tGx3K-0000000AbCd-0abc (Exim)
+        rf"\bid=<?(?P<id>{_ID})>?",
+        # 250 2.0.0 Ok: queued on smtp3m.mail.yandex.net as 1430081058-6ltgNFKSir-iHEKdOrm (Yandex)
+        rf"queued on \S+ as (?P<id>{_ID})",
         # 250 2.0.0 Ok: queued as 4F3A (Postfix, SendGrid, Mailjet, ZoneMTA and many more)
-        ("queued as", rf"queued(?: mail)? as <?(?P<id>{_ID})>?"),
-        # 250 Ok 0100018e2f4a7c31-9d0e3f5b-8a6c-4d14-9e2f-019b1c7e5a2f-000000
-        ("Amazon SES", r"\bOk (?P<id>[0-9a-f]{16}-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]{6})\b"),
+        rf"queued(?: mail)? as <?(?P<id>{_ID})>?",
+        # 250 Ok 0100018e2f4a7c31-9d0e3f5b-8a6c-4d14-9e2f-019b1c7e5a2f-000000 (Amazon SES)
+        r"\bOk (?P<id>[0-9a-f]{16}-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]{6})\b",
         # 250 2.0.0 3abc12345 Message accepted for delivery (Sendmail, OpenSMTPD)
-        ("Sendmail", rf"\s(?P<id>(?=\S*[0-9]){_ID}) Message accepted for delivery"),
-        # 250 Message Queued (0A1B-2C3D.1)
-        ("Haraka", r"Message Queued \((?P<id>[^)\s]+)\)"),
-        # 250 ok 1700000000 qp 12345
-        ("qmail", r"\bok (?P<id>[0-9]{9,11} qp [0-9]+)"),
+        rf"\s(?P<id>(?=\S*[0-9]){_ID}) Message accepted for delivery",
+        # 250 Message Queued (0A1B-2C3D.1) (Haraka)
+        r"Message Queued \((?P<id>[^)\s]+)\)",
+        # 250 ok 1700000000 qp 12345 (qmail)
+        r"\bok (?P<id>[0-9]{9,11} qp [0-9]+)",
         # 250 2.0.0 OK 4F/3A-12345-ABCDEF56 (Momentum)
-        ("Momentum", r"\bOK (?P<id>[0-9A-F]{2}/[0-9A-F]{2}-[0-9]+-[0-9A-F]+)\b"),
+        r"\bOK (?P<id>[0-9A-F]{2}/[0-9A-F]{2}-[0-9]+-[0-9A-F]+)\b",
         # 250 2.0.0 OK:48 letters and digits (Campaign Monitor)
-        ("Campaign Monitor", r"\bOK:(?P<id>[a-z0-9]{48})\b"),
+        r"\bOK:(?P<id>[a-z0-9]{48})\b",
         # 250 OK 019b1c7e-5a2f-4c31-9d0e-3f5b8a6c2d14 (Postmark and others)
-        ("UUID", r"(?P<id>\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b)"),
+        r"(?P<id>\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b)",
     )
 )
 
 
-def accepted_as(reply: str) -> Accepted | None:
+def accepted_as(reply: str) -> str | None:
     """Return the id that the reply names, None if it names none."""
-    for form, pattern in _FORMS:
-        if (found := pattern.search(reply)) is not None:
-            return Accepted(form, found["id"].rstrip(".:"))
+    for form in _FORMS:
+        if (found := form.search(reply)) is not None:
+            return found["id"].rstrip(".:")
     return None

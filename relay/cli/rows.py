@@ -177,8 +177,7 @@ def _details(row: Row, zone: tzinfo | None) -> Iterator[tuple[str, str]]:
     yield "client", row.client
     yield "upstream", row.upstream
     if isinstance(row, Send):
-        accepted = accepted_as(row.upstream_reply)
-        yield "accepted as", "(the reply names no id)" if accepted is None else accepted.id
+        yield "accepted as", accepted_as(row.upstream_reply) or "(the reply names no id)"
         yield "reply", row.upstream_reply
     else:
         yield "reason", row.reason

@@ -22,8 +22,7 @@ def document(row: Send | InDoubt) -> dict[str, Any]:
     found = {name: _plain(getattr(row, name)) for name in names if name != "id"}
     found["state"] = "accepted" if isinstance(row, Send) else "in_doubt"
     if isinstance(row, Send):
-        accepted = accepted_as(row.upstream_reply)
-        found["provider_id"] = None if accepted is None else accepted.id
+        found["provider_id"] = accepted_as(row.upstream_reply)
     return found
 
 
@@ -61,7 +60,7 @@ def facts(row: Send | InDoubt) -> Iterable[tuple[str, Any, str]]:
         yield "Accepted", row.sent_at, "time"
         yield "The upstream said", row.upstream_reply.split("\n"), "lines"
         if accepted is not None:
-            yield "The provider's id", accepted.id, "mono"
+            yield "The provider's id", accepted, "mono"
     else:
         yield "In doubt since", row.since, "time"
         yield "Because", row.reason, ""
