@@ -29,7 +29,7 @@ from relay.records.filters import (
 from relay.records.schema import task_done, task_done_recipient
 from relay.records.sends import SendFilter
 
-__all__ = ["MAX_GROUPS", "By", "Count", "Statistics", "counted", "statement_of", "whole_hours"]
+__all__ = ["MAX_GROUPS", "Count", "Statistics", "counted", "statement_of", "whole_hours"]
 
 MAX_GROUPS = 20_000
 """Counts of one answer at most: more than two years of hours."""

@@ -11,13 +11,13 @@ import binascii
 import re
 from collections.abc import Callable, Generator
 
-from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS, Credentials, Password, Token
+from relay.credentials import Credentials, Password, Token
 from relay.reply import Reply
 from relay.session import answers
 from relay.session.commands import is_text
 from relay.session.lines import MAX_AUTH_LINE
 
-__all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Exchange", "SaslError"]
+__all__ = ["Exchange", "SaslError"]
 
 _ABORTED = Reply.own(501, "7.0", "The login was given up")
 _NOT_BASE64 = Reply.own(501, "5.2", "That is not base64 (RFC 4648)")
@@ -43,7 +43,7 @@ class Exchange:
     __slots__ = ("_begun", "_steps")
 
     def __init__(self, mechanism: str) -> None:
-        """Begin; `mechanism` is one of PASSWORD_MECHANISMS and TOKEN_MECHANISMS."""
+        """Begin; `mechanism` is one of those in `credentials`, PASSWORD_MECHANISMS and TOKEN_MECHANISMS."""
         self._steps = _MECHANISMS[mechanism]()
         self._begun = False
 

@@ -106,11 +106,6 @@ class Pool:
         """Return the keyed hash that stands for the credentials while this process lives."""
         return credentials.fingerprint(self._key)
 
-    @property
-    def contested(self) -> bool:
-        """Whether somebody waits for a connection."""
-        return self._shares.waiting > 0
-
     def over_share(self, client: str) -> bool:
         """Whether the client holds more than its fair share while another one waits."""
         return self._shares.waiting > 0 and self._shares.over(client)

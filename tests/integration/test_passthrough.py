@@ -417,7 +417,7 @@ async def test_when_another_identity_is_next_the_connection_makes_room(door: Any
     await at.login(ANN)
     held = at.lease(ANN)
     waiting = asyncio.create_task(at.pool.acquire("ben", BEN))
-    await eventually(lambda: at.pool.contested)
+    await eventually(lambda: at.pool._shares.waiting)
     at.pool.release(held, reset=False)
     assert at.user(await waiting) == "ben"
     assert at.upstream.connections[0].lines[-1] == b"QUIT"

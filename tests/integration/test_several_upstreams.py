@@ -510,7 +510,7 @@ async def test_who_waits_for_a_drained_upstream_still_gets_it(start: Any, change
             await second.ehlo()
             await first.command(MAIL, 250)
             await second.send(MAIL + b"\r\n")
-            await eventually(lambda: running.pool.contested)
+            await eventually(lambda: running.pool._shares.waiting)
             leaving = running.pool
             running.relay.upstreams.apply(changed(configured("other", other)))
             assert leaving.transactions == 2

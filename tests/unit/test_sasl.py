@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.credentials import Credentials, Password, Token
+from relay.credentials import PASSWORD_MECHANISMS, TOKEN_MECHANISMS, Credentials, Password, Token
 from relay.reply import Reply
-from relay.session.sasl import MAX_AUTH_LINE, PASSWORD_MECHANISMS, TOKEN_MECHANISMS, Exchange, SaslError
+from relay.session.lines import MAX_AUTH_LINE
+from relay.session.sasl import Exchange, SaslError
 
 MECHANISMS = (*PASSWORD_MECHANISMS, *TOKEN_MECHANISMS)
 XOAUTH2 = b"user=app@example.com\x01auth=Bearer ya29.token\x01\x01"

@@ -151,11 +151,9 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        pool, self._pool = self._pool, self._pool
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), CLOSE_TIMEOUT_S)
-        if pool is None:
-            pool = self._pool  # opened meanwhile
+        pool = self._pool  # by now: it may have been opened meanwhile
         if pool is None:
             return
         try:
