@@ -43,3 +43,6 @@ class UnreachableError(StoreError):
 
 class SlowReadError(StoreError):
     """A read took longer than it may, and was ended."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"takes longer than {seconds:g} s; ask for less, such as a shorter time (since)")

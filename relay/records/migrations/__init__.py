@@ -59,9 +59,9 @@ async def upgrade_postgres(connect: Callable[[], Awaitable[Any]], version: str =
     `connect` makes connections to it. Of many processes that come at once, one works and the others wait for
     its lock, which ends with its transaction. Raises asyncpg's errors.
     """
-    from sqlalchemy.ext.asyncio import create_async_engine  # needs greenlet, which comes with the extra alone
+    from relay.records.postgres.engine import cause_of, make_engine  # what comes with the extra alone
 
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    engine = make_engine(connect, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
@@ -71,8 +71,7 @@ async def upgrade_postgres(connect: Callable[[], Awaitable[Any]], version: str =
             finally:
                 _ONE_AT_A_TIME.release()
     except sa.exc.DBAPIError as error:
-        cause = error.orig.__cause__ if error.orig is not None else None
-        raise (cause or error) from error
+        raise cause_of(error) from error
     finally:
         await engine.dispose()
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from relay.records.postgres.database import connect, explained
+from relay.records.postgres.database import connect
+from relay.records.postgres.engine import explaining, make_engine
 
 __all__ = ["PostgresEraser"]
 
@@ -21,13 +21,11 @@ class PostgresEraser:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._engine = create_async_engine(
-            "postgresql+asyncpg://", async_creator=lambda: connect(url), poolclass=NullPool
-        )
+        self._engine = make_engine(lambda: connect(url), poolclass=NullPool)
 
     async def write(self, work: Callable[[sa.Connection], T], *, undo: bool) -> T:
         """Run `work` in one transaction, which `undo` takes back."""
-        try:
+        with explaining(self._url):
             async with self._engine.connect() as connection:
                 result = await connection.run_sync(work)
                 if undo:
@@ -35,11 +33,6 @@ class PostgresEraser:
                 else:
                     await connection.commit()
                 return result
-        except sa.exc.DBAPIError as error:
-            cause = error.orig.__cause__ if error.orig is not None else None
-            raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
-        except OSError as error:
-            raise explained(error, self._url) from error
 
     async def close(self) -> None:
         """Close what is open. What was erased leaves the files with the next vacuum."""

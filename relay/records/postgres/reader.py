@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import asyncpg
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
 from relay.records.postgres.database import STATEMENT_TIMEOUT_S, check, connect, explained, version_in
+from relay.records.postgres.engine import cause_of, explaining, make_engine
 from relay.records.tables import SCHEMA_VERSION
 from relay.settings.dsn import shown_url
 
@@ -29,9 +29,8 @@ class PostgresReader:
     def __init__(self, url: str, time_limit: float | None = None) -> None:
         self._url = url
         self._time_limit = time_limit
-        self._engine: AsyncEngine = create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=lambda: connect(url),
+        self._engine = make_engine(
+            lambda: connect(url),
             pool_size=POOL_SIZE,
             max_overflow=MORE,
             pool_pre_ping=True,
@@ -64,20 +63,16 @@ class PostgresReader:
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in one transaction, thus on one moment."""
         limit = STATEMENT_TIMEOUT_S if self._time_limit is None else self._time_limit
-        try:
-            async with self._engine.connect() as connection:
-                await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(limit * 1000)}")
-                await connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-                return await connection.run_sync(work)
-        except sa.exc.DBAPIError as error:
-            cause = error.orig.__cause__ if error.orig is not None else None
-            if self._time_limit is not None and isinstance(cause, asyncpg.QueryCanceledError):
-                raise SlowReadError(
-                    f"takes longer than {limit:g} s; ask for less, such as a shorter time (since)"
-                ) from error
-            raise explained(cause if isinstance(cause, Exception) else error, self._url) from error
-        except OSError as error:
-            raise explained(error, self._url) from error
+        with explaining(self._url):
+            try:
+                async with self._engine.connect() as connection:
+                    await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(limit * 1000)}")
+                    await connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+                    return await connection.run_sync(work)
+            except sa.exc.DBAPIError as error:
+                if self._time_limit is None or not isinstance(cause_of(error), asyncpg.QueryCanceledError):
+                    raise
+                raise SlowReadError(limit) from error
 
     async def close(self) -> None:
         """Close the connections that are kept open."""

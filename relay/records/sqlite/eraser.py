@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import aiosqlite
 import sqlalchemy as sa
-from sqlalchemy.pool import StaticPool
 
 from relay.records.sqlite.connection import connect, on_thread
+from relay.records.sqlite.engine import in_transaction
 from relay.records.sqlite.errors import explained
 from relay.records.sqlite.file import path_of
 
@@ -33,16 +33,21 @@ class SqliteEraser:
         """Open the file that `url` names."""
         try:
             connection = await connect(path_of(url), "rw", BUSY_TIMEOUT_S)
-            eraser = cls(connection, url)
-            await on_thread(connection, _set_up)
+            try:
+                await on_thread(connection, _set_up)
+            except BaseException:
+                await connection.close()
+                raise
         except sqlite3.Error as error:
             raise explained(error, path_of(url), BUSY_TIMEOUT_S) from error
-        return eraser
+        return cls(connection, url)
 
     async def write(self, work: Callable[[sa.Connection], T], *, undo: bool) -> T:
         """Run `work` in one transaction, which `undo` takes back."""
         try:
-            return await on_thread(self._connection, lambda raw: _in_transaction(raw, work, undo=undo))
+            return await on_thread(
+                self._connection, lambda raw: in_transaction(raw, "BEGIN IMMEDIATE", work, undo=undo)
+            )
         except sqlite3.Error as error:
             raise explained(error, self._path, BUSY_TIMEOUT_S) from error
 
@@ -62,19 +67,3 @@ def _set_up(raw: sqlite3.Connection) -> None:
     raw.execute("PRAGMA foreign_keys = ON")
     raw.execute("PRAGMA synchronous = FULL")
     raw.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten with zeros
-
-
-def _in_transaction(raw: sqlite3.Connection, work: Callable[[sa.Connection], T], *, undo: bool) -> T:
-    dialect = sa.create_engine("sqlite://").dialect
-    engine = sa.Engine(StaticPool(lambda: cast("Any", raw)), dialect, sa.URL.create("sqlite"))
-    try:
-        with engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            result = work(connection)
-            if undo:
-                connection.rollback()
-            else:
-                connection.commit()
-            return result
-    except sa.exc.DBAPIError as error:
-        raise (error.orig or error) from error

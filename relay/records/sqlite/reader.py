@@ -8,21 +8,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, MutableMapping
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import aiosqlite
 import sqlalchemy as sa
-from sqlalchemy.pool import StaticPool
-from sqlalchemy.util import LRUCache
 
 from relay.records.errors import SlowReadError, StoreError
 from relay.records.sqlite.connection import connect, interrupt, on_thread
+from relay.records.sqlite.engine import in_transaction
 from relay.records.sqlite.errors import explained
 from relay.records.sqlite.file import SMALLEST, log_of, no_such_file, path_of
-from relay.records.sqlite.hints import heed_hints
 from relay.records.sqlite.tables import check_columns, version_in
 from relay.records.tables import SCHEMA_VERSION
 
@@ -51,7 +48,7 @@ class SqliteReader:
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in one transaction, thus on one moment."""
-        return await self._again_and_again(lambda raw: _in_transaction(raw, work))
+        return await self._again_and_again(lambda raw: in_transaction(raw, "BEGIN", work))
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -98,10 +95,8 @@ class SqliteReader:
                 await connection.close()
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code == sqlite3.SQLITE_INTERRUPT:
-                raise SlowReadError(
-                    f"takes longer than {self._time_limit:g} s; ask for less, such as a shorter time (since)"
-                ) from error
+            if code == sqlite3.SQLITE_INTERRUPT and self._time_limit is not None:
+                raise SlowReadError(self._time_limit) from error
             if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
                 raise StoreError(
                     f"{self._path}: its -wal and -shm files cannot be used by this user; run the command as "
@@ -145,27 +140,3 @@ def _look(path: Path) -> tuple[object, ...]:
             f"{path}: {error.strerror}; change records.url, or the rights of its path"
         ) from error
     return _IN_USE if in_use else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _dialect() -> Any:
-    """What SQLAlchemy knows of SQLite; found out once, since that costs more than most reads."""
-    engine = sa.create_engine("sqlite://")
-    engine.connect().close()
-    engine.dispose()
-    return heed_hints(engine.dialect)
-
-
-_COMPILED: MutableMapping[Any, Any] = LRUCache(200)
-"""Statements that were compiled; an engine's own would go with it."""
-
-
-def _in_transaction(raw: sqlite3.Connection, work: Callable[[sa.Connection], T]) -> T:
-    dialect = _dialect()
-    engine = sa.Engine(StaticPool(lambda: cast("Any", raw)), dialect, sa.URL.create("sqlite"))
-    try:
-        with engine.execution_options(compiled_cache=_COMPILED).begin() as connection:
-            connection.exec_driver_sql("BEGIN")
-            return work(connection)
-    except sa.exc.DBAPIError as error:
-        raise (error.orig or error) from error
