@@ -6,6 +6,19 @@ follow, pipelined where the upstream can; every reply goes back as it came. `fee
 `begin_chunk`, `feed_chunk` and `end_chunk` do, chunk by chunk (RFC 3030). At the end of data, which is also
 the end of the last chunk, `finish` sends it up, and leaves the message to a `Settlement`.
 
+Where it stands, what says so, and who moves it on:
+
+- held, as long as it has no upstream (`_chosen`): the first `rcpt` that has a route sets out;
+- waiting for a connection: `_connect` asks for one, `_leased` and `_not_leased` hear of it, and the latter
+  turns to the next upstream (`_fail_over`) or breaks;
+- commands: each stands in `_queued` until it may go up (`_pump`), then in `_sent` until `_answered`;
+- content, since there is a `body`: by the 354 (`_data_answered`) or the first `begin_chunk`;
+- settling, since there is a `_settlement`: by `finish`; the verdict, and what follows, is the settlement's;
+- concluded: by the settlement, by `finish` where the end of data cannot go up, or by `abandon`.
+
+Once it is broken (`course.broken`, by `_break` as a rule) nothing goes up any more, and whatever waits or
+still comes is answered with that reply.
+
 Rules: another upstream is tried only until one has answered MAIL, and what it says is then the answer; a 421
 is none. Once the end of data has gone up the message is never sent again: from then on there is a settlement,
 and no way leads back. Content that will not be finished aborts its connection. `_conclude` is the only place

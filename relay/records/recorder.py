@@ -7,6 +7,11 @@ A row's way, top to bottom: `record` takes it; `_next` makes a batch of all that
 gives that to the store, and `_written` hears what came of it, and releases those who wait. What the store
 does not take goes the long way, in a task (`_keep_elsewhere`).
 
+Where rows go is said by `_away`: None, to the store; a reason, to the spool. `_go_away` alone turns to the
+spool, and begins the way back (`_bring_back`), which alone turns to the store again, when that has all that
+waited (`_catch_up`). Who has the turn, a batch or the last step of the way back, is said by `_turn_taken`:
+`record` and `_take_turn` take it, `_next` passes it on.
+
 Group commit: while one commit is in flight the next batch collects. No artificial delay; alone, a row is
 committed at once. A commit is begun and ended by callbacks: with a task, a wait and a timer for it a lone
 message costs an eighth more, in three turns of the event loop more (docs/benchmarks.md).

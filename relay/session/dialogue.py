@@ -1,5 +1,7 @@
 """The SMTP dialogue of one session: commands and content in, replies out, in order. No sockets.
 
+Where it stands is `State`; who moves it on stands with each.
+
 Rules: a command is acted on only when whatever it depends on is known; until then it stays in the input, and
 what is in the input is bounded by not reading more. A client that is out of step (input where it must
 wait, something that is not SMTP, line ends that are not CRLF) is out: what it meant as text must never
@@ -83,15 +85,25 @@ class State(Enum):
     """What the session does with input."""
 
     COMMANDS = "commands"
+    """Acts on lines, one command after the other (`_take_command`)."""
     SECURING = "securing"
+    """Keeps it: TLS is being made, since `_starttls` or from the first octet on; `secured` ends it."""
     CHALLENGED = "challenged"
+    """Takes the next line for the answer to a challenge of AUTH (`_take_response`)."""
     DECIDING = "deciding"
+    """Keeps it: the doorkeeper has the credentials; `_decided` ends it."""
     AWAITS_354 = "awaits_354"
+    """Ends the session: the client has said DATA and must wait. The reply to that ends it (`_give_data`)."""
     CONTENT = "content"
+    """Gives it to the transaction as text, up to the end of data (`_take_content`)."""
     CHUNK = "chunk"
+    """Gives as much of it as BDAT has announced to the transaction (`_take_chunk`)."""
     SETTLING = "settling"
+    """Keeps it: the message is whole (`_finish`), and the reply to its end ends it (`_settled`)."""
     ENDING = "ending"
+    """Drops it: the last word is said (`_end`), and waits for replies that are owed before it (`_moved`)."""
     CLOSED = "closed"
+    """Drops it: the wire is closed, or was lost."""
 
 
 # By name, since looking a member up at its class costs ten times as much, forty times a message.
