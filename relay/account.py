@@ -13,6 +13,7 @@ from uuid import UUID
 
 from relay import maillog
 from relay.envelope import Envelope, Recipient, text
+from relay.metrics import NO_UPSTREAM
 from relay.outcome import Outcome
 from relay.records.bound import MAX_REASON, MAX_VERDICT, lines_bound
 from relay.records.line import whole_line
@@ -233,7 +234,7 @@ class Account:
     def close(self, metrics: Metrics, outcome: Outcome, said: str | None) -> None:
         """Count the transaction and write its line; `said`: the upstream's last word, or why it said none."""
         upstream = metrics.upstreams[
-            "none" if outcome is _REFUSED or self.upstream is None else self.upstream
+            NO_UPSTREAM if outcome is _REFUSED or self.upstream is None else self.upstream
         ]
         refused = self.envelope.refused
         for each in refused:

@@ -89,9 +89,11 @@ taking of content, the row."""
 _CONNECTION_STATES: Final = ("idle", "active", "connecting")
 
 # From a reply on loopback to the wait for an end of data that an upstream scans for minutes.
-_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-DURATIONS: Final = _SECONDS
-"""The bounds between which `Counts.answers` counts, in seconds; its last number is for what took longer."""
+DURATIONS: Final = (
+    *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1, 2.5, 5, 10, 30, 60, 300),
+)
+"""The bounds between which times are counted, in seconds; a last count is for what took longer."""
 _OCTETS: Final = tuple(1024 * 4**power for power in range(9))  # 1 KiB to 64 MiB
 _ROWS: Final = tuple(2**power for power in range(11))  # 1 to 1024
 
@@ -213,7 +215,7 @@ class Metrics:
         self.row_recorded: Callable[[str], None] = self._recorded.append
         """Count the row of an accepted message; a type that the configuration does not name is `other`."""
         self._commit_seconds = series.histogram(
-            "record_commit_seconds", "Time for one commit of rows to the store.", _SECONDS
+            "record_commit_seconds", "Time for one commit of rows to the store.", DURATIONS
         )
         self._batch_rows = series.histogram("record_batch_rows", "Rows that shared one commit.", _ROWS)
         self._records_pending = series.gauge("records_pending", "Rows waiting for their commit now.")
@@ -410,7 +412,7 @@ class UpstreamMetrics:
             for outcome in Outcome
         }
         self._transaction_seconds = transactions.histogram(
-            "transaction_seconds", "Time from MAIL to the outcome.", _SECONDS, upstream=name
+            "transaction_seconds", "Time from MAIL to the outcome.", DURATIONS, upstream=name
         )
         text = "Time that finished transactions spent waiting, by what they waited for."
         self._waits = tuple(
@@ -420,7 +422,7 @@ class UpstreamMetrics:
         text = "Time from a command's way up to the upstream's reply."
         self._replies = {
             command: connections.histogram(
-                "upstream_reply_seconds", text, _SECONDS, upstream=name, command=command
+                "upstream_reply_seconds", text, DURATIONS, upstream=name, command=command
             )
             for command in REPLY_COMMANDS
         }
@@ -445,7 +447,7 @@ class UpstreamMetrics:
             "upstream_failovers_total", "Messages that went on from here to another upstream.", upstream=name
         )
         text = "Time that transactions waited for an upstream connection."
-        self._wait_seconds = connections.histogram("upstream_wait_seconds", text, _SECONDS, upstream=name)
+        self._wait_seconds = connections.histogram("upstream_wait_seconds", text, DURATIONS, upstream=name)
         self.waited: Callable[[float], None] = self._wait_seconds.observe
         """Observe how long a transaction waited for a connection."""
 

@@ -2,8 +2,7 @@
 
 Rules: the file is replaced as a whole, so that the relay reads the old one or the new one and nothing
 between; what was there stays as it was written, comments too; mode and owner stay. Two commands at a time
-wait for each other. What would not be read back as
-it was meant is not written.
+wait for each other. What would not be read back as it was meant is not written.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Claim:
         for rule in self._rules:
             looks = rule.by_recipient or rule.unit == "recipients"
             if looks and not rule.needs_header and rule.counted(recipient):
-                key = rule.keys_of(message, recipient)
+                key = rule.key_of_recipient(message, recipient)
                 amount = rule.demand(message)[key]
                 wants.append(Want(self._limits.tally(rule, key), amount, max(amount, 1)))
 
@@ -91,7 +91,7 @@ class Claim:
             for rule in self._rules:
                 looks = rule.by_recipient or rule.unit == "recipients"
                 if looks and not rule.needs_header and rule.counted(recipient):
-                    key = rule.keys_of(message, recipient)
+                    key = rule.key_of_recipient(message, recipient)
                     self._reduce(self._limits.tally(rule, key), rule.demand(message).get(key, 0))
 
     def at_header(self, task_type: str, decided: Decided) -> None:

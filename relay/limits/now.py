@@ -66,7 +66,7 @@ class LimitState:
 async def limits_now(counts: Counts, rules: Sequence[Rule], now: float) -> list[LimitState]:
     """Return each limit as it stands at `now` (Unix time), in the order of the settings.
 
-    `counts` is `StoredCounts(queries.reader)`, `rules` `rules_of(settings.limits)`. Raises StoreError.
+    Raises StoreError.
     """
     return [await _state(counts, rule, now) for rule in rules]
 

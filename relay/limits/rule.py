@@ -168,7 +168,7 @@ class Rule:
             case _:
                 return ""
 
-    def keys_of(self, message: Message, recipient: str) -> str:
+    def key_of_recipient(self, message: Message, recipient: str) -> str:
         """Return what has the count for one recipient."""
         if self.scope == "recipient":
             return fold(recipient)
@@ -183,7 +183,7 @@ class Rule:
         demand: dict[str, int] = {}
         for recipient in message.recipients:
             if self.counted(recipient):
-                key = self.keys_of(message, recipient)
+                key = self.key_of_recipient(message, recipient)
                 if self.unit == "recipients":
                     demand[key] = demand.get(key, 0) + 1
                 else:

@@ -246,7 +246,7 @@ def user_not_checked(file: str, user: str, reason: str) -> None:
 
 
 def upstream_connected(name: str, address: str, reason: Wire) -> None:
-    """A connection to an upstream is ready; `reason` says what it took (TLS version, identity)."""
+    """A connection to an upstream is ready; `reason` is `tls` of its settings."""
     current.log.debug("upstream connected", upstream=name, address=address, reason=reason)
 
 

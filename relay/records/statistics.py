@@ -62,7 +62,7 @@ class Statistics:
     groups: int
 
 
-class _Slot(FunctionElement[str]):
+class _Hour(FunctionElement[str]):
     """The hour, in UTC, that a moment is in, as text."""
 
     type = sa.Text()
@@ -76,7 +76,7 @@ class _Quarter(FunctionElement[str]):
     inherit_cache = True
 
 
-@compiles(_Slot, "sqlite")
+@compiles(_Hour, "sqlite")
 def _sqlite_hour(element: Any, compiler: Any, **options: Any) -> str:
     return f"substr({compiler.process(element.clauses, **options)}, 1, 13)"
 
@@ -87,7 +87,7 @@ def _sqlite_quarter(element: Any, compiler: Any, **options: Any) -> str:
     return f"substr({moment}, 1, 14) || substr('00153045', substr({moment}, 15, 2) / 15 * 2 + 1, 2)"
 
 
-@compiles(_Slot, "postgresql")
+@compiles(_Hour, "postgresql")
 def _postgresql_hour(element: Any, compiler: Any, **options: Any) -> str:
     moment = compiler.process(element.clauses, **options)
     return f"CAST(date_trunc('hour', {moment} AT TIME ZONE 'UTC') AS text)"
@@ -142,7 +142,7 @@ def statement_of(
 
 def _key(by: By, moment: sa.ColumnElement[Any], *, quarters: bool) -> sa.ColumnElement[str]:
     if by.time:
-        return _Quarter(moment) if quarters else _Slot(moment)
+        return _Quarter(moment) if quarters else _Hour(moment)
     table = task_done.c
     columns: dict[By, sa.ColumnElement[str]] = {
         By.TYPE: table.task_type,

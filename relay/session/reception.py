@@ -1,8 +1,8 @@
 """Where clients are received: who is in, how many may be, what EHLO offers, and their leaving.
 
 Rules: what is counted in `enter` and `admit` is taken back in `leave`, once for each session. When all places
-are taken, those who sit idle longest make room. All waits of all sessions
-are looked at by one `sweep`; no session sets a timer for its commands.
+are taken, those who sit idle longest make room. All waits of all sessions are looked at by one `sweep`; no
+session sets a timer for its commands.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Overview:
         readiness: Callable[[], tuple[bool, Sequence[str]]],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`readiness` as for `Web`; `clock` gives seconds since 1970."""
+        """`readiness` as for `relay.web.server.Server`; `clock` gives seconds since 1970."""
         self._metrics = metrics
         self._readiness = readiness
         self._clock = clock

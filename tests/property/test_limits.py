@@ -183,7 +183,7 @@ class Under:
                 return False
             if not rule.counted(message.recipients[-1]):
                 return False
-            key = rule.keys_of(message, message.recipients[-1])
+            key = rule.key_of_recipient(message, message.recipients[-1])
             probe = {key: probe[key]}
         elif stage == "end":
             before = rule.demand(self.message)
