@@ -118,6 +118,24 @@ def test_each_library_has_one_door(path: Path) -> None:
         assert package in DOORS.get(library, {package}), f"{name_of(path)} imports {library}"
 
 
+def test_the_documentation_draws_these_layers() -> None:
+    page = (ROOT / "docs/flow.md").read_text()
+    chapter = page.partition("## Who may import whom")[2].partition("\n## ")[0]
+    drawn = [set(re.findall(r"`([^`]+)`", line)) for line in chapter.splitlines() if line.startswith("- ")]
+    assert drawn == LAYERS
+
+
+def test_the_databases_know_nothing_of_each_other() -> None:
+    """And of both only the doors: who opens a store, its readers and its erasers by a URL."""
+    doors = {"records.store", "records.queries", "records.forgetting", "records.migrations"}
+    for path in FILES:
+        module = name_of(path)
+        for database in ("sqlite", "postgres"):
+            package = f"records.{database}"
+            if not module.startswith(package) and module not in doors:
+                assert not [each for each in imports_of(path) if each.startswith(f"relay.{package}")], module
+
+
 def test_no_module_is_a_drawer_for_everything() -> None:
     names = {path.stem for path in FILES}
     assert not names & {"utils", "util", "helpers", "common", "misc", "base"}
