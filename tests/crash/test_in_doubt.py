@@ -19,10 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.crash.test_kill import moody
 from tests.support.client import Client
 from tests.support.process import ROOT, RelayProcess
-from tests.support.storm import Storm
+from tests.support.storm import Storm, moody
 from tests.support.upstream import Delay, ScriptedUpstream
 
 CONTENT = b"From: a@example.test\r\nX-Task-ID: %d\r\n\r\ntext\r\n"

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.process import RelayProcess
-from tests.support.storm import Figures, Storm
-from tests.support.upstream import CHUNKING, Action, Delay, Reset, ScriptedUpstream
+from tests.support.storm import Figures, Storm, moody
+from tests.support.upstream import CHUNKING, ScriptedUpstream
 
 KILLS = int(os.environ.get("CRASH_KILLS", "30"))
 """In all tests of this module together."""
@@ -43,17 +43,6 @@ async def storm(
     assert relay.errors() == ""
     assert figures.told_yes == figures.messages >= kills
     return findings, figures
-
-
-def moody(dice: random.Random, share: float) -> Action | None:
-    """Refuse a share of all for now, reset the connection as often, and take its time with some of the rest.
-
-    A row for what is refused here is a false one; the waits are for kills to fall into.
-    """
-    return dice.choices(
-        [b"451 4.3.0 not now\r\n", Reset(), Delay(dice.uniform(0.0, 0.03)), None],
-        [share, share, 0.3, 0.7 - 2 * share],
-    )[0]
 
 
 @pytest.mark.timeout(300 + 5 * KILLS)

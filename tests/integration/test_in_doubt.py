@@ -19,9 +19,8 @@ import pytest
 
 from relay import maillog
 from relay.records import journal as journal_module
-from tests.integration.test_store_away import locked
-from tests.integration.test_timeouts import END_OF_DATA
 from tests.support.client import Client
+from tests.support.databases import locked
 from tests.support.upstream import (
     CHUNKING,
     Close,
@@ -81,7 +80,7 @@ async def send(running: Running, client: Client, upstream: ScriptedUpstream) -> 
 def overdue(running: Running) -> None:
     """Let the verdict be overdue, at several looks."""
     for seconds in (1, 2, 3):
-        look_at_verdicts(running, END_OF_DATA + seconds)
+        look_at_verdicts(running, running.pool.end_of_data_timeout + seconds)
 
 
 def look_at_verdicts(running: Running, seconds: float) -> None:
@@ -187,7 +186,7 @@ async def test_a_verdict_that_is_overdue(
         if not client_stays:
             await leave(running, client)
         async with store_away(running, away=away):
-            look_at_verdicts(running, END_OF_DATA - 1)
+            look_at_verdicts(running, running.pool.end_of_data_timeout - 1)
             assert in_use(running) == 1
             overdue(running)
             if client_stays:

@@ -15,10 +15,10 @@ from relay.records.errors import StoreError
 from relay.records.sqlite.store import SqliteStore
 from relay.reload import reload
 from tests.support.client import Client
+from tests.support.codes import OTHER, send, send_on
 from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream, StopReading
 
 MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
-OTHER = b"From: a@example.com\r\n\r\ntext\r\n"
 MENTIONS = {"name": "mentions", "scope": "sender", "task_type": "mention", "max": 100, "per": "1d"}
 
 
@@ -30,27 +30,6 @@ def limit(**keys: Any) -> dict[str, Any]:
 def verbs(upstream: ScriptedUpstream) -> list[str]:
     """Return the commands that came, in their order."""
     return [each.line.split()[0].decode().upper() for each in upstream.log if isinstance(each, Command)]
-
-
-async def send(port: int, sender: str, recipients: list[str], content: bytes = OTHER) -> list[int]:
-    """Send one message in a session of its own; return the codes up to the first command that ends it."""
-    async with Client(port) as client:
-        await client.greeting()
-        await client.ehlo()
-        return await send_on(client, sender, recipients, content)
-
-
-async def send_on(client: Client, sender: str, recipients: list[str], content: bytes = OTHER) -> list[int]:
-    codes = [(await client.command(f"MAIL FROM:<{sender}>")).code]
-    if codes == [250]:
-        codes += [(await client.command(f"RCPT TO:<{recipient}>")).code for recipient in recipients]
-        codes.append((await client.command("DATA")).code)
-        if codes[-1] == 354:
-            await client.send(content + b".\r\n")
-            codes.append((await client.reply()).code)
-        else:
-            await client.command("RSET", 250)
-    return codes
 
 
 async def test_the_sender_is_refused_at_mail_and_nothing_goes_upstream(

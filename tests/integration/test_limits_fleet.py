@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.app import Relay
-from tests.integration.test_limits import send
+from tests.support.codes import send
 from tests.support.process import RelayProcess
 from tests.support.upstream import Delay, ScriptedUpstream
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from relay.records.identity import uuid7
 from relay.records.retention import Retention
 from relay.records.store import open_store
-from tests.integration.test_postgres_commands import EXPIRED
 from tests.support.client import Client
 from tests.support.databases import SqliteDatabase
 from tests.support.process import RelayProcess
+from tests.support.rows import make_record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -44,7 +42,7 @@ async def pair(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterator[Pair
     """Two relays that are not started, on a file with rows that have expired."""
     database = SqliteDatabase(tmp_path / "rows.db")
     store = await open_store(database.url, Retention(timedelta(days=30)))
-    await store.write([replace(EXPIRED[0], task_id=uuid7()) for _ in range(OLD_ROWS)])
+    await store.write([make_record(sent_at=datetime.now(UTC) - timedelta(days=40)) for _ in range(OLD_ROWS)])
     await store.follow_retention()
     await store.close()
     async with contextlib.AsyncExitStack() as stack:

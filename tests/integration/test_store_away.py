@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,29 +12,17 @@ import pytest
 from relay.records import spooler as spooler_module
 from relay.records.sqlite.store import SqliteStore
 from tests.support.client import Client
+from tests.support.databases import locked
 from tests.support.upstream import CHUNKING, Close
 from tests.support.watch import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.conftest import Running
     from tests.support.upstream import ScriptedUpstream
 
 CONTENT = b"Subject: x\r\n\r\nx\r\n"
-
-
-@contextlib.contextmanager
-def locked(database: Path) -> Iterator[None]:
-    """Hold the write lock, as a backup or somebody's forgotten shell does."""
-    other = sqlite3.connect(database, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        other.execute("ROLLBACK")
-        other.close()
 
 
 async def send(client: Client) -> int:

@@ -19,9 +19,8 @@ from relay.settlement import Settlement
 from relay.transaction import Transaction
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.pool import Pool
-from tests.property.test_transaction_walk import DATA, END, MAIL, OPEN, OPEN_IDLE, RECIPIENT, TEXT
 from tests.support.stage import Event, Stage
-from tests.support.walk import BrokenPromiseError, walk
+from tests.support.walk import DATA, END, MAIL, OPEN, OPEN_IDLE, RECIPIENT, TEXT, BrokenPromiseError, walk
 
 Original = Callable[..., Any]
 ENDED = [*OPEN, *RECIPIENT, *DATA, *TEXT, *END]

@@ -14,16 +14,7 @@ import pytest
 
 from relay import maillog
 from tests.support.stage import Event, Stage
-from tests.support.walk import walk
-
-MAIL = [("client", "mail")]
-OPEN = [*MAIL, ("upstream", "dialed"), ("upstream", "2yz")]
-OPEN_IDLE = [*MAIL, ("upstream", "2yz")]
-RECIPIENT = [("client", "rcpt"), ("upstream", "2yz")]
-AT_ONCE = [("client", "rcpt"), ("client", "rcpt"), ("client", "last chunk")]
-DATA = [("client", "data"), ("upstream", "354")]
-TEXT = [("client", "text")]
-END = [("client", "end")]
+from tests.support.walk import AT_ONCE, DATA, END, MAIL, OPEN, OPEN_IDLE, RECIPIENT, TEXT, walk
 
 WALKS: dict[str, tuple[dict[str, Any], Sequence[Event], int, int]] = {
     "from the beginning": ({}, [], 6, 1000),

@@ -7,6 +7,7 @@ come back as SQLite has them, times as text of fixed width, so that what is expe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sqlite3
 import threading
@@ -21,11 +22,11 @@ import asyncpg
 from relay.records.migrations import upgrade_postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
     from tests.support.postgres import Server
 
-__all__ = ["Cluster", "PostgresDatabase", "SqliteDatabase"]
+__all__ = ["Cluster", "PostgresDatabase", "SqliteDatabase", "locked"]
 
 TEMPLATE = "relay_template"
 BOUND_S = 60
@@ -156,3 +157,15 @@ def _plain(value: object) -> Any:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(" ", "microseconds")[:26]
     return str(value) if isinstance(value, UUID) else value
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Hold the write lock, as a backup or somebody's forgotten shell does."""
+    other = sqlite3.connect(database, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.execute("ROLLBACK")
+        other.close()

@@ -1,11 +1,10 @@
 """Applications that send through a relay process for as long as they are let, and the account of it.
 
 Rules: each application sends one message after the other, now on a kept-open connection, now on a new one,
-by DATA or, where it is offered, by BDAT,
-and sends a message again, as applications do, until it hears 2yz: after a 4yz, after a lost connection. A
-message has one Message-ID however often it is sent; each try has an id of its own (`ledger.ID_HEADER`), so
-that the relay's duplicates can be told from the application's. The accounts are taken in between, so that
-hundreds of thousands of messages fit into memory.
+by DATA or, where it is offered, by BDAT, and sends a message again, as applications do, until it hears 2yz:
+after a 4yz, after a lost connection. A message has one Message-ID however often it is sent; each try has an
+id of its own (`ledger.ID_HEADER`), so that the relay's duplicates can be told from the application's. The
+accounts are taken in between, so that hundreds of thousands of messages fit into memory.
 """
 
 from __future__ import annotations
@@ -20,11 +19,22 @@ from typing import Self
 from .client import Client, OverdueError, Reply
 from .ledger import ID_HEADER, Ledger, check, id_of, ids
 from .process import RelayProcess
-from .upstream import Message, ScriptedUpstream
+from .upstream import Action, Delay, Message, Reset, ScriptedUpstream
 
-__all__ = ["Figures", "Storm", "is_uncertain"]
+__all__ = ["Figures", "Storm", "is_uncertain", "moody"]
 
 _RETRY_S = 0.01
+
+
+def moody(dice: random.Random, share: float) -> Action | None:
+    """Refuse a share of all for now, reset the connection as often, and take its time with some of the rest.
+
+    A row for what is refused here is a false one; the waits are for kills to fall into.
+    """
+    return dice.choices(
+        [b"451 4.3.0 not now\r\n", Reset(), Delay(dice.uniform(0.0, 0.03)), None],
+        [share, share, 0.3, 0.7 - 2 * share],
+    )[0]
 
 
 @dataclass(frozen=True)

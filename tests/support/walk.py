@@ -14,7 +14,29 @@ from dataclasses import dataclass
 
 from tests.support.stage import Event, Stage
 
-__all__ = ["BrokenPromiseError", "Walk", "walk"]
+__all__ = [
+    "AT_ONCE",
+    "DATA",
+    "END",
+    "MAIL",
+    "OPEN",
+    "OPEN_IDLE",
+    "RECIPIENT",
+    "TEXT",
+    "BrokenPromiseError",
+    "Walk",
+    "walk",
+]
+
+# The beginnings of many walks.
+MAIL = [("client", "mail")]
+OPEN = [*MAIL, ("upstream", "dialed"), ("upstream", "2yz")]
+OPEN_IDLE = [*MAIL, ("upstream", "2yz")]
+RECIPIENT = [("client", "rcpt"), ("upstream", "2yz")]
+AT_ONCE = [("client", "rcpt"), ("client", "rcpt"), ("client", "last chunk")]
+DATA = [("client", "data"), ("upstream", "354")]
+TEXT = [("client", "text")]
+END = [("client", "end")]
 
 Step = tuple[Event, bool]
 """An event, and whether what follows from it happens before the next one."""
