@@ -58,6 +58,8 @@ def refuses_late(told: Told) -> Script:
 OVERDUE = {"end_of_data_timeout": "1500ms", "reply_timeout": "30s"}
 """After this the client is told 451; the verdict is awaited for as long again."""
 UNCERTAIN = 451
+LONG_S = 120.0
+"""A wait that only a process that hangs would reach: one that is killed ends it."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,8 @@ async def test_the_migration(tmp_path: Path, upstream: ScriptedUpstream) -> None
         while True:
             relay.environment = {VARIABLE: f"in the migration:{statements}"}
             await relay.spawn()
-            with contextlib.suppress(AssertionError):
-                await relay.event("started")
+            with contextlib.suppress(AssertionError):  # it has ended before
+                await relay.event("started", timeout_s=LONG_S)
             if relay.running:
                 break
             assert await relay.ended() == -signal.SIGKILL
@@ -270,8 +272,8 @@ async def test_the_new_file(tmp_path: Path, upstream: ScriptedUpstream) -> None:
         while True:
             relay.environment = {VARIABLE: f"in the new file:{statements}"}
             await relay.spawn()
-            with contextlib.suppress(AssertionError):
-                await relay.event("started")
+            with contextlib.suppress(AssertionError):  # it has ended before
+                await relay.event("started", timeout_s=LONG_S)
             if relay.running:
                 break
             assert await relay.ended() == -signal.SIGKILL
