@@ -25,7 +25,7 @@ from tests.interop.peers import command, daemon_directory, free_port
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Postfix", "postfix"]
+__all__ = ["Postfix", "begin", "end", "postfix", "prepared"]
 
 MESSAGE_SIZE_LIMIT = 2 * 1024 * 1024
 
@@ -172,34 +172,17 @@ def postfix(certificate: bytes) -> Iterator[Postfix]:
     with daemon_directory() as directory:
         instance = Postfix(directory, *(free_port() for _ in range(5)))
         _configure(instance, certificate)
-        with (directory / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [command("postfix"), "-c", str(directory / "etc"), "start-fg"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        process = begin(directory)
         try:
             _await_greeting(instance, process)
             yield instance
         finally:
-            _stop(instance, process)
+            end(directory, process)
 
 
 def _configure(instance: Postfix, certificate: bytes) -> None:
     directory = instance.directory
-    for name in ("etc", "queue", "data"):
-        (directory / name).mkdir()
-    shutil.chown(directory / "data", "postfix")
-    daemons = next(
-        path for path in map(Path, ("/usr/lib/postfix/sbin", "/usr/libexec/postfix")) if path.is_dir()
-    )
-    main = MAIN.format(
-        directory=directory,
-        commands=Path(command("postfix")).parent,
-        daemons=daemons,
-        limit=MESSAGE_SIZE_LIMIT,
-    )
+    main = MAIN.format(**prepared(directory), limit=MESSAGE_SIZE_LIMIT)
     ports = {name: getattr(instance, name) for name in ("plain", "tls", "no_size", "bare", "xforward")}
     (directory / "etc/main.cf").write_text(main)
     (directory / "etc/master.cf").write_text(MASTER.format(**ports))
@@ -222,10 +205,35 @@ def _await_greeting(instance: Postfix, process: subprocess.Popen[bytes]) -> None
     raise AssertionError(f"Postfix does not answer:\n{instance.log()}")
 
 
-def _stop(instance: Postfix, process: subprocess.Popen[bytes]) -> None:
+# What every instance has, whatever it is for
+
+
+def prepared(directory: Path) -> dict[str, Path]:
+    """Make the directories of an instance; return what its main.cf is to say of places."""
+    for name in ("etc", "queue", "data"):
+        (directory / name).mkdir()
+    shutil.chown(directory / "data", "postfix")
+    daemons = next(
+        path for path in map(Path, ("/usr/lib/postfix/sbin", "/usr/libexec/postfix")) if path.is_dir()
+    )
+    return {"directory": directory, "commands": Path(command("postfix")).parent, "daemons": daemons}
+
+
+def begin(directory: Path) -> subprocess.Popen[bytes]:
+    """Start the instance that is configured there; it logs to the file `log`."""
+    with (directory / "log").open("wb") as log:
+        return subprocess.Popen(
+            [command("postfix"), "-c", str(directory / "etc"), "start-fg"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def end(directory: Path, process: subprocess.Popen[bytes]) -> None:
     """End the master, which ends its daemons; the shell script in front of it ends with it."""
     with contextlib.suppress(OSError, ValueError):
-        os.kill(int((instance.directory / "queue/pid/master.pid").read_text()), signal.SIGTERM)
+        os.kill(int((directory / "queue/pid/master.pid").read_text()), signal.SIGTERM)
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:

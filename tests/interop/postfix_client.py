@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.interop.peers import command, daemon_directory
+from tests.interop.postfix import begin, end, prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,17 +63,10 @@ def sending_postfix(
 ) -> Iterator[Path]:
     """Run it, and return its directory; `authority` is a file with the certificates to trust."""
     with daemon_directory() as directory:
-        for name in ("etc", "queue", "data"):
-            (directory / name).mkdir()
-        shutil.chown(directory / "data", "postfix")
-        daemons = next(
-            path for path in map(Path, ("/usr/lib/postfix/sbin", "/usr/libexec/postfix")) if path.is_dir()
-        )
+        places = prepared(directory)
         (directory / "ca.pem").write_bytes(authority.read_bytes())
         main = MAIN.format(
-            directory=directory,
-            commands=Path(command("postfix")).parent,
-            daemons=daemons,
+            **places,
             port=port,
             wrapper="yes" if implicit else "no",
             user=user,
@@ -83,25 +74,12 @@ def sending_postfix(
         )
         (directory / "etc/main.cf").write_text(main)
         (directory / "etc/master.cf").write_text(MASTER)
-        with (directory / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [command("postfix"), "-c", str(directory / "etc"), "start-fg"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        process = begin(directory)
         try:
             _await_start(directory, process)
             yield directory
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int((directory / "queue/pid/master.pid").read_text()), signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise
+            end(directory, process)
 
 
 def submit(directory: Path, sender: str, recipient: str, message: bytes) -> None:
