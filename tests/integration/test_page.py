@@ -183,9 +183,10 @@ async def test_a_message_in_doubt_is_told_and_listed(
 
 async def test_the_spans_of_time_have_addresses(running: Running, http: aiohttp.ClientSession) -> None:
     await send(running, ("a@example.com", ["ann@example.org"], content(X_Task_Type="order")))
-    for span in ("24h", "7d", "30d", "nonsense"):
+    for span, shown in (("24h", "24h"), ("7d", "7d"), ("30d", "30d"), ("nonsense", "24h")):
         text = await get(http, f"/?span={span}")
         assert re.search(r"order <b>1</b>", text), span
+        assert re.findall(r'aria-current="true">([^<]+)<', text) == [shown]
 
 
 async def test_limits_are_there_where_there_are_some(start: Any, upstream: ScriptedUpstream) -> None:
