@@ -58,6 +58,18 @@ DOORS = {
 }
 """Libraries that one package alone may import."""
 
+MAPPED = [
+    "auth",
+    "limits",
+    "records",
+    "records/postgres",
+    "records/sqlite",
+    "session",
+    "upstream",
+    "web",
+]
+"""Packages of many jobs. In `cli` and `settings` a module is named after its command or its section."""
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 _WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
@@ -123,6 +135,20 @@ def test_the_documentation_draws_these_layers() -> None:
     chapter = page.partition("## Who may import whom")[2].partition("\n## ")[0]
     drawn = [set(re.findall(r"`([^`]+)`", line)) for line in chapter.splitlines() if line.startswith("- ")]
     assert drawn == LAYERS
+
+
+@pytest.mark.parametrize("package", MAPPED)
+def test_a_large_package_says_what_is_where(package: str) -> None:
+    """A map that leaves a module out, or shows one that is gone, leads astray."""
+    directory = PACKAGE / package
+    text = ast.get_docstring(ast.parse((directory / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"`(\w+)\.py`", text)) | set(re.findall(r"`(\w+)`", text)) & packages_in(directory)
+    modules = {path.stem for path in directory.glob("*.py")} - {"__init__"}
+    assert named == modules | packages_in(directory)
+
+
+def packages_in(directory: Path) -> set[str]:
+    return {path.parent.name for path in directory.glob("*/__init__.py")}
 
 
 def test_the_databases_know_nothing_of_each_other() -> None:
