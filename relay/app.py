@@ -12,6 +12,7 @@ import asyncio
 import secrets
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay import __version__, maillog, parts, systemd, transaction
@@ -73,10 +74,7 @@ class Relay:
         self.upstreams: Upstreams
         self.reception: Reception
         self._overview = Overview(self.metrics, self.readiness)
-        names = parts.pseudonyms(settings)
-        self._reading = Reading(
-            settings.records.connect_url, aliases=None if names is None else names.aliases
-        )
+        self._reading = Reading(settings.records.connect_url, aliases=partial(parts.aliases, settings))
         self.web: Web
 
     # Start

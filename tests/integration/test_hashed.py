@@ -108,6 +108,21 @@ async def test_what_waits_in_the_spool_names_nobody(
         assert b"ann.lee" not in octets_of(tmp_path / "spool")
 
 
+async def test_who_keeps_the_key_still_finds_them_when_new_rows_are_plain(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, records=RECORDS) as running:
+        await send(running.port, ["ann.lee@example.org"])
+    async with start(upstream.port, records={**RECORDS, "recipients": "plain"}) as running:
+        await send(running.port, ["ann.lee@example.org"])
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{running.http_port}") as client:
+            for address, found in (("Ann.Lee@example.org", 2), ("bob@example.org", 0)):
+                async with client.get("/api/sends", params={"recipient": address}) as answer:
+                    assert len((await answer.json())["sends"]) == found
+                async with client.get("/sends", params={"q": address}) as answer:
+                    assert (await answer.text()).count('data-name="To"') == found
+
+
 async def test_a_limit_counts_them_all_the_same(start: Any, upstream: ScriptedUpstream) -> None:
     limits = [{"name": "one", "scope": "recipient", "max": 1, "per": "1h"}]
     async with start(upstream.port, records=RECORDS, limits=limits) as running:
