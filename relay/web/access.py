@@ -51,11 +51,6 @@ class Access:
             name.rstrip(".").lower() for name in (http.host, settings.server.hostname, *http.hosts)
         )
 
-    @property
-    def asks(self) -> bool:
-        """Whether it asks for a token."""
-        return self._token is not None
-
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer to a request that may not go on, None for one that may."""
         if request.path in OPEN:

@@ -80,12 +80,6 @@ class Server:
         """Host and port, as in a URL."""
         return f"127.0.0.1:{self.port}"
 
-    @property
-    def pid(self) -> int:
-        """The id of the server's first process."""
-        assert self._process is not None
-        return self._process.pid
-
     def url(self, database: str, *, user: str = USER) -> str:
         """Return the URL of a database on this server."""
         return f"postgresql://{user}@{self.address}/{database}"
@@ -142,16 +136,6 @@ class Server:
             return
         self.stop(signal.SIGQUIT)
 
-    def freeze(self) -> None:
-        """Let no process of the server do anything, as a machine that hangs."""
-        for pid in self._family():
-            os.kill(pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let them go on."""
-        for pid in self._family():
-            os.kill(pid, signal.SIGCONT)
-
     def database(self, template: str | None = None) -> str:
         """Make a database, a copy of `template` if there is one; return its name."""
         name = f"t{next(self._names)}"
@@ -179,10 +163,6 @@ class Server:
         )
         assert done.returncode == 0, done.stderr
         return [line.split("\x1f") for line in done.stdout.splitlines()]
-
-    def _family(self) -> list[int]:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [self.pid, *map(int, children)]
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
