@@ -101,8 +101,7 @@ class Queries:
         Times are in `zone`, None: the machine's. At most `limit` counts: the biggest, or the latest.
         """
         timed = any(each.time for each in by)
-        bounds = [moment for moment in (wanted.since, wanted.until) if moment is not None]
-        quarters = timed and not whole_hours(zone, [datetime.now(UTC), *bounds])
+        quarters = timed and not whole_hours(zone, wanted.since, datetime.now(UTC))
         rows = 4 * MAX_GROUPS if timed else limit
         statement = statement_of(wanted, by, detail=detail, quarters=quarters, limit=rows)
         found = await self.reader.read(lambda connection: connection.execute(statement).all())

@@ -9,7 +9,7 @@ in which nothing was sent are there, with 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Any
@@ -34,6 +34,8 @@ __all__ = ["MAX_GROUPS", "Count", "Statistics", "counted", "statement_of", "whol
 MAX_GROUPS = 20_000
 """Counts of one answer at most: more than two years of hours."""
 _HOUR = timedelta(hours=1)
+_MONTH = timedelta(days=30)
+_LONGEST = timedelta(days=3653)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,14 @@ def _postgresql_quarter(element: Any, compiler: Any, **options: Any) -> str:
     return f"CAST(date_bin('15 minutes', {moment} AT TIME ZONE 'UTC', timestamp '2001-01-01') AS text)"
 
 
-def whole_hours(zone: tzinfo | None, moments: Iterable[datetime]) -> bool:
-    """Whether the zone (None: the machine's) is whole hours away from UTC at all these moments."""
-    offsets = (moment.astimezone(zone).utcoffset() or timedelta() for moment in moments)
+def whole_hours(zone: tzinfo | None, since: datetime | None, now: datetime) -> bool:
+    """Whether the zone (None: the machine's) has been whole hours away from UTC since then, or for ten years.
+
+    Looked at month by month: Lord Howe Island is half an hour further away in winter alone.
+    """
+    begin = now - _LONGEST if since is None else min(max(since, now - _LONGEST), now)
+    moments = (begin + at * _MONTH for at in range((now - begin) // _MONTH + 1))
+    offsets = (moment.astimezone(zone).utcoffset() or timedelta() for moment in (*moments, now))
     return all(not offset % _HOUR for offset in offsets)
 
 
@@ -214,7 +221,7 @@ def counted(
         for at, value in enumerate(row[len(by) : len(by) + len(found)]):
             found[at] = max(found[at], value) if at == 4 else found[at] + int(value)
     if len(by) == 1:
-        for moment in _between(by[0], [key[0] for key in sums]):
+        for moment in _between(by[0], [key[0] for key in sums], zone):
             sums.setdefault((moment,), [0] * (5 if detail else 1))
     ordered = sorted(sums.items(), key=lambda item: _place(item, by))
     counts = [
@@ -242,16 +249,22 @@ def _count(row: Sequence[Any], keys: int, *, detail: bool) -> Count:
 def _in_zone(by: By, slot: str, zone: tzinfo | None) -> datetime | date:
     """Return the day, or the beginning of the hour, of a slot: `2026-11-23 07`, or with minutes, UTC."""
     text = slot if len(slot) > 13 else f"{slot}:00"
-    local = datetime.fromisoformat(text).replace(tzinfo=UTC).astimezone(zone)
-    # In UTC, since two hours of one name, when clocks go back, are equal in their zone.
-    return local.replace(minute=0, second=0).astimezone(UTC) if by is By.HOUR else local.date()
+    moment = datetime.fromisoformat(text).replace(tzinfo=UTC)
+    return _hour(moment, zone) if by is By.HOUR else moment.astimezone(zone).date()
 
 
-def _between(by: By, found: Sequence[Any]) -> Iterator[datetime | date]:
+def _hour(moment: datetime, zone: tzinfo | None) -> datetime:
+    """Return the beginning of the zone's hour: in UTC, since two of one name are equal in their zone."""
+    return moment.astimezone(zone).replace(minute=0, second=0).astimezone(UTC)
+
+
+def _between(by: By, found: Sequence[Any], zone: tzinfo | None) -> Iterator[datetime | date]:
     """Give every hour or day from the first to the last, unless they are too many to be looked at."""
     step = timedelta(days=1) if by is By.DAY else _HOUR
     first, steps = min(found), (max(found) - min(found)) // step
-    yield from (first + at * step for at in range(steps if steps < MAX_GROUPS else 0))
+    for at in range(steps if steps < MAX_GROUPS else 0):
+        moment = first + at * step
+        yield _hour(moment, zone) if by is By.HOUR else moment
 
 
 def _written(value: object, zone: tzinfo | None) -> str:

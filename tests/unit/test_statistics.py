@@ -188,6 +188,32 @@ async def test_days_begin_and_end_where_the_zone_says_also_when_clocks_change(as
     ]
 
 
+async def test_an_island_that_is_half_an_hour_further_away_in_winter_alone(ask: Any) -> None:
+    lord_howe = ZoneInfo("Australia/Lord_Howe")
+    midnight = datetime(2026, 7, 13, 13, 30, tzinfo=UTC)  # there; UTC+10:30, and +11 in summer
+    rows = [replace(ROW, sent_at=midnight + timedelta(minutes=minutes)) for minutes in (-10, 10, 70)]
+    for wanted in (SendFilter(), SendFilter(since=datetime(2026, 2, 1, tzinfo=UTC))):
+        assert plain(await ask(["day"], wanted, zone=lord_howe, rows=rows)) == {
+            "2026-07-13": 1,
+            "2026-07-14": 2,
+        }
+    hours = await ask(["hour"], zone=lord_howe, rows=[*rows, replace(ROW, sent_at=NOW)])
+    odd = [each.keys[0] for each in hours.counts if each.keys[0][14:16] != "00"]
+    assert odd == ["2026-10-04T02:30:00+11:00"]  # the clocks go from 02:00 to 02:30
+    assert [each.keys[0] for each in hours.counts[:3]] == [
+        "2026-07-13T23:00:00+10:30",
+        "2026-07-14T00:00:00+10:30",
+        "2026-07-14T01:00:00+10:30",
+    ]
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+async def test_a_time_at_the_end_of_what_a_date_can_be(ask: Any, zone: str) -> None:
+    first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+    found = await ask(["day"], SendFilter(since=first, until=last), zone=ZoneInfo(zone))
+    assert plain(found) == {"2026-11-23": 4}
+
+
 async def test_hours_of_the_machine(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
