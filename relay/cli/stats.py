@@ -75,10 +75,8 @@ def stats(
     }
     wanted, place, settings = asked(given, zone, config)
 
-    from relay.records.statistics import MAX_GROUPS
-
     async def count(queries: Queries) -> Statistics:
-        return await queries.statistics(wanted, by, zone=place, detail=detail, limit=limit or MAX_GROUPS)
+        return await queries.statistics(wanted, by, zone=place, detail=detail, limit=limit or None)
 
     found = reading(settings, count)
     _write(found, by, output, sys.stdout, detail=detail)

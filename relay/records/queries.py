@@ -10,7 +10,6 @@ nobody but `open_queries` knows which one a URL names.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +20,7 @@ from relay.records.over_time import counts_over_time
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import fetch_doubts, fetch_sends, page_of_doubts, page_of_sends, sends_by_id
 from relay.records.sends import InDoubt, Key, Send, SendFilter
-from relay.records.statistics import MAX_GROUPS, Statistics, counted, statement_of, whole_hours
+from relay.records.statistics import Statistics, counted, statement_of, whole_hours
 from relay.records.store import is_postgres
 
 __all__ = ["PAGE_ROWS", "Queries", "Reader", "open_queries"]
@@ -29,6 +28,8 @@ __all__ = ["PAGE_ROWS", "Queries", "Reader", "open_queries"]
 T = TypeVar("T")
 Row = TypeVar("Row", Send, InDoubt)
 
+ROWS_AT_ONCE = 1000
+"""Rows that are counted in memory at once."""
 PAGE_ROWS = 200
 """Rows in memory at once; each may have a thousand recipients."""
 
@@ -94,19 +95,23 @@ class Queries:
         *,
         zone: tzinfo | None = UTC,
         detail: bool = False,
-        limit: int = MAX_GROUPS,
+        limit: int | None = None,
     ) -> Statistics:
         """Return how much was sent of what `wanted` describes, counted by one or two things.
 
-        Times are in `zone`, None: the machine's. At most `limit` counts: the biggest, or the latest.
+        Times are in `zone`, None: the machine's. At most `limit` counts (None: all): the biggest,
+        or the latest.
         """
         timed = any(each.time for each in by)
         quarters = timed and not whole_hours(zone, wanted.since, datetime.now(UTC))
-        rows = 4 * MAX_GROUPS if timed else limit
-        statement = statement_of(wanted, by, detail=detail, quarters=quarters, limit=rows)
-        found = await self.reader.read(lambda connection: connection.execute(statement).all())
-        counts = counted(found, by, zone, detail=detail)
-        return replace(counts, counts=counts.counts[-limit:]) if timed else counts
+        # A limit of counts is none of rows, where those of a day's hours make one count.
+        statement = statement_of(wanted, by, detail=detail, quarters=quarters, limit=None if timed else limit)
+
+        def count(connection: sa.Connection) -> Statistics:
+            rows = connection.execute(statement, execution_options={"yield_per": ROWS_AT_ONCE})
+            return counted(rows, by, zone, detail=detail, limit=limit)
+
+        return await self.reader.read(count)
 
     async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str, list[int]]:
         """Return how many messages of each task type were sent in each of `slots` slots from `begin` on."""

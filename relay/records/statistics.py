@@ -9,9 +9,11 @@ in which nothing was sent are there, with 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,10 +31,10 @@ from relay.records.filters import (
 from relay.records.schema import task_done, task_done_recipient
 from relay.records.sends import SendFilter
 
-__all__ = ["MAX_GROUPS", "Count", "Statistics", "counted", "statement_of", "whole_hours"]
+__all__ = ["Count", "Statistics", "counted", "statement_of", "whole_hours"]
 
-MAX_GROUPS = 20_000
-"""Counts of one answer at most: more than two years of hours."""
+MAX_GAP = 20_000
+"""Hours or days without sends that are given between two with some, at most: more than two years of hours."""
 _HOUR = timedelta(hours=1)
 _MONTH = timedelta(days=30)
 _LONGEST = timedelta(days=3653)
@@ -116,9 +118,14 @@ def whole_hours(zone: tzinfo | None, since: datetime | None, now: datetime) -> b
 
 
 def statement_of(
-    wanted: SendFilter, by: Sequence[By], *, detail: bool = False, quarters: bool = False, limit: int
+    wanted: SendFilter,
+    by: Sequence[By],
+    *,
+    detail: bool = False,
+    quarters: bool = False,
+    limit: int | None = None,
 ) -> sa.Select[Any]:
-    """Return the statement that counts, at most `limit` groups; `counted` reads what it finds.
+    """Return the statement that counts, at most `limit` groups, None: all; `counted` reads what it finds.
 
     Its columns: the keys, `messages`, with `detail` four more, then all messages and the number of groups.
     `quarters`: time in quarters of an hour.
@@ -203,38 +210,71 @@ def _from_recipients(statement: sa.Select[Any], wanted: SendFilter, *, needs_sen
 
 
 def counted(
-    rows: Sequence[Sequence[Any]], by: Sequence[By], zone: tzinfo | None, *, detail: bool
+    rows: Iterable[Sequence[Any]],
+    by: Sequence[By],
+    zone: tzinfo | None,
+    *,
+    detail: bool,
+    limit: int | None = None,
 ) -> Statistics:
-    """Return what the statement has found, times in `zone` (None: the machine's)."""
-    if not rows:
+    """Return what the statement has found, times in `zone` (None: the machine's); at most `limit` counts.
+
+    Rows are read one by one, since they may be many more than the counts: an hour's make a day's. Of times
+    the latest are kept, of what has the same time the biggest.
+    """
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
         return Statistics([], 0, 0)
-    *_, messages, groups = rows[0]
+    *_, messages, groups = first
+    rows = chain((first,), rows)
     if not any(each.time for each in by):
         return Statistics([_count(row, len(by), detail=detail) for row in rows], int(messages), int(groups))
-    sums: dict[tuple[object, ...], list[int]] = {}
-    for row in rows:
-        key = tuple(
-            _in_zone(each, str(value), zone) if each.time else value
-            for each, value in zip(by, row, strict=False)
-        )
-        found = sums.setdefault(key, [0] * (5 if detail else 1))
-        for at, value in enumerate(row[len(by) : len(by) + len(found)]):
-            found[at] = max(found[at], value) if at == 4 else found[at] + int(value)
-    if len(by) == 1:
-        for moment in _between(by[0], [key[0] for key in sums], zone):
-            sums.setdefault((moment,), [0] * (5 if detail else 1))
-    ordered = sorted(sums.items(), key=lambda item: _place(item, by))
+    groups, left = 0, limit
+    latest: list[list[tuple[tuple[object, ...], list[int]]]] = []
+    for sums in _by_time(rows, by, zone, sums=5 if detail else 1):
+        groups += len(sums)
+        if left is None or left > 0:
+            latest.append(sorted(sums.items(), key=_place)[:left])
+            left = None if left is None else left - len(latest[-1])
     counts = [
         _count((*(_written(value, zone) for value in key), *values), len(by), detail=detail)
-        for key, values in ordered
+        for each in reversed(latest)
+        for key, values in each
     ]
-    return Statistics(counts, int(messages), len(counts))
+    return Statistics(counts, int(messages), groups)
 
 
-def _place(item: tuple[tuple[object, ...], list[int]], by: Sequence[By]) -> tuple[Any, ...]:
+def _by_time(
+    rows: Iterable[Sequence[Any]], by: Sequence[By], zone: tzinfo | None, *, sums: int
+) -> Iterator[dict[tuple[object, ...], list[int]]]:
+    """Give what was counted in each hour or day, the latest first, as the rows come.
+
+    By time alone, those in which nothing was sent too.
+    """
+    timed = [at for at, each in enumerate(by) if each.time]
+    known = lru_cache(1024)(_in_zone)
+    before: datetime | date | None = None
+    for times, each in groupby(rows, lambda row: [known(by[at], str(row[at]), zone) for at in timed]):
+        if len(by) == 1:
+            if before is not None:
+                for moment in _between(by[0], times[0], before, zone):
+                    yield {(moment,): [0] * sums}
+            before = times[0]
+        found: dict[tuple[object, ...], list[int]] = {}
+        for row in each:
+            key = list(row[: len(by)])
+            for at, moment in zip(timed, times, strict=True):
+                key[at] = moment
+            values = found.setdefault(tuple(key), [0] * sums)
+            for at, value in enumerate(row[len(by) : len(by) + sums]):
+                values[at] = max(values[at], int(value)) if at == 4 else values[at] + int(value)
+        yield found
+
+
+def _place(item: tuple[tuple[object, ...], list[int]]) -> tuple[Any, ...]:
     key, (messages, *_) = item
-    times = [value for each, value in zip(by, key, strict=True) if each.time]
-    return (*times, -messages, *map(str, key))
+    return (-messages, *map(str, key))
 
 
 def _count(row: Sequence[Any], keys: int, *, detail: bool) -> Count:
@@ -254,17 +294,24 @@ def _in_zone(by: By, slot: str, zone: tzinfo | None) -> datetime | date:
 
 
 def _hour(moment: datetime, zone: tzinfo | None) -> datetime:
-    """Return the beginning of the zone's hour: in UTC, since two of one name are equal in their zone."""
-    return moment.astimezone(zone).replace(minute=0, second=0).astimezone(UTC)
+    """Return the beginning of the zone's hour, or of what is left of it where the clocks change within.
+
+    In UTC, since two of one name are equal in their zone.
+    """
+    local = moment.astimezone(zone)
+    begin = local.replace(minute=0, second=0).astimezone(UTC)
+    return min(max(begin, moment - timedelta(minutes=local.minute)), moment)
 
 
-def _between(by: By, found: Sequence[Any], zone: tzinfo | None) -> Iterator[datetime | date]:
-    """Give every hour or day from the first to the last, unless they are too many to be looked at."""
+def _between(by: By, first: Any, last: Any, zone: tzinfo | None) -> Iterator[datetime | date]:
+    """Give the hours or days between these two, the latest first, unless they are too many to look at."""
     step = timedelta(days=1) if by is By.DAY else _HOUR
-    first, steps = min(found), (max(found) - min(found)) // step
-    for at in range(steps if steps < MAX_GROUPS else 0):
+    steps = (last - first) // step
+    for at in reversed(range(1, steps + 1 if steps <= MAX_GAP else 0)):
         moment = first + at * step
-        yield _hour(moment, zone) if by is By.HOUR else moment
+        moment = _hour(moment, zone) if isinstance(moment, datetime) else moment
+        if first < moment < last:
+            yield moment
 
 
 def _written(value: object, zone: tzinfo | None) -> str:

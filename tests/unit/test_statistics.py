@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import product
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -162,6 +163,37 @@ async def test_a_limit_leaves_the_biggest_and_the_latest(ask: Any) -> None:
     assert (found.messages, found.groups) == (4, 4)
 
 
+async def test_of_what_has_the_same_time_a_limit_leaves_the_biggest(ask: Any) -> None:
+    later = [replace(ROW, task_type=kind, sent_at=NOW + timedelta(days=1)) for kind in ("a", "b", "b")]
+    found = await ask(["day", "type"], rows=[ROW, ROW, *later], limit=1)
+    assert [(each.keys, each.messages) for each in found.counts] == [(("2026-11-24", "b"), 2)]
+    assert (found.messages, found.groups) == (5, 3)
+
+
+async def test_a_day_is_whole_however_many_its_hours_have(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    await (await open_store(url, Retention(None))).close()
+    days, clients, types = 4, 1000, 24_001
+    with closing(sqlite3.connect(tmp_path / "records.db")) as raw:
+        raw.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?) "
+            "INSERT INTO task_done (task_id, task_type, sender, sender_domain, client, sent_at, upstream, "
+            "upstream_reply, size, duration_ms, data) SELECT i, i % ?, '', '', i % ?, "
+            "strftime('%Y-%m-%d %H:00:00.000000', '2026-11-20', (i / ?) || ' hours'), 'u', '250', 1, 1, '{}' "
+            "FROM n",
+            (24 * days * clients - 1, types, clients, clients),
+        )
+        raw.commit()
+    queries = await open_queries(url)
+    found = await queries.statistics(SendFilter(), [By.DAY, By.CLIENT])
+    assert found.groups == len(found.counts) == days * clients
+    assert {each.messages for each in found.counts} == {24}
+    few = await queries.statistics(SendFilter(), [By.CLIENT, By.DAY], limit=3)
+    assert (few.groups, [each.keys[1] for each in few.counts]) == (days * clients, ["2026-11-23"] * 3)
+    found = await queries.statistics(SendFilter(), [By.TYPE])
+    assert len(found.counts) == types
+
+
 async def test_an_hour_of_a_zone_that_is_half_an_hour_away(ask: Any) -> None:
     found = await ask(["hour"], zone=ZoneInfo("Asia/Kolkata"))
     assert plain(found) == {
@@ -205,6 +237,16 @@ async def test_an_island_that_is_half_an_hour_further_away_in_winter_alone(ask: 
         "2026-07-14T00:00:00+10:30",
         "2026-07-14T01:00:00+10:30",
     ]
+
+
+async def test_clocks_that_change_within_an_hour_keep_the_hours_in_their_order(ask: Any) -> None:
+    change = datetime(2026, 4, 4, 14, 0, tzinfo=UTC)  # from 03:45 to 02:45
+    rows = [replace(ROW, sent_at=change + timedelta(minutes=minutes)) for minutes in range(-75, 75, 15)]
+    assert plain(await ask(["hour"], zone=ZoneInfo("Pacific/Chatham"), rows=rows)) == {
+        "2026-04-05T02:00:00+13:45": 2,
+        "2026-04-05T03:00:00+13:45": 4,
+        "2026-04-05T03:00:00+12:45": 4,
+    }
 
 
 @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
