@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BESIDE", "raise_limit", "shortage"]
 
-BESIDE = 64
+BESIDE = 128
 """Descriptors beside those of clients and upstreams: listeners, HTTP, the store, the spool, the loop."""
 
 

@@ -40,6 +40,7 @@ from relay.session.tls import HANDSHAKE_TIMEOUT
 from relay.settings import DEV_UPSTREAM, Settings, SettingsError, TaskTypeSettings, load
 from relay.settings.address import Address
 from relay.settings.units import parse_duration, parse_size
+from relay.web.crowd import MAX_CONNECTIONS
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.pages import SCHEMA, commands, commands_page, default, form, key_tables, settings_page
@@ -759,6 +760,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "a client that goes on sending behind the last word": LINGER,
         "a TLS handshake": HANDSHAKE_TIMEOUT,
         "a PROXY header that does not come": HEADER_TIMEOUT,
+        "connections to the HTTP side": MAX_CONNECTIONS,
         "header section that is looked at, octets": MAX_HEADER,
         "Received headers": MAX_RECEIVED,
         "line of an upstream's reply, octets": reply.MAX_LINE,

@@ -13,7 +13,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -21,6 +21,7 @@ from aiohttp.http import HttpProcessingError
 from relay import maillog
 from relay.metrics import Metrics
 from relay.web.access import Access
+from relay.web.crowd import Crowd
 from relay.web.overview import SAMPLE_S, Overview
 from relay.web.problem import problem
 
@@ -71,6 +72,7 @@ class Server:
         self._site = site
         self._sampling: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
+        self._listening: list[asyncio.Server] = []
 
     def follow(self, settings: Settings) -> None:
         """Go by changed settings: who gets the site. The address stays."""
@@ -79,8 +81,9 @@ class Server:
 
     async def serve(self, listening: Sequence[socket.socket]) -> None:
         """Answer who comes to these sockets."""
+        crowd = Crowd()
         guards = [] if self._site is None else [self._site.access.middleware]
-        app = web.Application(middlewares=[_safe, *guards, _errors])
+        app = web.Application(middlewares=[crowd.middleware, _safe, *guards, _errors])
         app.on_response_prepare.append(_without_server)
         app.add_routes(
             [
@@ -101,8 +104,9 @@ class Server:
             max_line_size=_MAX_LINE,
         )
         await self._runner.setup()
-        for each in listening:
-            await web.SockSite(self._runner, each).start()
+        joins = crowd.joins(cast("web.Server", self._runner.server))
+        loop = asyncio.get_running_loop()
+        self._listening = [await loop.create_server(joins, sock=each) for each in listening]
         if self._site is not None:
             self._sampling = asyncio.create_task(_sample(self._site.overview), name="overview")
 
@@ -111,6 +115,8 @@ class Server:
         if self._sampling is not None:
             self._sampling.cancel()
             await asyncio.wait((self._sampling,))
+        for each in self._listening:
+            each.close()
         if self._runner is not None:
             runner, self._runner = self._runner, None
             await runner.cleanup()

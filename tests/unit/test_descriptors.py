@@ -59,6 +59,6 @@ async def test_the_relay_raises_it_at_its_start_and_warns(tmp_path: Path) -> Non
         assert soft == hard
         warnings = [line["text"] for line in relay.log() if line["event"] == "warning"]
     assert (
-        any("may need 10000084 file descriptors" in text for text in warnings)
+        any("may need 10000148 file descriptors" in text for text in warnings)
         or hard == resource.RLIM_INFINITY
     )

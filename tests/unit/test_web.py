@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
+import aiohttp.web as aiohttp_web
 import pytest
 
 from relay.metrics import Metrics
 from relay.settings import Settings
 from relay.web import BindError, Overview, Web
 from relay.web.access import Access
+from relay.web.crowd import MAX_CONNECTIONS
 from relay.web.server import Server, Site
 
 
@@ -208,6 +211,61 @@ async def test_stop_does_not_wait_for_an_idle_scraper(web: Web) -> None:
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+async def test_a_crowd_that_says_nothing_is_bounded_and_keeps_nobody_out(web: Web) -> None:
+    talks, says = await asyncio.open_connection("127.0.0.1", web.port)
+
+    async def ask() -> None:
+        says.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await talks.readuntil(b"ok\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+
+    crowd = []
+    for at in range(MAX_CONNECTIONS + 10):
+        crowd.append(await asyncio.open_connection("127.0.0.1", web.port))
+        crowd[-1][1].write(b"GET / HTTP/1.1\r\nHost: lo" if at % 2 else b"")
+        await ask()
+    ended = [asyncio.create_task(reader.read()) for reader, _ in crowd]
+    first = ended[:11]  # one place is taken by who talks
+    await asyncio.wait_for(asyncio.gather(*first, return_exceptions=True), 10)
+    await ask()
+    assert not any(each.done() for each in ended[11:])
+    for each in ended[11:]:
+        each.cancel()
+    for _, writer in (*crowd, (talks, says)):
+        writer.transport.abort()
+
+
+async def test_a_crowd_that_is_being_answered_stays(metrics: Metrics, readiness: Readiness) -> None:
+    asked, answer = asyncio.Semaphore(0), asyncio.Event()
+
+    class Slow:
+        def routes(self) -> list[aiohttp_web.RouteDef]:
+            async def slow(_request: aiohttp_web.Request) -> aiohttp_web.Response:
+                asked.release()
+                await answer.wait()
+                return aiohttp_web.Response(text="slow")
+
+            return [aiohttp_web.get("/slow", slow)]
+
+    settings = Settings.model_validate({"upstreams": [{"address": "127.0.0.1:25", "tls": "none"}]})
+    site = Site(Access(settings), Overview(metrics, readiness), [Slow()])
+    web = Web(lambda: Server(metrics, readiness, site))
+    await web.start("127.0.0.1", 0)
+    crowd = []
+    for _ in range(MAX_CONNECTIONS):
+        crowd.append(await asyncio.open_connection("127.0.0.1", web.port))
+        crowd[-1][1].write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        await asyncio.wait_for(asked.acquire(), 10)
+    late, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(late.read(), 10) == b""
+    answer.set()
+    answers = await asyncio.gather(*(reader.read() for reader, _ in crowd))
+    assert all(each.endswith(b"slow") for each in answers)
+    for each in (writer, *(writer for _, writer in crowd)):
+        each.transport.abort()
+    await web.stop()
+
+
 async def test_ipv6_works(metrics: Metrics, readiness: Readiness) -> None:
     web = Web(lambda: Server(metrics, readiness))
     try:
