@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -76,22 +76,24 @@ def _write(states: Sequence[LimitState], output: Format, out: TextIO) -> None:
     elif output is Format.CSV:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(row for state in states for row in _rows(state))
+        writer.writerows(row for state in states for row in _rows(state, escaped if out.isatty() else str))
     else:
         out.writelines(line + "\n" for line in _lines(states, out))
     out.flush()
 
 
-def _rows(state: LimitState) -> Iterator[tuple[object, ...]]:
+def _rows(state: LimitState, show: Callable[[str], str]) -> Iterator[tuple[object, ...]]:
     """Give one row for each key, one without a key where nobody is near."""
     limit = (state.name, state.scope, state.unit, state.maximum, state.window_s, state.action)
     for key in state.keys:
-        yield (*limit, key.key, key.used, key.state, key.room_in_s)
+        yield (*limit, show(key.key), key.used, key.state, key.room_in_s)
     if not state.keys:
         yield (*limit, None, None, None, None)
 
 
 def _lines(states: Sequence[LimitState], out: TextIO) -> Iterator[str]:
+    from rich.cells import cell_len, set_cell_size
+
     from relay.cli.rows import GAP, fitted
     from relay.limits.rule import in_words
 
@@ -106,12 +108,12 @@ def _lines(states: Sequence[LimitState], out: TextIO) -> Iterator[str]:
             first = ("", "", "")
         if not state.keys:
             table.append((*first, "nobody is near", "", ""))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     if out.isatty():
         widths = fitted(widths, shutil.get_terminal_size().columns)
     for row in table:
         cells = (
-            cell if len(cell) <= width else cell[: width - 1] + "…"
+            set_cell_size(cell, width) if cell_len(cell) <= width else set_cell_size(cell, width - 1) + "…"
             for cell, width in zip(row, widths, strict=True)
         )
-        yield GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        yield GAP.join(cells).rstrip()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+from rich.cells import cell_len
 
 from relay.cli import main
 from relay.records.model import Record
@@ -86,6 +97,38 @@ def test_people_see_who_is_near_and_who_is_over(config: Path, capsys: pytest.Cap
     assert "20 (near)  there is" in lines[2]
     assert "nobody is near" in lines[3]
     assert len(lines) == 4
+
+
+def in_terminal(config: Path, columns: int, *arguments: str) -> str:
+    """Return what a terminal of so many columns is sent."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    command = [sys.executable, "-m", "relay", "limits", "--config", str(config), *arguments]
+    with subprocess.Popen(command, stdout=its, env={**os.environ, "PYTHONIOENCODING": "utf-8"}) as process:
+        os.close(its)
+        said = b""
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while part := os.read(ours, 65536):
+                said += part
+    os.close(ours)
+    assert process.returncode == 0
+    return said.decode().replace("\r\n", "\n")
+
+
+async def test_letters_that_take_two_cells_do_not_move_the_columns(config: Path) -> None:
+    store = await open_store(f"sqlite:///{config.parent / 'rows.db'}", Retention.of_seconds(None, {}))
+    row = Record(uuid4(), "mention", "日本語" * 9, "c", datetime.now(UTC), "u", "250", 1, 1, ("b@x.org",))
+    await store.write([replace(row, task_id=uuid4()) for _ in range(11)])
+    await store.close()
+    header, *lines = (await asyncio.to_thread(in_terminal, config, 80)).splitlines()
+    assert max(map(cell_len, [header, *lines])) <= 80
+    (wide,) = [line for line in lines if "日" in line]
+    assert cell_len(wide[: wide.index("11")]) == header.index("USED")
+
+
+def test_a_terminal_is_not_driven_by_what_came_over_the_wire(config: Path) -> None:
+    for output in ("table", "json", "csv"):
+        assert "\x1b" not in in_terminal(config, 80, "--format", output)
 
 
 def test_programs_read_json_and_csv(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
