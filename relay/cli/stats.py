@@ -124,6 +124,8 @@ def lines(
     """Give the lines of a table, with bars where it is `width` cells wide; None: as wide as it takes."""
     from rich.cells import cell_len
 
+    from relay.cli.rows import SMALLEST
+
     if not found.counts:
         return
     counted = "recipients" if By.RECIPIENT_DOMAIN in by else "messages"
@@ -141,6 +143,11 @@ def lines(
     number_widths = [max(map(len, column)) for column in zip(heads, *numbers, strict=True)]
     room = 0
     if width is not None:
+        while sum(key_widths) + sum(number_widths) + len(GAP) * (len(key_widths) + len(names) - 1) > width:
+            widest = max(range(len(by)), key=key_widths.__getitem__)
+            if key_widths[widest] <= SMALLEST:
+                break
+            key_widths[widest] -= 1
         used = sum(key_widths) + sum(number_widths) + len(GAP) * (len(key_widths) + len(number_widths))
         room = min(width - used, WIDEST_BAR)
     most = max(count.messages for _, count in rows)
