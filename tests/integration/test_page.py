@@ -206,6 +206,23 @@ async def test_limits_are_there_where_there_are_some(start: Any, upstream: Scrip
         assert "all 100 recipients in 1d in all, defer nobody room for all" in text
 
 
+async def test_a_recipient_that_a_limit_refused_was_not_refused_by_the_upstream(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with (
+        start(upstream.port, limits=[{"scope": "recipient", "max": 1, "per": "1d"}]) as running,
+        aiohttp.ClientSession(f"http://127.0.0.1:{running.http_port}") as http,
+    ):
+        await send(running, ("shop@example.com", ["ann@example.org"], content()))
+        async with Client(running.port) as client:
+            await client.ehlo()
+            await client.message("shop@example.com", ["ann@example.org", "ben@example.org"], content())
+        task_id = running.rows("SELECT task_id FROM task_done ORDER BY id DESC LIMIT 1")[0]["task_id"]
+        text = " ".join(Elements(await get(http, f"/sends/{task_id}")).text.split())
+    assert "1 accepted, 1 refused" in text
+    assert re.search(r"ben@example\.org Refused ann@example\.org ?451 4\.7\.1 Rate limit", text), text
+
+
 async def test_without_limits_nothing_is_said_of_them(http: aiohttp.ClientSession) -> None:
     assert "Rate limits" not in await get(http, "/")
 
