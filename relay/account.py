@@ -346,7 +346,9 @@ def negative_outcome(reply: Reply) -> Outcome:
 
 
 def _recipient_outcome(recipient: Recipient, outcome: Outcome) -> Outcome:
-    """A recipient shares the message's outcome, unless the upstream refused it on its own."""
+    """A recipient shares the message's outcome, unless the upstream or a limit refused it on its own."""
+    if recipient.refused_here:
+        return _REFUSED
     if recipient.reply is None or recipient.reply.positive or outcome is Outcome.UNAVAILABLE:
         return outcome
     return negative_outcome(recipient.reply)

@@ -105,7 +105,7 @@ class LimitedTransaction(Transaction):
         self.course.broken, self.course.broken_as = refusal, Outcome.REFUSED
         waiting, self._gate = self._gate, deque()
         for each in self.envelope.recipients:
-            each.reply = refusal
+            each.reply, each.refused_here = refusal, True
         for _, owed in waiting:
             owed(NO_MAIL)
         answer(refusal)

@@ -79,6 +79,22 @@ async def test_commands_behind_a_refused_mail_get_their_replies(
         assert len(upstream.messages) == 1
 
 
+async def test_recipients_behind_a_refused_mail_are_refused_too(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, limits=[limit(max=None, max_bytes="1KiB")]) as running:
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            # They come while the store is asked.
+            await client.send(
+                b"MAIL FROM:<a@example.com> SIZE=2000\r\nRCPT TO:<b@x.example>\r\nRCPT TO:<c@x.example>\r\n"
+            )
+            assert [each.code for each in await client.replies(3)] == [550, 503, 503]
+        assert running.metric("recipients_total", upstream="none", outcome="refused") == 2
+        assert running.metric("recipients_total", upstream="none", outcome="rejected") == 0
+
+
 async def test_each_recipient_gets_its_own_reply(start: Any, upstream: ScriptedUpstream) -> None:
     limits = [
         limit(scope="recipient", max=1),
@@ -97,6 +113,9 @@ async def test_each_recipient_gets_its_own_reply(start: Any, upstream: ScriptedU
         row = running.rows()[-1]
         assert "Rate limit domains" in row["data"]
         assert "Rate limit recipient-1d" in row["data"]
+        # By the relay's own policy, and not by the upstream.
+        assert running.metric("recipients_total", upstream="primary", outcome="refused") == 3
+        assert running.metric("recipients_total", upstream="primary", outcome="deferred") == 0
 
 
 async def test_a_recipient_that_the_upstream_refuses_does_not_count(
