@@ -103,6 +103,7 @@ class LimitedTransaction(Transaction):
         self._services.metrics.rejected("limit")
         self._refused_here = self.over = True
         self.course.broken, self.course.broken_as = refusal, Outcome.REFUSED
+        self._account.client_heard = refusal
         waiting, self._gate = self._gate, deque()
         for each in self.envelope.recipients:
             each.reply, each.refused_here = refusal, True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import re
 import socket
 from collections import Counter
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from relay import maillog
 from relay.records.counts import StoredCounts
 from relay.records.errors import StoreError
 from relay.records.sqlite.store import SqliteStore
@@ -54,6 +57,25 @@ async def test_the_sender_is_refused_at_mail_and_nothing_goes_upstream(
         assert running.metric("limit_hits_total", limit="sender-1d", action="defer") == 1
         assert running.metric("messages_total", upstream="none", outcome="refused") == 1
         assert running.metric("client_rejects_total", reason="limit") == 1
+
+
+async def test_the_log_says_what_the_client_heard_to_its_mail(start: Any, upstream: ScriptedUpstream) -> None:
+    stream = io.BytesIO()
+    async with start(upstream.port, limits=[limit(max=1)]) as running:
+        maillog.configure("json", "info", stream)
+        try:
+            async with Client(running.port) as client:
+                await client.greeting()
+                await client.ehlo()
+                await send_on(client, "a@example.com", ["b@example.org"])
+                heard = await client.command("MAIL FROM:<a@example.com>", 451)
+            maillog.flush()
+        finally:
+            maillog.configure("json", "info")
+    (line,) = [
+        each for each in map(json.loads, stream.getvalue().splitlines()) if each.get("outcome") == "refused"
+    ]
+    assert line["client_reply"] == str(heard)
 
 
 async def test_commands_behind_a_refused_mail_get_their_replies(
