@@ -215,7 +215,7 @@ class Account:
         sender = text(envelope.reverse_path)
         recipients = [text(each.path) for each in accepted]
         if names is not None:
-            sender = self._told(sender)
+            sender = self._told_path(names, sender)
             recipients = [names.address(each) for each in recipients]
         kept = _Kept(sender, tuple(recipients), data)
         if not self.unknown:
@@ -270,6 +270,10 @@ class Account:
             return words
         return self.names.text(words, [text(each.path) for each in self.envelope.recipients])
 
+    def _told_path(self, names: Pseudonyms, sender: str) -> str:
+        """Return the reverse-path as records and log may have it."""
+        return names.path(sender, [text(each.path) for each in self.envelope.recipients])
+
     def _facts(self, outcome: Outcome | None, reply: str | None, refused: list[Recipient]) -> maillog.Facts:
         """What a line in the log says of the message, whatever became of it."""
         found, envelope = self.found, self.envelope
@@ -306,14 +310,14 @@ class Account:
         if self.client_gone:
             facts["client_gone"] = True
         if self.names is not None:
-            self._tell_by_pseudonyms(facts, others, refused)
+            self._tell_by_pseudonyms(self.names, facts, others, refused)
         return facts
 
     def _tell_by_pseudonyms(
-        self, facts: maillog.Facts, others: list[Recipient], refused: list[Recipient]
+        self, names: Pseudonyms, facts: maillog.Facts, others: list[Recipient], refused: list[Recipient]
     ) -> None:
         told, named = self._told, self._named
-        facts["sender"] = told(text(self.envelope.reverse_path))
+        facts["sender"] = self._told_path(names, text(self.envelope.reverse_path))
         facts["recipients"] = [named(each) for each in others]
         if refused:
             facts["refused"] = [

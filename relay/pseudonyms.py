@@ -4,7 +4,8 @@ Rules. A pseudonym is `hmac-` and 128 bits of the HMAC-SHA-256 of the address in
 RFC 2104, 5 allows) in place of the local part; the domain stays. With the key an address gives its pseudonym
 again, so that it can be searched, counted and forgotten; nothing gives the address back. In text, such as a
 server's reply, an address is replaced wherever it stands, its local part alone too, and the form in which it
-stands in return paths (`local=domain`).
+stands in return paths (`local=domain`). Of a reverse-path only a recipient's whole address is replaced, or
+that form: senders are searched and counted by what they are.
 """
 
 from __future__ import annotations
@@ -59,6 +60,21 @@ class Pseudonyms:
         forms = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
         pattern = re.compile(rf"(?<!\w)(?:{forms})(?!\w)|(?:{_whole(names)})", re.IGNORECASE)
         return "\n".join(_replaced(line, pattern, names) for line in text.split("\n"))
+
+    def path(self, path: str, addresses: Iterable[str]) -> str:
+        """Return a reverse-path with the pseudonyms of these addresses in their place, if it holds any."""
+        for address in addresses:
+            local, at, domain = address.rpartition("@")
+            if not at or domain.lower() not in path.lower():
+                continue
+            known = self.address(address)
+            hidden = known.rpartition("@")[0]
+            # Not the end of a longer local part, nor the beginning of a longer domain: that is somebody else.
+            whole = rf"(?<![^=:]){re.escape(address)}(?![\w.-])"
+            returned = rf"(?<![^\W_]){re.escape(f'{local}={domain}')}(?![\w-]|\.\w)"
+            path = known.join(re.split(whole, path, flags=re.IGNORECASE))
+            path = f"{hidden}={domain}".join(re.split(returned, path, flags=re.IGNORECASE))
+        return path
 
 
 def _whole(names: Iterable[str]) -> str:

@@ -98,6 +98,18 @@ async def test_no_recipient_is_named_anywhere(
     assert upstream.messages[0].recipients[0] == b"<Ann.Lee@example.org>"
 
 
+async def test_a_sender_with_the_local_part_of_a_recipient_stays(
+    start: Any, upstream: ScriptedUpstream, log: io.BytesIO
+) -> None:
+    async with start(upstream.port, records=RECORDS) as running:
+        await send(running.port, ["info@example.org"], "info@shop.example")
+        (row,) = running.rows()
+    maillog.flush()
+    assert row["sender"] == "info@shop.example"
+    (line,) = [each for each in map(json.loads, log.getvalue().splitlines()) if each["event"] == "message"]
+    assert line["sender"] == "info@shop.example"
+
+
 async def test_what_waits_in_the_spool_names_nobody(
     start: Any, upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:

@@ -46,6 +46,29 @@ def test_text_tells_no_address(said: str, told: str) -> None:
     assert NAMES.text(said, ["ann@example.org"]) == told
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("", ""),
+        ("ann@shop.example", "ann@shop.example"),
+        ("bounce+ann@shop.example", "bounce+ann@shop.example"),
+        ("joann@example.org", "joann@example.org"),
+        ("ann@example.org.test", "ann@example.org.test"),
+        ("Ann@example.org", ANN),
+        ("@relay.test:ann@example.org", f"@relay.test:{ANN}"),
+        ("bounce_ann=example.org@shop.example", f"bounce_{HIDDEN}=example.org@shop.example"),
+        ("prvs=4F3A=ann@example.org", f"prvs=4F3A={ANN}"),
+    ],
+)
+def test_a_sender_stays_but_for_an_address_in_it(path: str, told: str) -> None:
+    assert NAMES.path(path, ["bob@example.net", "ann@example.org", "postmaster"]) == told
+
+
+def test_octets_that_are_no_text_stay_in_a_sender() -> None:
+    address = "\\xfc\\1@ex\\xfcample.org"
+    assert NAMES.path(address, [address]) == NAMES.address(address)
+
+
 def test_a_local_part_that_is_a_code_does_not_change_the_code() -> None:
     assert NAMES.text("250 2.0.0 250 ok", ["250@example.org"]).startswith("250 2.0.0 hmac-")
 
