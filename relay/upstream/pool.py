@@ -127,6 +127,11 @@ class Pool:
         """How many transactions have a connection, or wait for one."""
         return self._shares.leases + self._shares.waiting
 
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is open, or opened, or waited for."""
+        return bool(self._open or self._dialing or self._shares.waiting)
+
     def state(self, now: float) -> str:
         """Say in a few words how the upstream is, to people."""
         if self.draining:

@@ -94,6 +94,8 @@ class Upstreams:
         self._tasks: set[asyncio.Task[None]] = set()
         # For as long as a connection or a transaction needs them, and no longer.
         self._leaving: WeakSet[Pool] = WeakSet()
+        # Of those: until `sweep` has seen them at rest, and so shown and said that nothing is left.
+        self._busy: set[Pool] = set()
         self.pools: dict[str, Pool] = {}
         """Those that are configured, by name."""
         self.passthrough: Pool | None = None
@@ -120,6 +122,7 @@ class Upstreams:
         for name, pool in self.pools.items():
             if made.get(name) is not pool:
                 self._leaving.add(pool)
+                self._busy.add(pool)
                 pool.drain(replaced=name in made)
         for pool in self._leaving:
             if pool.name in made:  # taken out before, and now back
@@ -221,8 +224,10 @@ class Upstreams:
 
     def sweep(self, now: float) -> None:
         """Look at all waits of all connections, and at what failed; every second."""
-        for pool in (*self.pools.values(), *self._leaving):
+        leaving = tuple(self._leaving)
+        for pool in (*self.pools.values(), *leaving):
             pool.sweep(now)
+        self._busy = {pool for pool in leaving if pool.busy}
 
     async def close(self) -> None:
         """Say QUIT on idle connections and cut what is left; no lease is given any more."""

@@ -444,8 +444,41 @@ async def test_a_message_under_way_ends_where_it_began(start: Any, changed: Any)
             assert readiness(running) == {"new": "up"}
             replies = await client.message("a@x.test", ["b@x.test"], CONTENT)
             assert codes(replies) == [250, 250, 354, 250], "the session goes on"
+            look(running)
             gc.collect()
             assert list(running.relay.upstreams._leaving) == [], "nothing is kept of it"
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+async def test_of_an_upstream_that_was_taken_out_the_end_is_told(
+    start: Any, changed: Any, capsys: pytest.CaptureFixture[str], under_way: bool
+) -> None:
+    async with scripted(2) as (old, new):  # noqa: SIM117  the port is known only inside
+        async with start(0, upstreams=[configured("old", old)]) as running, Client(running.port) as client:
+            await send(running)
+            if under_way:
+                await client.ehlo()
+                await client.command(MAIL, 250)
+            look(running)
+            state = "active" if under_way else "idle"
+            assert running.metric("upstream_connections", upstream="old", state=state) == 1
+            running.relay.upstreams.apply(changed(configured("new", new)))
+            if under_way:
+                look(running)
+                await client.command(b"RSET", 250)
+            await eventually(lambda: not old.open_connections)
+
+            def none_left() -> bool:
+                gc.collect()  # what nobody holds is gone before the next look
+                look(running)
+                states = ("idle", "active", "connecting")
+                return not any(
+                    running.metric("upstream_connections", upstream="old", state=each) for each in states
+                )
+
+            await eventually(none_left)
+            await asyncio.sleep(0)  # lines are written at the end of a turn
+            assert capsys.readouterr().out.count('"event":"upstream drained","upstream":"old"') == 1
 
 
 async def test_a_changed_upstream_is_connected_to_anew(start: Any, changed: Any) -> None:
