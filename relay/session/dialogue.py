@@ -439,8 +439,9 @@ class Dialogue:
     @property
     def _carried(self) -> Capabilities:
         """What every upstream can do that this client's messages may go to."""
+        login = self._login
         return self._reception.carried(
-            self._sender, may_relay=self.may_relay, may_log_in=self._login.possible
+            self._sender, may_relay=self.may_relay or login.done, may_log_in=login.possible
         )
 
     def _helo(self, argument: bytes) -> None:

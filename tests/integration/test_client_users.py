@@ -18,6 +18,7 @@ from relay.auth import guard
 from relay.cli import main
 from relay.session import doorkeeper
 from tests.support.client import Client
+from tests.support.several import configured, scripted
 
 if TYPE_CHECKING:
     from tests.support.upstream import ScriptedUpstream
@@ -66,6 +67,26 @@ async def session(port: int) -> Any:
     async with Client(port) as client:
         await client.ehlo()
         yield client
+
+
+async def test_behind_its_login_a_user_is_offered_what_its_upstreams_can_do(
+    start: Any, file: Path, user: User
+) -> None:
+    clients = {"auth": "users", "users_file": str(file), "auth_without_tls": True}
+    async with scripted(2) as (one, other):
+        one.extensions.remove("DSN")
+        other.extensions.remove("SMTPUTF8")
+        upstreams = [
+            configured("one", one, match={"client": ["app"]}),
+            configured("other", other, match={"client": ["!app"]}),
+        ]
+        async with start(0, clients=clients, upstreams=upstreams) as running, session(running.port) as client:
+            assert not {"DSN", "SMTPUTF8"} & client.extensions.keys(), "it may become either"
+            await client.command(plain("app", "sesame"), 235)
+            await client.ehlo()
+            assert "SMTPUTF8" in client.extensions
+            assert "ENHANCEDSTATUSCODES" in client.extensions
+            assert "DSN" not in client.extensions
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
