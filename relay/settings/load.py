@@ -58,8 +58,8 @@ def load(
         problems = [problem for problem in problems if problem[1][:1] != (section,)]
         if section in _STAND_INS:
             tree[section] = _STAND_INS[section]
-    if "upstreams" in without:
-        _section(tree, "clients").pop("passthrough_to", None)  # names one of them
+    if "upstreams" in without or dev_upstream is not None:
+        _section(tree, "clients").pop("passthrough_to", None)  # names one of those that are not used
     if dev_upstream is not None:
         if tree.pop("upstreams", None):
             warnings.append("upstreams: not used with --dev, the built-in upstream takes their place")

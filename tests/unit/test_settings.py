@@ -248,6 +248,18 @@ def test_dev_never_sends_real_mail(file: Path) -> None:
     assert settings.warnings == ("upstreams: not used with --dev, the built-in upstream takes their place",)
 
 
+def test_with_the_built_in_upstream_logins_are_its_own(file: Path) -> None:
+    file.write_text(
+        '[clients]\nauth = "passthrough"\nauth_without_tls = true\npassthrough_to = "one"\n'
+        '[[upstreams]]\nname = "one"\naddress = "127.0.0.1:25"\n'
+        '[[upstreams]]\nname = "other"\naddress = "127.0.0.1:26"\n'
+    )
+    assert load(file, {}).clients.passthrough_to == "one"
+    settings = load(file, {}, dev_upstream=DEV_UPSTREAM)
+    assert [upstream.name for upstream in settings.upstreams] == ["dev"]
+    assert settings.clients.passthrough_to is None
+
+
 def test_without_dev_an_upstream_is_needed() -> None:
     with pytest.raises(SettingsError, match=r"^built-in defaults: upstreams: missing: at least the address"):
         load(None, {})
