@@ -69,8 +69,11 @@ class Passthrough:
         return (*passwords, *(mechanism for mechanism in TOKEN_MECHANISMS if mechanism in offered))
 
     def stands(self, verdict: Verdict) -> bool:
-        """Whether the login was one at an upstream, which says itself what it takes, at each MAIL."""
-        return verdict.credentials is not None
+        """Whether the login was one at this upstream, which says itself what it takes, at each MAIL.
+
+        What was given for another one is not shown to it.
+        """
+        return verdict.credentials is not None and verdict.entry == self._pool.name
 
     async def login(self, credentials: Credentials) -> Verdict:
         """Return the upstream's verdict; never raises for what the credentials are."""
@@ -78,14 +81,18 @@ class Passthrough:
         taken = self._remembered(identity)
         if taken is not None:
             self._taken.move_to_end(_place(identity))
-            return Verdict(taken.welcome, "ok", credentials.user, credentials=credentials)
+            return self._good(taken.welcome, credentials)
         tried_at = self._clock()  # before the upstream looks: a password may be revoked while it answers
         try:
             welcome = await self._pool.login(credentials)
         except UnavailableError as error:
             return _failed(error.verdict)
         self._remember(_Taken(identity, welcome, tried_at))
-        return Verdict(welcome, "ok", credentials.user, credentials=credentials)
+        return self._good(welcome, credentials)
+
+    def _good(self, welcome: Reply, credentials: Credentials) -> Verdict:
+        name = self._pool.name
+        return Verdict(welcome, "ok", credentials.user, credentials=credentials, entry=name)
 
     def _remembered(self, identity: bytes) -> _Taken | None:
         taken = self._taken.get(_place(identity))

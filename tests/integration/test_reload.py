@@ -926,6 +926,26 @@ async def test_logins_through_the_upstream_follow_it(
         await session.command(MAIL, 250)
 
 
+async def test_a_login_at_one_upstream_is_not_shown_to_another(
+    relay: Any, written: Any, upstream: ScriptedUpstream, other: ScriptedUpstream
+) -> None:
+    upstream.users = other.users = {"app": "sesame"}
+    clients = PASSTHROUGH | {"allow": ["192.0.2.1"]}
+    before = {"clients": clients | {"passthrough_to": "primary"}, **two()}
+    async with relay(**before) as running, Client(running.port) as session:
+        await logged_in(session)
+        await session.message("a@example.test", ["b@example.test"], CONTENT)
+        await reload(
+            running.relay, lambda: written(other, before | {"clients": clients | {"passthrough_to": "spare"}})
+        )
+        assert (await session.command(MAIL, 530)).text.startswith("5.7.0 This login is not valid any more")
+        assert not any(b"AUTH" in line for each in other.connections for line in each.lines)
+        async with Client(running.port) as anew:
+            await logged_in(anew)
+            await anew.message("a@example.test", ["b@example.test"], CONTENT)
+    assert (len(upstream.accepted), len(other.accepted)) == (1, 1)
+
+
 async def test_the_answers_of_http_stop_at_the_old_address_alone(
     relay: Any, written: Any, other: ScriptedUpstream
 ) -> None:
