@@ -19,5 +19,6 @@ def relay_id(directory: Path) -> str:
     if not found.isalnum():
         found = uuid4().hex
         with contextlib.suppress(OSError):  # then it is another one after a restart
+            file.touch(0o600)  # as all files there, whatever the umask
             file.write_text(f"{found}\n", "ascii")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from tests.support.client import Client
@@ -36,3 +38,17 @@ async def test_an_accepted_message_reaches_the_upstream_and_gets_its_row(
         assert [each["recipient"] for each in recipients] == ["b@example.test", "c@example.test"]
         assert running.metric("messages_total", upstream="primary", outcome="accepted") == 1
         assert running.metric("recipients_total", upstream="primary", outcome="accepted") == 2
+
+
+async def test_files_of_the_spool_are_for_the_relay_alone(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """Whatever the umask of who starts it."""
+    before = os.umask(0)
+    try:
+        async with start(upstream.port):
+            modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "spool").iterdir()}
+    finally:
+        os.umask(before)
+    assert {"journal", "lock", "relay_id"} <= modes.keys()
+    assert set(modes.values()) == {0o600}, modes
