@@ -75,10 +75,13 @@ class Session(smtp.SMTP):
         """Find out who it is, then greet the client or turn it away."""
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
         peername = transport.get_extra_info("peername")
-        # A unix socket has no name.
+        # A unix socket has no name; nor, with uvloop, has a peer that has reset the connection already.
+        gone = not peername and not self._listener.path
         peer, self._client = _address_of(peername[0]) if peername else (LOCAL, "unix")
         self._reception.enter(self, self._listener.address)
-        if not self._listener.proxy_protocol:
+        if gone:  # what it sent can still be read, and nobody can say who it was
+            self.cut()
+        elif not self._listener.proxy_protocol:
             self._admit(peer, peername[1] if peername else None)
         elif trusted_proxy(peer, self._reception.trusted_proxies):
             self._proxy = peer

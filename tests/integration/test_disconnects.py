@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.client import Client
-from tests.support.upstream import Close, Delay, ScriptedUpstream
+from tests.support.upstream import CHUNKING, Close, Delay, ScriptedUpstream
 from tests.support.watch import counted, eventually, nothing_left, outcomes
 
 if TYPE_CHECKING:
@@ -313,3 +315,31 @@ async def test_what_is_pipelined_behind_the_end_of_data_runs_after_the_verdict(
         await client.expect_eof()
         await counted(running, accepted=1, aborted=1)
         await nothing_left(running)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_peer_that_reset_before_it_came_in_is_nobody(loop: str, start: Any) -> None:
+    """Nobody can say any more who it was, so it is no proxy either, whatever can still be read of it."""
+
+    async def leave() -> None:
+        listener = {"address": "127.0.0.1:0", "proxy_protocol": True}
+        clients = {"allow": ["192.0.2.1"], "trusted_proxies": ["127.0.0.1"]}
+        async with ScriptedUpstream() as upstream:
+            upstream.extensions += CHUNKING
+            async with start(upstream.port, listeners=[listener], clients=clients) as running:
+                # Within one turn of the event loop: only then does the relay learn of the connection.
+                peer = socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0))
+                peer.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 25\r\nEHLO x.test\r\n")
+                peer.sendall(b"\r\n".join(COMMANDS[:2]) + b"\r\nBDAT %d LAST\r\n" % len(CONTENT) + CONTENT)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                peer.close()
+                address = listener["address"]
+                await eventually(lambda: running.metric("client_sessions_total", listener=address) == 1)
+                await nothing_left(running)
+                assert running.rows() == []
+                assert upstream.messages == []
+                assert outcomes(running) == {}
+
+    factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(leave())
