@@ -213,9 +213,9 @@ class Session(smtp.SMTP):
         self._handshake = received
         self._securing = self.loop.create_task(self._secure(cast("asyncio.Transport", self.transport)))
 
-    def _take_handshake(self) -> bytes:
+    def _take_handshake(self) -> bytes | None:
         received, self._handshake = self._handshake or b"", None
-        return received
+        return None if self.transport is None else received
 
     async def _secure(self, transport: asyncio.Transport) -> None:
         context = cast("Certificate", self._reception.certificate).context

@@ -81,13 +81,13 @@ async def shake_hands(
     transport: asyncio.Transport,
     protocol: asyncio.Protocol,
     context: ssl.SSLContext,
-    received: Callable[[], bytes],
+    received: Callable[[], bytes | None],
 ) -> asyncio.Transport:
     """Make TLS of a connection that is open in clear, and return its new transport.
 
     `received` is called once, when nothing more is given to the protocol in clear; it returns the octets of
-    the handshake that were. The protocol may be given what the client sends inside TLS before this returns.
-    Raises OSError (also ssl.SSLError).
+    the handshake that were, or None where the protocol has heard that the connection is lost. The protocol
+    may be given what the client sends inside TLS before this returns. Raises OSError (also ssl.SSLError).
     """
     loop = asyncio.get_running_loop()
     transport.pause_reading()
@@ -97,8 +97,11 @@ async def shake_hands(
         )
     )
     await asyncio.sleep(0)  # start_tls has now scheduled the beginning of TLS, and this comes behind it
-    if octets := received():
-        loop.call_soon(_feed, cast("asyncio.BufferedProtocol", transport.get_protocol()), octets)
+    tls, octets = cast("asyncio.BufferedProtocol", transport.get_protocol()), received()
+    if octets is None:  # TLS came too late to hear it, and would wait
+        loop.call_soon(tls.connection_lost, ConnectionResetError("the client went away"))
+    elif octets:
+        loop.call_soon(_feed, tls, octets)
     secured = await handshake
     if secured is None:
         raise ConnectionResetError("the client went away")

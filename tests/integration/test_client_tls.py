@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cryptography import x509
 
+from relay.session.session import Session
 from tests.support.certificates import Certificates
 from tests.support.client import Client
+from tests.support.upstream import ScriptedUpstream
+from tests.support.watch import eventually, nothing_left
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.support.upstream import ScriptedUpstream
 
 MESSAGE = b"Subject: over TLS\r\n\r\nHello\r\n"
 MODES = ("none", "starttls", "required", "implicit")
@@ -374,3 +375,30 @@ async def test_ipv6(start: Any, upstream: ScriptedUpstream) -> None:
             await client.ehlo()
             assert (await client.message("a@example.com", ["b@example.org"], MESSAGE))[-1].code == 250
         assert running.rows()[0]["client"] == "::1"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_that_goes_before_tls_begins_leaves_no_handshake_behind(
+    loop: str, start: Any, tls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS does not hear of it: it would wait until that is thrown away, which is logged as a defect."""
+
+    def secure(self: Session, received: bytes = b"", *, original: Any = Session.secure) -> None:
+        original(self, received)
+        self.cut()  # as when the client's RST is found just now
+
+    async def come() -> None:
+        async with (
+            ScriptedUpstream() as upstream,
+            start(upstream.port, listeners=listeners("implicit"), tls=tls) as running,
+        ):
+            async with Client(running.port) as client:
+                await client.expect_closed()
+            await nothing_left(running)
+            await eventually(lambda: not any("_secure" in repr(task) for task in asyncio.all_tasks()))
+            assert running.metric("client_rejects_total", reason="tls") == 1
+
+    monkeypatch.setattr(Session, "secure", secure)
+    factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(come())
