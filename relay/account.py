@@ -100,7 +100,7 @@ class Account:
         self.names = names
         self.upstream: str | None = None
         self.waited_s = 0.0
-        """Until there was a connection to the upstream."""
+        """For a connection to an upstream."""
         self.replies_s = 0.0
         """For the upstream before the end of data: its replies, and content taken slower than it came."""
         self.upstream_s = 0.0

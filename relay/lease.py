@@ -32,13 +32,13 @@ __all__ = ["Lease"]
 class Lease:
     """The connection of one transaction, and the upstreams that it may be to."""
 
-    __slots__ = ("_account", "_asked", "_services", "_untried", "_waiting", "connection", "pool")
+    __slots__ = ("_account", "_services", "_since", "_untried", "_waiting", "connection", "pool")
 
     def __init__(self, services: Services, account: Account) -> None:
         """Begin with no upstream."""
         self._services = services
         self._account = account
-        self._asked = account.began
+        self._since: float | None = None  # a connection is waited for
         self._untried: tuple[Pool, ...] = ()
         self._waiting: asyncio.Task[None] | None = None
         self.pool: Pool  # there is one as soon as the account has the upstream's name
@@ -61,7 +61,6 @@ class Lease:
         before.metrics.failed_over()
         if reason:
             maillog.failover(self._account.task_id, before.name, self.pool.name, reason)
-        self._asked = self._services.loop.time()
         return True
 
     # The connection
@@ -80,6 +79,7 @@ class Lease:
         `fresh`: only one that is newly opened will do. There is no why where the error is ours.
         """
         services = self._services
+        self._since = services.loop.time()
         self._waiting = services.loop.create_task(self._wait(leased, failed, fresh=fresh))
         services.running.add(self._waiting)
         self._waiting.add_done_callback(services.running.discard)
@@ -91,8 +91,10 @@ class Lease:
         except UnavailableError as error:
             # A library on the way may swallow the cancellation that came too late.
             if self._waiting is not None:
+                self._waited()
                 failed(error.reply, str(error))
         except Exception as error:  # the client must hear something, and the log why
+            self._waited()
             maillog.unforeseen("lease", self._account.task_id, error)
             failed(internal(self._account.task_id), None)
         else:
@@ -105,13 +107,20 @@ class Lease:
     def end_wait(self) -> None:
         """Wait no more, if a connection is waited for."""
         if self._waiting is not None:
+            self._waited()
             self._waiting.cancel()
             self._waiting = None
 
+    def _waited(self) -> float:
+        """Note that no connection is waited for any more; return for how long one was, in seconds."""
+        if self._since is None:
+            return 0.0
+        seconds, self._since = self._services.loop.time() - self._since, None
+        self._account.waited_s += seconds
+        return seconds
+
     def _hold(self, connection: Connection) -> None:
-        account, now = self._account, self._services.loop.time()
-        account.waited_s = now - account.began
-        self.pool.metrics.waited(now - self._asked)
+        self.pool.metrics.waited(self._waited())
         connection.transactions += 1
         self.connection = connection
 

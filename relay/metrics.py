@@ -465,8 +465,7 @@ class UpstreamMetrics:
             self._messages[outcome].value += times
             self._recipients[outcome].value += times * alike
         self._transaction_seconds.count(sorted(totals))
-        # What is left of the time is the client's; none where waits overlap, as they do when one upstream
-        # is left for another.
+        # What is left of the time is the client's; that is no less than nothing, whatever rounding says.
         waited = map(sum, zip(connection, upstream, record, strict=True))
         of_clients = filter((0.0).__lt__, map(sub, totals, waited))
         for counter, seconds in zip(self._waits, (of_clients, connection, upstream, record), strict=True):
