@@ -202,6 +202,12 @@ def test_both_services_are_hardened_alike() -> None:
     assert hardening in many
 
 
+@pytest.mark.parametrize("unit", ["relay.service", "relay@.service"])
+def test_a_start_may_take_its_time(unit: str) -> None:
+    """Ended after systemd's 90 seconds, the migration of a big store would begin anew, again and again."""
+    assert "\nTimeoutStartSec=infinity\n" in (UNITS / unit).read_text()
+
+
 def test_the_socket_is_that_of_the_default_listener() -> None:
     assert "ListenStream=127.0.0.1:2525\n" in (UNITS / "relay.socket").read_text()
 

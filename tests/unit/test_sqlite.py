@@ -185,6 +185,17 @@ async def test_a_reading_command_leaves_an_older_schema_as_it_is(tmp_path):
     assert digest(path) == before
 
 
+async def test_a_start_says_that_it_brings_an_older_schema_up(tmp_path, caplog):
+    """It may take minutes, and there is no way back."""
+    path = tmp_path / "t.db"
+    await (await open_store(f"sqlite:///{path}", RETENTION)).close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(BACK_TO_0001)
+    assert not caplog.messages
+    await (await open_store(f"sqlite:///{path}", RETENTION)).close()
+    assert caplog.messages == [f"{path}: schema version 0001 is brought up to {SCHEMA_VERSION}"]
+
+
 @pytest.mark.parametrize(
     "content", [b"x", b"x" * 511, b"mail\n" * 1000, b"SQLite format 3\0" + b"\xff" * 5000]
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,6 +33,8 @@ except ImportError as error:  # an optional dependency
     ) from error
 
 __all__ = ["Connection", "Database", "check", "connect", "explained", "version_in"]
+
+_log = logging.getLogger(__name__)
 
 Connection = Any
 """An asyncpg connection; asyncpg says nothing of its types."""
@@ -179,6 +182,9 @@ class Database:
                     # Alembic takes longer to load than all the rest of a start.
                     from relay.records.migrations import upgrade_postgres
 
+                    if version is not None:
+                        steps = (shown_url(self.url), version, SCHEMA_VERSION)
+                        _log.warning("%s: schema version %s is brought up to %s", *steps)
                     await upgrade_postgres(lambda: connect(self.url))
                 await check(connection, self.url)
             except Exception as error:

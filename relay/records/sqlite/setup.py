@@ -5,6 +5,7 @@ Rules. What is not ours is never changed: the file is read before the first prag
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from relay.records.sqlite.tables import check_columns, make_tables, newest_versi
 from relay.records.tables import SCHEMA_VERSION
 
 __all__ = ["set_up"]
+
+_log = logging.getLogger(__name__)
 
 JOURNAL_SIZE_LIMIT = 32 * 1024 * 1024
 """Octets that the write-ahead log keeps on disk after a checkpoint, however far a burst has stretched it."""
@@ -56,6 +59,7 @@ def set_up(path: Path, raw: sqlite3.Connection, busy_timeout: float, *, create: 
         # Alembic takes longer to load than all the rest of a start.
         from relay.records import migrations
 
+        _log.warning("%s: schema version %s is brought up to %s", path, version, SCHEMA_VERSION)
         migrations.upgrade(raw)
     newest_version(raw)  # the first read behind the switch makes the write-ahead log
 
