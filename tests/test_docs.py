@@ -663,7 +663,9 @@ def test_examples_of_settings_do_what_is_said(
         secret = Path(name)
         secret.write_text("sesame-0123456789\n")
         secret.chmod(0o600)
-    Certificates().write_server(tmp_path, "relay.example.com")
+    certificates = Certificates()
+    certificates.write_server(tmp_path, "relay.example.com")
+    certificates.write_authority(tmp_path / "db-ca.pem")
     text = toml.replace("/run/secrets/", "").replace("/etc/relay/", "")
     if "[[upstreams]]" not in text:
         text += '\n[[upstreams]]\naddress = "smtp.example.com:587"\n'

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
-__all__ = ["PARAMETERS", "check_dsn", "is_dsn", "shown_url", "with_password"]
+__all__ = ["PARAMETERS", "check_dsn", "files_of", "is_dsn", "shown_url", "with_password"]
 
 PARAMETERS = (
     *("host", "port", "passfile", "application_name", "target_session_attrs"),
     *("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "ssl_min_protocol_version"),
 )
 """What may follow the question mark: libpq's names, as far as they mean something to the driver."""
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -41,6 +42,12 @@ def check_dsn(url: str) -> None:
             raise ValueError(f"has an unknown parameter; known: {', '.join(PARAMETERS)}")
         if name == "sslmode" and value not in _MODES:
             raise ValueError(f"sslmode must be one of {', '.join(_MODES)}")
+
+
+def files_of(url: str) -> list[tuple[str, str]]:
+    """Return the parameters of a PostgreSQL URL that name files to be read, and those; none of any other."""
+    query = url.partition("?")[2] if is_dsn(url) else ""
+    return [(name, value) for name, value in parse_qsl(query) if name in _FILES]
 
 
 def shown_url(url: str) -> str:

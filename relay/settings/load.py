@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import SecretStr, ValidationError
 
 from relay.escaping import escaped
+from relay.settings.dsn import files_of
 from relay.settings.environment import Key, dotted, model_at, overlay, unknown_key
 from relay.settings.model import Origin, Settings
 
@@ -110,7 +111,7 @@ def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str
             problems += _use(token, (*place, "token"), secrets, warnings)
     records = tree.get("records")
     if isinstance(records, dict):
-        problems += _use(records, ("records",), {"password_file": _use_secret}, warnings)
+        problems += _use(records, ("records",), {"password_file": _use_secret, "url": _use_url}, warnings)
     return problems + _try_certificate(tree, warnings)
 
 
@@ -191,6 +192,17 @@ def _use_ca_file(table: dict[str, Any], name: str, path: Path) -> list[str]:
         raise ValueError(f"{path} holds no certificates in PEM") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return []
+
+
+def _use_url(table: dict[str, Any], name: str, path: Path) -> list[str]:
+    """Raise ValueError when a file that the URL of a database names cannot be read; there are no doubts."""
+    del path
+    for parameter, file in files_of(table[name]):
+        try:
+            Path(file).open("rb").close()
+        except OSError as error:
+            raise ValueError(f"{parameter}: {file} cannot be read: {error.strerror}") from None
     return []
 
 

@@ -86,3 +86,22 @@ async def test_away_at_the_start_and_then_a_wrong_password(
     assert "sesame" not in said
     rows = server.sql("SELECT sender FROM task_done ORDER BY id", own_database.name, user="keeper")
     assert rows == [[f"{number}@example.com"] for number in range(7)]
+
+
+async def test_a_home_that_is_not_its_own_is_no_server_that_is_away(tmp_path: Path) -> None:
+    """As under a supervisor that changes the user and not HOME: libpq's files are looked for in there."""
+    home = tmp_path / "home"
+    (home / ".postgresql").mkdir(parents=True)
+    home.chmod(0o000)
+    records = {"url": "postgresql://relay:sesame@127.0.0.1:1/relay"}
+    relay = RelayProcess(tmp_path, 25, module="tests.support.without_rights", records=records)
+    relay.environment = {"HOME": str(home)}
+    try:
+        async with relay:
+            await relay.spawn()
+            assert await relay.ended() == 1
+            said = relay.errors()
+    finally:
+        home.chmod(0o700)
+    assert f"{home}/.postgresql/postgresql.key cannot be read: Permission denied; set HOME" in said
+    assert "sesame" not in said

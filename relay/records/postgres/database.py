@@ -281,6 +281,10 @@ def _met_on_the_way(error: Exception, name: str) -> Exception:
         )
     if isinstance(error, TimeoutError):
         return UnreachableError(f"{name}: no answer in time; look at the server, and at the network to it")
+    if isinstance(error, OSError) and error.filename is not None:  # in HOME, where libpq looks unasked
+        return StoreError(
+            f"{name}: {error.filename} cannot be read: {error.strerror}; set HOME to that of the relay's user"
+        )
     if isinstance(error, OSError):
         return UnreachableError(f"{name}: cannot be reached: {_line(error)}; start it, or change records.url")
     if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
