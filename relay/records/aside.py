@@ -2,11 +2,13 @@
 
 Rules: a line is on disk when `append_line` returns, behind a line end even where a crash tore the line before
 it. Who appends and who takes a file away hold its lock for that moment, so that no line goes to a file that
-was taken. Calls block on the disk and raise OSError.
+was taken. A file that root makes, with a command beside the relay, is the directory's owner's, as it is with
+SQLite's own. Calls block on the disk and raise OSError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -44,6 +46,10 @@ def _append(path: Path, line: bytes) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not _is_at(file, path):
             return False
+        if new and os.geteuid() == 0:
+            owner = path.parent.stat()
+            with contextlib.suppress(PermissionError):  # root without that right, as in a container
+                os.fchown(file, owner.st_uid, owner.st_gid)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":  # a crash tore the last line
             line = b"\n" + line

@@ -37,6 +37,17 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == b"one\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file for somebody else")
+def test_what_root_sets_aside_is_for_the_owner_of_the_spool(tmp_path: Path) -> None:
+    """As by `relay spool replay`: the relay, which is not root, appends to it, or reads it again."""
+    path = tmp_path / "rejected.jsonl"
+    os.chown(tmp_path, 12345, 12346)
+    append_line(path, b"one\n")
+    found = path.stat()
+
+    assert (found.st_uid, found.st_gid) == (12345, 12346)
+
+
 def test_taking_away(tmp_path: Path) -> None:
     path, taken = tmp_path / "rejected.jsonl", tmp_path / "taken"
     assert not take_away(path, taken)
