@@ -39,6 +39,7 @@ from relay.session.session import HEADER_TIMEOUT, LINGER, WRITE_TIMEOUT
 from relay.session.tls import HANDSHAKE_TIMEOUT
 from relay.settings import DEV_UPSTREAM, Settings, SettingsError, TaskTypeSettings, load
 from relay.settings.address import Address
+from relay.settings.changes import RESTART
 from relay.settings.units import parse_duration, parse_size
 from relay.web.crowd import MAX_CONNECTIONS
 from tests.support.certificates import Certificates
@@ -743,6 +744,22 @@ def test_figures(page: str, said: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- security
+
+
+def test_what_a_reload_does_is_said_of_every_key_of_the_records() -> None:
+    rows = {what: then for what, then, *_ in table(read("operations.md"), "what changes")}
+    at_once, restart = (
+        {
+            key
+            for what, then in rows.items()
+            if takes_a_restart == ("takes a restart" in then)
+            for key in quoted(what)
+        }
+        for takes_a_restart in (False, True)
+    )
+    assert restart == set(RESTART)
+    keys = {f"records.{name}" for name in SCHEMA["$defs"]["RecordSettings"]["properties"]}
+    assert {key for key in at_once if key.startswith("records.")} == keys - restart
 
 
 def test_the_limits_are_those_of_the_code() -> None:
