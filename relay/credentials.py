@@ -1,11 +1,17 @@
-"""What somebody logs in with, as values: they never show what they hold, and compare by all of it."""
+"""What somebody logs in with, as values: they never show what they hold, and compare by all of it.
+
+Who is told something may say it again, as a server that repeats a command which it does not take. `without`
+is for what is logged of that.
+"""
 
 from __future__ import annotations
 
+import base64
 import hmac
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Credentials", "Password", "Token"]
+__all__ = ["PASSWORD_MECHANISMS", "TOKEN_MECHANISMS", "Credentials", "Password", "Token", "without"]
 
 PASSWORD_MECHANISMS = ("PLAIN", "LOGIN")
 """SASL mechanisms that carry a `Password`, the better one first."""
@@ -27,6 +33,16 @@ class Password:
         """Return a keyed hash of all of it: equal credentials have equal ones, and it tells nothing else."""
         return _fingerprint(key, "password", self.user, self.password, self.authorization)
 
+    @property
+    def plain(self) -> bytes:
+        """The initial response of PLAIN (RFC 4616), before base64."""
+        return f"{self.authorization}\0{self.user}\0{self.password}".encode()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What of it must not be shown, in every form in which it is told."""
+        return (_base64(self.plain), _base64(self.password.encode()), self.password)
+
     def __repr__(self) -> str:
         return "<Password>"
 
@@ -45,11 +61,29 @@ class Token:
         """Return a keyed hash of all of it: equal credentials have equal ones, and it tells nothing else."""
         return _fingerprint(key, self.mechanism, self.user, self.response.hex())
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What of it must not be shown, in every form in which it is told."""
+        token = self.response.partition(b"auth=Bearer ")[2].partition(b"\1")[0]
+        return (_base64(self.response), token.decode("utf-8", "replace"))
+
     def __repr__(self) -> str:
         return f"<Token for {self.mechanism}>"
 
 
 Credentials = Password | Token
+
+
+def without(secrets: Iterable[str], text: str) -> str:
+    """Return `text` with stars in the place of secrets."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "***")
+    return text
+
+
+def _base64(octets: bytes) -> str:
+    return base64.b64encode(octets).decode()
 
 
 def _fingerprint(key: bytes, *parts: str) -> bytes:

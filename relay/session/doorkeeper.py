@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from relay import maillog
 from relay.auth.guard import MAX_DELAY_S
 from relay.auth.verdict import Verdict
+from relay.credentials import without
 from relay.records.identity import uuid7
 from relay.session import answers
 
@@ -78,9 +79,8 @@ class Doorkeeper:
         if verdict.outcome == "ok":
             maillog.login(verdict.user, sender.client, sender.listener)
         else:
-            maillog.login_refused(
-                verdict.outcome, credentials.user, sender.client, sender.listener, str(verdict.reply)
-            )
+            said = without(credentials.secrets, str(verdict.reply))
+            maillog.login_refused(verdict.outcome, credentials.user, sender.client, sender.listener, said)
         if verdict.outcome == "failed":
             await asyncio.sleep(self._guard.failed(sender.client, credentials))
         elif verdict.outcome == "throttled":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiosmtplib
 
+from relay.credentials import Password, without
 from relay.reply import MalformedReplyError, Reply, ReplyParser
 from relay.upstream import sasl
 from relay.upstream.capabilities import Capabilities
@@ -77,23 +78,26 @@ class Dialer:
         Each step takes at most `connect_timeout`. Raises DialError.
         """
         login: sasl.Login | None = None
-        token = ""
+        token, user = "", self._upstream.username
+        told: tuple[Credentials, ...] = ()
         if credentials is not None:
-            login = sasl.of_client(credentials)
-        elif self._upstream.username is not None and self._tokens is not None:
+            login, told = sasl.of_client(credentials), (credentials,)
+        elif user is not None and self._tokens is not None:
             try:
                 token = await self._tokens.token()  # before there is a connection that would have to wait
             except TokenError as error:
                 raise DialError("auth", str(error), NOT_SECURED) from error
-            login = sasl.with_token(self._upstream.username, token, self._upstream.host, self._upstream.port)
-        elif self._upstream.username is not None and self._upstream.password is not None:
-            login = sasl.with_password(self._upstream.username, self._upstream.password.get_secret_value())
+            login = sasl.with_token(user, token, self._upstream.host, self._upstream.port)
+            told = sasl.tokens(user, token, self._upstream.host, self._upstream.port)
+        elif user is not None and self._upstream.password is not None:
+            password = self._upstream.password.get_secret_value()
+            login, told = sasl.with_password(user, password), (Password(user, password),)
         try:
             return await _obedient(self._open(login))
         except sasl.RefusedError as error:
             if self._tokens is not None and token and not error.reply.transient:
                 self._tokens.refused(token)
-            raise _refused(error, of_client=credentials is not None) from error
+            raise _refused(error, told, of_client=credentials is not None) from error
 
     async def _open(self, login: sasl.Login | None) -> Dialed:
         upstream = self._upstream
@@ -294,8 +298,9 @@ def _take_over(client: aiosmtplib.SMTP) -> asyncio.Transport:
     return transport
 
 
-def _refused(error: sasl.RefusedError, *, of_client: bool) -> DialError:
-    text = f"the upstream refused the login: {error.reply}"
+def _refused(error: sasl.RefusedError, told: tuple[Credentials, ...], *, of_client: bool) -> DialError:
+    said = without((secret for each in told for secret in each.secrets), str(error.reply))
+    text = f"the upstream refused the login: {said}"
     if of_client:
         return DialError("auth", text, error.reply, verdict=True)
     return DialError("auth", text, NOT_SECURED)

@@ -14,10 +14,10 @@ from collections.abc import Generator
 from functools import partial
 from typing import Protocol
 
-from relay.credentials import Credentials, Password
+from relay.credentials import Credentials, Password, Token
 from relay.reply import Reply
 
-__all__ = ["Exchange", "Login", "RefusedError", "of_client", "with_password", "with_token"]
+__all__ = ["Exchange", "Login", "RefusedError", "of_client", "tokens", "with_password", "with_token"]
 
 MAX_COMMAND = 510
 """Octets of a command line; a longer initial response goes in a line of its own (RFC 4954 section 4)."""
@@ -52,6 +52,16 @@ def with_token(user: str, token: str, host: str, port: int) -> Login:
     return partial(_token, user, token, host, port)
 
 
+def tokens(user: str, token: str, host: str, port: int) -> tuple[Token, Token]:
+    """Return a bearer token as each mechanism carries it, the better one first."""
+    name = user.replace("=", "=3D").replace(",", "=2C")  # RFC 5801 section 4
+    bearer = f"n,a={name},\1host={host}\1port={port}\1auth=Bearer {token}\1\1"
+    return (
+        Token("XOAUTH2", user, f"user={user}\1auth=Bearer {token}\1\1".encode()),
+        Token("OAUTHBEARER", user, bearer.encode()),
+    )
+
+
 def of_client(credentials: Credentials) -> Login:
     """Log in with what a client gave, as it gave it."""
     if isinstance(credentials, Password):
@@ -79,12 +89,9 @@ def _token(
     user: str, token: str, host: str, port: int, offered: frozenset[str], *, secured: bool
 ) -> Exchange | None:
     del secured
-    if "XOAUTH2" in offered:
-        return _bearer("XOAUTH2", f"user={user}\1auth=Bearer {token}\1\1".encode())
-    if "OAUTHBEARER" in offered:
-        name = user.replace("=", "=3D").replace(",", "=2C")  # RFC 5801 section 4
-        response = f"n,a={name},\1host={host}\1port={port}\1auth=Bearer {token}\1\1"
-        return _bearer("OAUTHBEARER", response.encode())
+    for given in tokens(user, token, host, port):
+        if given.mechanism in offered:
+            return _bearer(given.mechanism, given.response)
     return None
 
 
@@ -97,8 +104,7 @@ def _clients_token(
 
 def _plain(given: Password) -> Exchange:
     """RFC 4616."""
-    response = f"{given.authorization}\0{given.user}\0{given.password}"
-    yield from _initial("PLAIN", response.encode())
+    yield from _initial("PLAIN", given.plain)
 
 
 def _login(given: Password) -> Exchange:

@@ -414,6 +414,55 @@ async def test_the_error_of_a_refused_token_is_answered_and_its_final_reply_coun
         assert (await send(running))[-1].code == 250
 
 
+def repeated(response: bytes) -> bytes:
+    """What a server says that shows the command which it does not take, and what was in it."""
+    shown = response.translate(bytes(max(32, octet) for octet in range(256)))
+    return b"501 5.5.4 AUTH PLAIN %b? (%b)\r\n" % (base64.b64encode(response), shown)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "XOAUTH2"])
+async def test_what_a_refusal_repeats_of_a_secret_is_not_logged(
+    mechanism: str,
+    token: Path,
+    certificates: Certificates,
+    trusting: dict[str, str],
+    start: Any,
+    log: io.BytesIO,
+) -> None:
+    if mechanism == "PLAIN":
+        response, over = f"\0{USER}\0first-token".encode(), {"username": USER, "password": "first-token"}
+    else:
+        response, over = f"user={USER}\1auth=Bearer first-token\1\1".encode(), with_token(token)
+    server = ScriptedUpstream(
+        {"AUTH": repeated(response)}, tls=certificates.server(), users={USER: "x"}, mechanisms=[mechanism]
+    )
+    async with (
+        server as upstream,
+        start(upstream.port, upstream=over | {"tls": "starttls"} | trusting) as running,
+    ):
+        await is_refused(running, upstream, "auth")
+    assert b"501 5.5.4 AUTH PLAIN ***? (" in log.getvalue()
+    assert b"first-token" not in log.getvalue()
+    assert base64.b64encode(response) not in log.getvalue()
+
+
+async def test_what_a_refusal_repeats_of_a_clients_secret_is_not_logged(
+    upstream: ScriptedUpstream, start: Any, log: io.BytesIO
+) -> None:
+    """The client, whose own it is, hears it as it was said."""
+    response = b"\0ann\0sesame"
+    upstream.users = {"ann": "another"}
+    upstream.script = {"AUTH": repeated(response)}
+    clients = {"auth": "passthrough", "auth_without_tls": True}
+    async with start(upstream.port, clients=clients) as running, Client(running.port) as client:
+        await client.ehlo()
+        reply = await client.command(b"AUTH PLAIN " + base64.b64encode(response))
+        assert reply.raw == repeated(response)
+    assert b'"login refused"' in log.getvalue()
+    assert b"sesame" not in log.getvalue()
+    assert base64.b64encode(response) not in log.getvalue()
+
+
 async def test_without_a_token_no_connection_is_opened(
     token: Path, trusting: dict[str, str], start: Any, upstream: ScriptedUpstream
 ) -> None:
