@@ -39,13 +39,13 @@ class Certificate:
         """When the first certificate of the chain expires, in seconds since 1970."""
         self._read()
 
-    def refresh(self, *, force: bool = False) -> bool:
-        """Read the files again if they have changed, or in any case with `force`; return whether they were.
+    def refresh(self) -> bool:
+        """Read the files again if they have changed; return whether they were read.
 
         Raises CertificateError when they cannot be used; what was in use stays in use.
         """
         stamp = self._stamp()
-        if stamp == self._seen and not force:
+        if stamp == self._seen:
             return False
         self._seen = stamp  # a bad pair is tried, and reported, once
         self._read()

@@ -136,10 +136,10 @@ class Server:
             return
         self.stop(signal.SIGQUIT)
 
-    def database(self, template: str | None = None) -> str:
-        """Make a database, a copy of `template` if there is one; return its name."""
+    def database(self) -> str:
+        """Make a database; return its name."""
         name = f"t{next(self._names)}"
-        self.sql(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+        self.sql(f"CREATE DATABASE {name}")
         return name
 
     def sql(

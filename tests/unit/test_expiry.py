@@ -369,7 +369,7 @@ class Reports:
 async def make_loop(store, clock):
     loops = []
 
-    def make(interval):
+    def make(interval, **given):
         metrics, reports = Metrics(), Reports()
         loop = ExpiryLoop(
             store,
@@ -382,6 +382,7 @@ async def make_loop(store, clock):
             on_progress=reports.on_progress,
             on_behind=reports.on_behind,
             look_every=0.001,
+            **given,
         )
         loops.append(loop)
         return loop, metrics, reports
@@ -450,8 +451,7 @@ async def test_a_run_of_another_process_is_no_error(store, database, make_loop):
 async def test_the_lease_of_a_process_that_died_costs_no_whole_interval(store, database, clock, make_loop):
     await store.write([record(1, NOW)])
     database.execute("INSERT INTO task_done_state VALUES ('expiry', 'dead', '2026-11-23 07:47:00.000000')")
-    loop, metrics, reports = make_loop(3600)
-    loop._busy_pause = 0.001
+    loop, metrics, reports = make_loop(3600, busy_pause=0.001)
     loop.start()
     await asyncio.sleep(0.01)
     assert metrics.runs == []
