@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from relay.policy import may_relay
 from relay.selftest.facts import facts
@@ -78,40 +78,50 @@ def _unix(settings: Settings, listener: ListenerSettings) -> Iterator[Finding]:
 def _target(
     settings: Settings, listener: ListenerSettings, door: Door, own: Sequence[str]
 ) -> Iterator[Finding]:
-    allow, target = settings.clients.allow, door.place.host
-    if listener.proxy_protocol:
-        trusted = sources(target, own, settings.clients.trusted_proxies)
-        proxies, strangers = trusted.allowed, _behind_a_proxy(trusted.allowed, allow)
-        forgers: Sequence[str] = trusted.strangers
-        callers = strangers
-        allowed: Sequence[str] = ()
-        if not proxies:
-            yield Finding(door.where, "note", "no address of this machine is in clients.trusted_proxies")
-    else:
-        found = sources(target, own, allow)
-        callers, allowed, forgers = (
-            [_from(source) for source in found.strangers],
-            found.allowed,
-            found.strangers,
-        )
-    first = callers[0] if callers else _from(allowed[0]) if allowed else None
+    we = _roles(settings, listener, door.place.host, own)
+    if listener.proxy_protocol and not we.proxies:
+        yield Finding(door.where, "note", "no address of this machine is in clients.trusted_proxies")
+    first = we.strangers[0] if we.strangers else _from(we.allowed[0]) if we.allowed else None
     if first is not None:
         # AUTH without TLS is for clients on this machine, and a stranger behind a proxy is not on it.
         local = not first.preface and ip_address(first.source).is_loopback
         clear_auth = settings.clients.auth_without_tls and local
         yield from manners(door._replace(caller=first), clear_auth=clear_auth)
-    if allowed:
+    if we.allowed:
         text = "may relay (clients.allow): what gets through from there says nothing about strangers"
-        yield Finding(door.where, "note", f"{', '.join(allowed)} {text}")
-    friend = _somebody_in(allow)
-    for caller in callers:
+        yield Finding(door.where, "note", f"{', '.join(we.allowed)} {text}")
+    friend = _somebody_in(settings.clients.allow)
+    for caller in we.strangers:
         for secured in {"none": (False,), "starttls": (False, True)}.get(listener.tls, (True,)):
             yield got_through(door._replace(caller=caller), settings.server.hostname, friend, secured=secured)
-    for source in forgers[:1]:
+    for source in we.forgers[:1]:
         secured = listener.tls in ("required", "implicit")
         yield believes_a_header(door._replace(caller=_from(source)), friend, secured=secured)
-    if not callers:
+    if not we.strangers:
         yield Finding(door.where, "note", _UNPROVEN.format(port=door.place.port))
+
+
+class _Roles(NamedTuple):
+    """Whom this machine can play before a listener."""
+
+    strangers: Sequence[Caller]
+    """Clients that may not relay."""
+    forgers: Sequence[str]
+    """Addresses of ours whose PROXY header nobody may believe."""
+    allowed: Sequence[str] = ()
+    """Addresses of ours that may relay."""
+    proxies: Sequence[str] = ()
+    """Addresses of ours whose PROXY header is believed: then a stranger is whoever that names."""
+
+
+def _roles(settings: Settings, listener: ListenerSettings, target: str, own: Sequence[str]) -> _Roles:
+    allow = settings.clients.allow
+    if listener.proxy_protocol:
+        proxies = sources(target, own, settings.clients.trusted_proxies)
+        strangers = _behind_a_proxy(proxies.allowed, allow)
+        return _Roles(strangers, proxies.strangers, proxies=proxies.allowed)
+    clients = sources(target, own, allow)
+    return _Roles([_from(each) for each in clients.strangers], clients.strangers, allowed=clients.allowed)
 
 
 _UNPROVEN = (
