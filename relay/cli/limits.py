@@ -16,7 +16,7 @@ import typer
 
 from relay.cli.configuration import ConfigOption, configured_to_read
 from relay.cli.failure import CommandError
-from relay.cli.sends import Format
+from relay.cli.format import Format
 from relay.escaping import escaped
 
 if TYPE_CHECKING:

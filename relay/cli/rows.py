@@ -22,7 +22,7 @@ from typing import TextIO
 import typer
 from rich.cells import cell_len, set_cell_size
 
-from relay.cli.sends import Format
+from relay.cli.format import Format
 from relay.escaping import escaped
 from relay.provider import accepted_as
 from relay.records.model import Json

@@ -1,4 +1,4 @@
-"""`relay sends`: searches the records. Here is what its options take; `rows` prints what was found.
+"""`relay sends`: searches the records, and prints what was found as `rows.py` writes it.
 
 Rules. What goes to standard output is rows and nothing else, so that it pipes; what is said beside goes to
 standard error, and how far a long export is only where somebody looks.
@@ -6,29 +6,24 @@ standard error, and how far a long export is only where somebody looks.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime, tzinfo
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.configuration import ConfigOption, configured_to_read
+from relay.cli.configuration import ConfigOption
 from relay.cli.failure import CommandError
+from relay.cli.format import Format
+from relay.cli.reading import asked, mistake, reading
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from relay.cli.rows import Row
     from relay.records.queries import Queries
     from relay.records.sends import SendFilter
-    from relay.settings import Settings
 
-__all__ = ["EPILOG", "Format", "asked", "reading", "sends"]
+__all__ = ["sends"]
 
 EPILOG = (
     "A row must pass every filter. ADDRESS is an address, @domain, or a pattern in which * stands for "
@@ -38,16 +33,6 @@ EPILOG = (
     "CSV has values as recorded: import them as text into a spreadsheet, which would take one that begins "
     "with = + - or @ for a formula."
 )
-T = TypeVar("T")
-
-_TAKES = {
-    "sender": "an address, @domain or a pattern, or <>",
-    "recipient": "an address or @domain, or a pattern",
-    "type": "a task type",
-    "client": "a user name or an IP address",
-    "upstream": "the name of an upstream",
-    "message_id": "a Message-ID",
-}
 
 FOLLOW_S = 1.0
 """Seconds between two looks for new rows."""
@@ -55,15 +40,12 @@ OVERLAP = 1000
 """Rows looked at again: relays on one database may commit in another order than that of ids."""
 PROGRESS_S = 0.5
 
+ZoneOption = Annotated[
+    str | None,
+    typer.Option("--tz", metavar="ZONE", help="Zone of times, such as Europe/Berlin. Else the machine's."),
+]
+
 sends = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
-
-
-class Format(StrEnum):
-    """How rows are printed."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
 
 
 @sends.callback(epilog=EPILOG, help="Search the records of what was sent, newest first.")
@@ -86,12 +68,7 @@ def search(
     task_id: Annotated[str | None, typer.Option(metavar="UUID", help="The relay's id of the send.")] = None,
     since: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent then or later.")] = None,
     until: Annotated[str | None, typer.Option(metavar="WHEN", help="Sent before then.")] = None,
-    zone: Annotated[
-        str | None,
-        typer.Option(
-            "--tz", metavar="ZONE", help="Zone of times, such as Europe/Berlin. Else the machine's."
-        ),
-    ] = None,
+    zone: ZoneOption = None,
     limit: Annotated[int, typer.Option(min=0, metavar="N", help="Rows at most; 0: all.")] = 20,
     in_doubt: Annotated[
         bool,
@@ -122,7 +99,7 @@ def search(
         "until": until,
     }
     if follow and (in_doubt or until is not None):
-        raise _mistake("--follow", f"does not go with {'--in-doubt' if in_doubt else '--until'}")
+        raise mistake("--follow", f"does not go with {'--in-doubt' if in_doubt else '--until'}")
     wanted, place, settings = asked(given, zone, config)
 
     from relay.cli.rows import writer
@@ -147,12 +124,7 @@ def search(
 def show(
     task_id: Annotated[str, typer.Argument(metavar="TASK_ID", help="The relay's id of the send.")],
     config: ConfigOption = None,
-    zone: Annotated[
-        str | None,
-        typer.Option(
-            "--tz", metavar="ZONE", help="Zone of times, such as Europe/Berlin. Else the machine's."
-        ),
-    ] = None,
+    zone: ZoneOption = None,
     output: Annotated[Format, typer.Option("--format", help="table: for people; json; csv.")] = Format.TABLE,
 ) -> int:
     """Show everything about one send, or one message in doubt."""
@@ -172,55 +144,6 @@ def show(
     else:
         writer(output, sys.stdout, Send if isinstance(found[0], Send) else InDoubt, zone=place)(found)
     return 0
-
-
-def asked(
-    given: dict[str, str | None], zone: str | None, config: Path | None
-) -> tuple[SendFilter, tzinfo | None, Settings]:
-    """Return the filter that the values of options make, the zone of times, and the settings."""
-    from relay.asking import AskedError, filter_of, zone_of
-
-    try:
-        for field, takes in _TAKES.items():
-            value = given.get(field)
-            if value is not None and value.strip() in ("", "@", *(["<>"] if field == "recipient" else [])):
-                raise AskedError(field, takes)
-        place = zone_of(zone)
-        wanted = filter_of(given, datetime.now(UTC), place)
-    except AskedError as error:
-        raise _mistake(f"--{error.field.replace('_', '-')}", f"takes {error.takes}") from None
-    if wanted.since is not None and wanted.until is not None and wanted.since >= wanted.until:
-        raise _mistake("--until", "takes a time after that of --since")
-    settings = configured_to_read(config, os.environ)
-    if wanted.recipient is not None:
-        from relay import parts
-
-        wanted = replace(wanted, aliases=parts.aliases(settings, wanted.recipient))
-    return wanted, place, settings
-
-
-def reading(settings: Settings, work: Callable[[Queries], Awaitable[T]]) -> T:
-    """Run `work` on the records that the settings name; raise CommandError if they cannot be read."""
-    import asyncio
-
-    from relay.records.errors import StoreError
-    from relay.records.queries import open_queries
-
-    async def run() -> T:
-        queries = await open_queries(settings.records.connect_url)
-        try:
-            return await work(queries)
-        finally:
-            await queries.close()
-
-    try:
-        return asyncio.run(run())
-    except StoreError as error:
-        raise CommandError([f"relay: {error}"]) from None
-    except BrokenPipeError:
-        raise  # whoever read has seen enough; typer ends quietly
-    except OSError as error:
-        raise CommandError([f"relay: cannot write what was found: {error.strerror}"]) from None
 
 
 async def _print(
@@ -298,7 +221,3 @@ def _nothing_before(context: typer.Context) -> None:
         raise CommandError(
             ["relay: options of show stand behind it: relay sends show TASK_ID --config FILE"], 2
         )
-
-
-def _mistake(option: str, takes: str) -> typer.BadParameter:
-    return typer.BadParameter(takes, param_hint=f"'{option}'")

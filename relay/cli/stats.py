@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from relay.cli.configuration import ConfigOption
-from relay.cli.sends import Format, asked, reading
+from relay.cli.format import Format
+from relay.cli.reading import asked, reading
 from relay.escaping import escaped
 from relay.records.by import By
 

@@ -18,7 +18,7 @@ import typer
 
 from relay.cli.configuration import ConfigOption, configured, find
 from relay.cli.failure import CommandError
-from relay.cli.sends import Format
+from relay.cli.format import Format
 
 if TYPE_CHECKING:
     from relay.auth.userfile import User

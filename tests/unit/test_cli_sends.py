@@ -17,8 +17,8 @@ import pytest
 
 from relay.asking import moment
 from relay.cli import main
+from relay.cli.format import Format
 from relay.cli.rows import HEADER, HEADER_IN_DOUBT, Table, fitted, writer
-from relay.cli.sends import Format
 from relay.records.model import Doubt, Record
 from relay.records.retention import Retention
 from relay.records.sends import Send
