@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import subprocess
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -17,11 +15,10 @@ import relay
 from relay.app import StartError
 from relay.cli import main
 from relay.cli.configuration import DEFAULT, find
-from relay.records.model import Record
-from relay.records.retention import Retention
-from relay.records.store import open_store
 from relay.settings import Settings
 from tests.support.certificates import Certificates
+from tests.support.recorded import record
+from tests.support.rows import make_record
 
 UPSTREAM = '[[upstreams]]\naddress = "smtp.example.com:587"\n'
 App = Callable[..., None]
@@ -357,25 +354,7 @@ def test_expire(days: int, rows: int, config: Path, capsys: pytest.CaptureFixtur
 
 def _write_record(days: int) -> None:
     """Put a row that is `days` old into the default store."""
-    record = Record(
-        task_id=uuid4(),
-        task_type="unclassified",
-        sender="app@example.com",
-        client="127.0.0.1",
-        sent_at=datetime.now(UTC) - timedelta(days=days),
-        upstream="smtp.example.com",
-        upstream_reply="250 2.0.0 queued",
-        size=100,
-        duration_ms=5,
-        recipients=("user@example.com",),
-    )
-
-    async def write() -> None:
-        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30), {}))
-        await store.write([record])
-        await store.close()
-
-    asyncio.run(write())
+    record(make_record(sent_at=datetime.now(UTC) - timedelta(days=days)))
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

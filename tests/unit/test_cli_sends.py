@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 import json
@@ -20,10 +19,9 @@ from relay.cli import main
 from relay.cli.format import Format
 from relay.cli.rows import HEADER, HEADER_IN_DOUBT, Table, fitted, writer
 from relay.records.model import Doubt, Record
-from relay.records.retention import Retention
 from relay.records.sends import Send
-from relay.records.store import open_store
 from relay.records.tables import COLUMNS
+from tests.support.recorded import configured, record
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
 ROW = Record(
@@ -60,23 +58,12 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     """An empty working directory with a configuration, in a zone of its own."""
-    monkeypatch.chdir(tmp_path)
-    Path("relay.toml").write_text('[[upstreams]]\naddress = "smtp.example.com:587"\n')
-    monkeypatch.setenv("RELAY_CONFIG", "relay.toml")
+    configured(tmp_path, monkeypatch)
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
     yield
     monkeypatch.undo()
     time.tzset()
-
-
-def record(*rows):
-    async def write():
-        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30)))
-        await store.write(rows)
-        await store.close()
-
-    asyncio.run(write())
 
 
 def test_a_table_for_a_pipe_is_plain_and_whole(capsys):
@@ -511,3 +498,15 @@ def test_other_mistakes_are_told_to_who_reads_the_records(capsys):
         "relay: relay.toml: records.url: must be sqlite:///path or postgresql://user@host:port/database\n"
         'relay: relay.toml: upstream: unknown key; did you mean "upstreams"?\n'
     )
+
+
+def test_wildcards_and_the_upstream(capsys):
+    record(
+        replace(ROW, task_id=UUID(int=1), task_type="mention"),
+        replace(ROW, task_id=UUID(int=2), task_type="digest"),
+        replace(ROW, task_id=UUID(int=3), task_type="mention"),
+    )
+    assert main(["sends", "--recipient", "*@example.net", "--upstream", "prim*", "--type", "m*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["sends", "--recipient", "*@example.org"]) == 0
+    assert "no sends found" in capsys.readouterr().err

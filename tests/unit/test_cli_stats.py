@@ -1,16 +1,12 @@
-"""`relay stats`, `relay sends show` and `--follow`."""
+"""`relay stats`: counts, for people and for programs."""
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 import json
-import os
-import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,56 +18,24 @@ from rich.cells import cell_len
 from relay.cli import main
 from relay.cli.stats import bar, lines
 from relay.records.by import By
-from relay.records.model import Doubt, Record
-from relay.records.retention import Retention
 from relay.records.statistics import Count, Statistics
-from relay.records.store import open_store
+from tests.support.recorded import configured, record
+from tests.support.rows import make_record
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
-ROW = Record(
+ROW = make_record(
+    "alice@example.com",
     task_id=UUID(int=1),
-    task_type="mention",
-    sender="alice@example.com",
-    client="app",
     sent_at=NOW,
-    upstream="primary",
-    upstream_reply="250-2.0.0 Ok:\n250 2.0.0 queued as 4F3A \x1b[31m",
     size=4096,
     duration_ms=12,
     recipients=("bob@example.net", "carol@example.net"),
-    client_task_id="order 7",
-    message_id="<1@example.com>",
-    data={
-        "headers": {"Message-ID": "<1@example.com>", "X-A": ["1", "2"]},
-        "tags": ["a", "b"],
-        "refused": [{"recipient": "x@example.net", "reply": "550 no"}],
-        "client_reply": None,
-        "client_address": "192.0.2.1",
-    },
-)
-DOUBT = Doubt(
-    since=NOW,
-    reason="closed",
-    **{name: getattr(ROW, name) for name in ("task_type", "sender", "client", "upstream", "size")},
-    **{name: getattr(ROW, name) for name in ("duration_ms", "recipients", "message_id", "data")},
-    task_id=UUID(int=9),
 )
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("relay.toml").write_text('[[upstreams]]\naddress = "smtp.example.com:587"\n')
-    monkeypatch.setenv("RELAY_CONFIG", "relay.toml")
-
-
-def record(*rows: Record | Doubt) -> None:
-    async def write() -> None:
-        store = await open_store("sqlite:///data/task_done.db", Retention(timedelta(days=30)))
-        await store.write(rows)
-        await store.close()
-
-    asyncio.run(write())
+    configured(tmp_path, monkeypatch)
 
 
 def some() -> None:
@@ -201,151 +165,6 @@ def test_every_encoding_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for output in ("csv", "json"):
         said = subprocess.run([*command, "--format", output], capture_output=True, check=True)
         assert "Rückfrage" in said.stdout.decode() or r"R\u00fcckfrage" in said.stdout.decode()
-
-
-# One send
-
-
-def test_everything_about_one_send(capsys: pytest.CaptureFixture[str]) -> None:
-    record(ROW, DOUBT)
-    assert main(["sends", "show", str(UUID(int=1)), "--tz", "Asia/Kolkata"]) == 0
-    said = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
-    assert {name: value.strip() for name, value in said if name.strip()} == {
-        "task id": str(UUID(int=1)),
-        "client's task id": "order 7",
-        "state": "accepted",
-        "sent at": "2026-11-23 13:16:00.123456 +0530",
-        "expires at": "2026-12-23 13:16:00.123456 +0530",
-        "type": "mention",
-        "sender": "alice@example.com",
-        "recipients": "bob@example.net",
-        "client": "app",
-        "upstream": "primary",
-        "accepted as": "4F3A",
-        "reply": "250-2.0.0 Ok:",
-        "Message-ID": "<1@example.com>",
-        "size": "4,096 octets",
-        "took": "12 ms",
-        "header Message-ID": "<1@example.com>",
-        "header X-A": "1",
-        "tags": "a, b",
-        "refused": "x@example.net: 550 no",
-        "client reply": "(its connection had broken)",
-        "client address": "192.0.2.1",
-    }
-    assert r"250 2.0.0 queued as 4F3A \x1b[31m" in [value.strip() for _, value in said]
-    assert main(["sends", "show", str(UUID(int=9))]) == 0
-    said_of_doubt = capsys.readouterr().out
-    assert "in doubt\n" in said_of_doubt
-    assert "closed\n" in said_of_doubt
-    assert main(["sends", "show", str(UUID(int=9)), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["reason"] == "closed"
-
-
-def test_no_such_send(capsys: pytest.CaptureFixture[str]) -> None:
-    record(ROW)
-    assert main(["sends", "show", str(UUID(int=5))]) == 1
-    assert "no send has this task id" in capsys.readouterr().err
-    assert main(["sends", "show", "5"]) == 2
-    assert "'--task-id': takes a UUID" in capsys.readouterr().err
-
-
-def test_wildcards_and_the_upstream(capsys: pytest.CaptureFixture[str]) -> None:
-    some()
-    assert main(["sends", "--recipient", "*@example.net", "--upstream", "prim*", "--type", "m*"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    assert main(["sends", "--recipient", "*@example.org"]) == 0
-    assert "no sends found" in capsys.readouterr().err
-
-
-# On and on
-
-
-@pytest.fixture
-def following() -> Iterator[subprocess.Popen[str]]:
-    record(ROW, replace(ROW, task_id=UUID(int=2), sent_at=NOW + timedelta(seconds=1)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "relay", "sends", "--follow", "--format", "json", "--type", "mention"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_new_rows_are_printed_as_they_come(following: subprocess.Popen[str]) -> None:
-    assert following.stdout is not None
-    numbers = [UUID(json.loads(following.stdout.readline())["task_id"]).int for _ in range(2)]
-    assert numbers == [1, 2]
-    record(
-        replace(ROW, task_id=UUID(int=3), task_type="digest"),
-        replace(ROW, task_id=UUID(int=4), sent_at=NOW - timedelta(days=1)),  # late, from the spool
-    )
-    record(replace(ROW, task_id=UUID(int=5)))
-    numbers = [UUID(json.loads(following.stdout.readline())["task_id"]).int for _ in range(2)]
-    assert numbers == [4, 5]
-
-
-def test_a_row_that_comes_while_it_begins_is_printed() -> None:
-    record(ROW)
-    script = (
-        "import sys; from relay.records.queries import Queries; page = Queries.page\n"
-        "async def held(*asked):\n"
-        "    found = await page(*asked); print('read', file=sys.stderr, flush=True); sys.stdin.readline()\n"
-        "    return found\n"
-        "Queries.page = held; from relay.cli import main; main(['sends', '--follow', '--format', 'json'])"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stderr.readline() == "read\n"
-        record(replace(ROW, task_id=UUID(int=2)))
-        process.stdin.write("\n")
-        process.stdin.flush()
-        record(replace(ROW, task_id=UUID(int=3)))
-        found = []
-        while not found or found[-1] != 3:  # the one that came afterwards is printed in any case
-            found.append(UUID(json.loads(process.stdout.readline())["task_id"]).int)
-        process.kill()
-    assert found == [1, 2, 3]
-
-
-def test_an_end_from_the_keyboard_is_no_error(following: subprocess.Popen[str]) -> None:
-    assert following.stdout is not None
-    following.stdout.readline()
-    following.send_signal(2)
-    _, said = following.communicate(timeout=30)
-    assert "Traceback" not in said
-    assert following.returncode in (0, 130)
-
-
-def test_following_takes_no_end(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sends", "--follow", "--until", "today"]) == 2
-    assert "does not go with --until" in capsys.readouterr().err
-
-
-def test_a_long_export_says_how_far_it_is_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    record(*(replace(ROW, task_id=UUID(int=n)) for n in range(1, 900)))
-    script = (
-        "import relay.cli.sends as s; s.PROGRESS_S = 0.0; from relay.cli import main; "
-        "main(['sends', '--limit', '0', '--format', 'csv'])"
-    )
-    master, slave = pty.openpty()
-    with Path("out.csv").open("wb") as out:
-        done = subprocess.run(
-            [sys.executable, "-c", script], stdout=out, stderr=slave, check=True, timeout=60
-        )
-    os.close(slave)
-    said = os.read(master, 10_000).decode()
-    os.close(master)
-    assert done.returncode == 0
-    assert "\r200 rows" in said
-    assert said.endswith("\r\x1b[K")
-    assert len(list(csv.reader(Path("out.csv").read_text().splitlines()))) == 900
 
 
 # Where it is written
