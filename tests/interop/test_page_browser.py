@@ -229,6 +229,7 @@ async def test_it_works_without_scripts(
     assert await page.locator("#part-recent tbody tr").count() == 10
     assert "UTC" in await page.locator("#part-recent time").first.inner_text()
     assert not await page.locator(".plot").first.is_visible(), "no empty frame where a chart would be"
+    assert not await page.get_by_role("button", name="Pause").is_visible(), "there is nothing to pause"
     await page.locator("#outcomes summary").click()
     assert await page.locator("#outcomes tbody tr").first.is_visible()
     await page.get_by_label("Search what was sent").fill("digest")
