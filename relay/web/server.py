@@ -153,11 +153,11 @@ async def _errors(
     try:
         return await handler(request)
     except web.HTTPException as error:
-        if programs and error.status >= 400:
-            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        if programs:
             return problem(error.status, f"{request.method} {request.path}: {error.reason}", headers=allowed)
-        error.text = f"{error.status} {error.reason}\n"
-        raise
+        # Raised further, it would pass by what every answer is given on its way out.
+        return web.Response(status=error.status, text=f"{error.status} {error.reason}\n", headers=allowed)
     except Exception as error:
         maillog.unforeseen("http", None, error)
         text = "an error that nobody foresaw; the log has it"

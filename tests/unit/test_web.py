@@ -90,6 +90,9 @@ async def test_other_methods_and_paths_get_one_line(
         assert answer.status == status
         assert answer.content_type == "text/plain"
         assert (await answer.text()).startswith(f"{status} ")
+        assert answer.headers.get("Allow") == ("GET,HEAD" if status == 405 else None)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
     async with client.get("/") as answer:
         assert answer.status == 404
         assert await answer.text() == "404 Not Found\n"
