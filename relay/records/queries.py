@@ -113,7 +113,7 @@ class Queries:
 
         return await self.reader.read(count)
 
-    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str, list[int]]:
+    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str | None, list[int]]:
         """Return how many messages of each task type were sent in each of `slots` slots from `begin` on."""
         return await self.reader.read(lambda connection: counts_over_time(connection, begin, step, slots))
 

@@ -114,17 +114,22 @@ def by_outcome(minutes: Iterable[Mapping[str, Any]], now: datetime) -> Figure:
     return Figure("outcomes", "Messages of the last hour by outcome", begins, timedelta(minutes=1), shown)
 
 
-def by_type(slots: Mapping[str, Sequence[int]], span: Span, now: datetime) -> Figure:
-    """Return what was sent in a span; `slots` has how many of each task type in each slot."""
+def by_type(slots: Mapping[str | None, Sequence[int]], span: Span, now: datetime) -> Figure:
+    """Return what was sent in a span; `slots` has how many of each task type in each slot.
+
+    None stands for types that have no name of their own there.
+    """
     begin = span.begin(now)
-    totals = {name: sum(counts) for name, counts in slots.items()}
+    totals = {name: sum(counts) for name, counts in slots.items() if name is not None}
     ordered = sorted(totals, key=lambda name: (-totals[name], name))
     own = ordered if len(ordered) <= _COLOURS else ordered[: _COLOURS - 1]
     series = [Series(name, f"series-{at}", slots[name]) for at, name in enumerate(own, 1)]
     rest = [slots[name] for name in ordered[len(own) :]]
+    label = f"{len(rest)} others"
+    if None in slots:
+        rest.append(slots[None])
+        label = "all others"
     if rest:
-        series.append(
-            Series(f"{len(rest)} others", "series-other", [sum(each) for each in zip(*rest, strict=True)])
-        )
+        series.append(Series(label, "series-other", [sum(each) for each in zip(*rest, strict=True)]))
     begins = [begin + at * span.step for at in range(span.slots)]
     return Figure("types", "Messages sent, by task type", begins, span.step, series)

@@ -90,7 +90,7 @@ class Reading:
             lambda queries: queries.statistics(wanted, by, zone=zone, detail=detail, limit=limit)
         )
 
-    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str, list[int]]:
+    async def over_time(self, begin: datetime, step: timedelta, slots: int) -> dict[str | None, list[int]]:
         """Return how many messages of each type were sent in each slot, see `Queries.over_time`."""
         return await self._read(lambda queries: queries.over_time(begin, step, slots))
 

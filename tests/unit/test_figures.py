@@ -56,3 +56,5 @@ def test_the_biggest_types_have_colours_and_the_rest_is_together() -> None:
     eight = by_type(dict(list(slots.items())[:8]), span, NOW)
     assert len(eight.series) == 8
     assert "others" not in eight.series[-1].label
+    many = by_type({**slots, None: [7] * 24}, span, NOW)
+    assert (many.series[-1].label, many.series[-1].total) == ("all others", figure.series[-1].total + 7 * 24)

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
+import pytest
 import sqlalchemy as sa
 
 from relay.records.model import Record
@@ -82,11 +83,18 @@ async def test_nothing_sent_is_nothing_found(database: Any) -> None:
 
 async def test_types_that_somebody_makes_up_are_bounded(database: Any) -> None:
     rows = [replace(ROW, task_type=f"{at:04}") for at in range(MAX_TYPES + 50)]
+    rows += [replace(ROW, task_type="order", sent_at=BEGIN + at * HOUR) for at in (-1, 0, 1, 1, 2)]
     async with kept(database.url, rows) as queries:
-        assert list(await queries.over_time(BEGIN, HOUR, 1)) == [f"{at:04}" for at in range(MAX_TYPES)]
+        found = await queries.over_time(BEGIN, HOUR, 2)
+        assert len(found) == MAX_TYPES + 1
+        assert found["order"] == [1, 2]  # though it stands behind all the others
+        assert found[None] == [51, 0]
+        assert [sum(each) for each in zip(*found.values(), strict=True)] == [MAX_TYPES + 51, 2]
+        assert await queries.over_time(BEGIN + HOUR, HOUR, 1) == {"order": [2]}
 
 
-async def test_no_row_is_read_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("types", [1, MAX_TYPES + 1])
+async def test_no_row_is_read_for_it(tmp_path: Path, types: int) -> None:
     plans: list[str] = []
 
     def explained(connection: sa.Connection) -> None:
@@ -99,8 +107,9 @@ async def test_no_row_is_read_for_it(tmp_path: Path) -> None:
         counts_over_time(connection, BEGIN, HOUR, 2)
         sa.event.remove(connection, "before_cursor_execute", explain)
 
-    async with kept(f"sqlite:///{tmp_path / 't.db'}", [ROW]) as queries:
+    rows = [replace(ROW, task_type=str(at)) for at in range(types)]
+    async with kept(f"sqlite:///{tmp_path / 't.db'}", rows) as queries:
         await queries.reader.read(explained)
     used = [plan for plan in plans if "task_done" in plan]
     assert len(used) >= 4
-    assert all("COVERING INDEX ix_task_done_task_type" in plan for plan in used)
+    assert all("COVERING INDEX ix_task_done_" in plan for plan in used)
