@@ -80,8 +80,11 @@ class Box:
         alone = ""
         for key, quoted in _TOKEN.findall(self.q):
             word = quoted[1:-1] if quoted.startswith('"') and len(quoted) > 1 else quoted
-            if key in _WORDS:
-                given[_WORDS[key]] = word
+            name = _WORDS.get(key)
+            if name is not None:
+                if given[name] not in (None, word):
+                    raise AskedError("q", f"one {FIELDS[name].lower()}, in the box or in its own field")
+                given[name] = word
             elif alone:
                 raise AskedError("q", "one word alone; say to:, from: or type: before the others")
             else:

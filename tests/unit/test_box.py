@@ -96,6 +96,18 @@ def test_words_and_single_filters_hold_together() -> None:
     ]
 
 
+def test_what_is_said_twice_is_no_search_for_the_last_one() -> None:
+    for q, values in (
+        ("to:ann@example.com to:ben@example.com", {}),
+        ("from:ann@example.com", {"sender": "ben@example.com"}),
+    ):
+        with pytest.raises(
+            AskedError, match=r"q takes one (recipient|sender), in the box or in its own field"
+        ):
+            filters(q, **values)
+    assert filters("type:digest type:digest", type="digest") == [SendFilter(task_type="digest")]
+
+
 @pytest.mark.parametrize(
     ("q", "field"), [("ann ben", "q"), ("since:soon", "since"), ("task:7", "task_id"), ("x" * 2000, "type")]
 )
