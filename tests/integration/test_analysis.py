@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+import sqlalchemy as sa
 
 from relay.records.model import Doubt, Record
 from relay.records.queries import open_queries
@@ -42,6 +45,27 @@ DOUBT = Doubt(
 
 def test_there_are_ten() -> None:
     assert sum(1 for kind, _ in QUERIES if kind != "PostgreSQL") == 10
+
+
+async def test_days_and_hours_are_those_of_utc_in_every_session(database: Any) -> None:
+    store = await open_store(database.url, Retention(None))
+    late = replace(ROW, sent_at=datetime(2026, 11, 23, 20, 45, tzinfo=UTC))  # the next day in Kolkata
+    await store.write([late, replace(late, task_id=UUID(int=2))])
+    await store.close()
+    kind = "SQLite" if database.url.startswith("sqlite") else "PostgreSQL"
+    timed = [query for dialect, query in QUERIES if dialect == kind and re.search("AS (day|hour),", query)]
+
+    def first(connection: sa.Connection, query: str) -> str:
+        if kind == "PostgreSQL":
+            connection.exec_driver_sql("SET LOCAL timezone = 'Asia/Kolkata'")
+        return str(connection.exec_driver_sql(query.strip()).all()[0][0])
+
+    queries = await open_queries(database.url)
+    try:
+        found = [await queries.reader.read(partial(first, query=query)) for query in timed]
+    finally:
+        await queries.close()
+    assert [moment[:16] for moment in found] == ["2026-11-23", "2026-11-23 20:00"]
 
 
 async def test_each_question_has_an_answer(database: Any) -> None:
