@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
-__all__ = ["PARAMETERS", "check_dsn", "files_of", "is_dsn", "shown_url", "with_password"]
+__all__ = ["PARAMETERS", "check_dsn", "files_of", "has_password", "is_dsn", "shown_url", "with_password"]
 
 PARAMETERS = (
     *("host", "port", "passfile", "application_name", "target_session_attrs"),
@@ -48,6 +48,11 @@ def files_of(url: str) -> list[tuple[str, str]]:
     """Return the parameters of a PostgreSQL URL that name files to be read, and those; none of any other."""
     query = url.partition("?")[2] if is_dsn(url) else ""
     return [(name, value) for name, value in parse_qsl(query) if name in _FILES]
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL is one of PostgreSQL with a password in it."""
+    return is_dsn(url) and ":" in url.partition("://")[2].partition("/")[0].rpartition("@")[0]
 
 
 def shown_url(url: str) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ssl
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
 from relay.escaping import escaped
-from relay.settings.dsn import files_of
+from relay.settings.dsn import files_of, has_password
 from relay.settings.environment import Key, dotted, model_at, overlay, unknown_key
 from relay.settings.model import Origin, Settings
 
@@ -26,6 +26,9 @@ DEV_UPSTREAM = "127.0.0.1:2526"
 
 _STAND_INS = {"listeners": [{"address": "127.0.0.1:0"}], "upstreams": [{"address": "upstream.invalid:25"}]}
 """For sections that are not looked at and that the others must fit: addresses that nothing else has."""
+
+_WITH_SECRETS = ("http", "records", "upstreams")
+_SECRETS = frozenset({"client_secret", "password", "recipients_key", "refresh_token", "token"})
 
 
 class SettingsError(Exception):
@@ -52,8 +55,13 @@ def load(
     """
     source = str(path) if path else "built-in defaults"
     tree = _read(path) if path else {}
+    shown = _secrets_shown(path, tree) if path else []
     sources, problems = overlay(tree, Settings, environ)
-    warnings: list[str] = []
+    warnings = [
+        f"{dotted(key)}: every user of the machine can read {path} (chmod o-r)"
+        for key in shown
+        if key[0] not in without
+    ]
     for section in without:
         tree.pop(section, None)
         problems = [problem for problem in problems if problem[1][:1] != (section,)]
@@ -90,6 +98,24 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError([f"{path}: is not UTF-8"]) from None
     except (ValueError, RecursionError) as error:  # also a number or a nesting beyond what Python reads
         raise SettingsError([f"{path}: is not TOML: {error}"]) from None
+
+
+def _secrets_shown(path: Path, tree: dict[str, Any]) -> list[Key]:
+    """Return the keys of the secrets that stand in the file itself, if everybody can read it."""
+    try:
+        others_read = bool(path.stat().st_mode & 0o004)
+    except OSError:  # gone since it was read
+        return []
+    sections = {name: tree[name] for name in _WITH_SECRETS if name in tree}
+    return list(_secrets(sections, ())) if others_read else []
+
+
+def _secrets(table: dict[str, Any] | list[Any], place: Key) -> Iterator[Key]:
+    for name, value in table.items() if isinstance(table, dict) else enumerate(table):
+        if isinstance(value, dict | list):
+            yield from _secrets(value, (*place, name))
+        elif name in _SECRETS or (name == "url" and has_password(str(value))):
+            yield (*place, name)
 
 
 def _use_files(tree: dict[str, Any], warnings: list[str]) -> list[tuple[Key, str]]:

@@ -262,6 +262,7 @@ def test_check_says_what_is_effective(config: Path, capsys: pytest.CaptureFixtur
         + '[[listeners]]\naddress = "[::1]:2525"\n'
         + '[retention]\ndefault = "never"\n[retention.by_type]\nmention = "90d"\n'
     )
+    config.chmod(0o600)
 
     assert main(["check", "--config", str(config)]) == 0
 

@@ -202,6 +202,35 @@ def test_a_password_file_that_everyone_can_read_is_worth_a_warning(file: Path, t
     )
 
 
+def test_a_configuration_with_secrets_that_everyone_can_read_is_worth_a_warning(file: Path) -> None:
+    text = """
+        username = "relay"
+        password = "sesame"
+        [[upstreams]]
+        address = "smtp.example.net:587"
+        username = "relay"
+        [upstreams.token]
+        url = "https://login.example.com/token"
+        client_id = "relay"
+        client_secret = "sesame"
+        refresh_token = "sesame"
+        [http]
+        token = "sesame-sesame-sesame"
+        [records]
+        url = "postgresql://relay:sesame@db.example.com/relay"
+        [retention.by_type]
+        password = "9d"
+    """
+    file.touch(0o600)
+    assert loaded(file, text).warnings == ()
+    file.chmod(0o644)
+    shown = ("upstreams.0.password", "upstreams.1.token.client_secret", "upstreams.1.token.refresh_token")
+    assert sorted(loaded(file, text).warnings) == [
+        f"{key}: every user of the machine can read {file} (chmod o-r)"
+        for key in ("http.token", "records.url", *shown)
+    ]
+
+
 def test_an_unverified_upstream_is_worth_a_warning(file: Path) -> None:
     settings = loaded(file, "tls_verify = false\n")
 
