@@ -4,8 +4,8 @@ Rules. A pseudonym is `hmac-` and 128 bits of the HMAC-SHA-256 of the address in
 RFC 2104, 5 allows) in place of the local part; the domain stays. With the key an address gives its pseudonym
 again, so that it can be searched, counted and forgotten; nothing gives the address back. In text, such as a
 server's reply, an address is replaced wherever it stands, its local part alone too, and the form in which it
-stands in return paths (`local=domain`). Of a reverse-path only a recipient's whole address is replaced, or
-that form: senders are searched and counted by what they are.
+stands in return paths (`local=domain`). Of a reverse-path only a recipient's whole address is replaced, that
+form, or a local part behind a "+": senders are searched and counted by what they are.
 """
 
 from __future__ import annotations
@@ -65,15 +65,17 @@ class Pseudonyms:
         """Return a reverse-path with the pseudonyms of these addresses in their place, if it holds any."""
         for address in addresses:
             local, at, domain = address.rpartition("@")
-            if not at or domain.lower() not in path.lower():
+            forms = (address, f"{local}={domain}", f"+{local}@")
+            if not at or not local or not any(form.lower() in path.lower() for form in forms):
                 continue
             known = self.address(address)
             hidden = known.rpartition("@")[0]
             # Not the end of a longer local part, nor the beginning of a longer domain: that is somebody else.
             whole = rf"(?<![^=:]){re.escape(address)}(?![\w.-])"
             returned = rf"(?<![^\W_]){re.escape(f'{local}={domain}')}(?![\w-]|\.\w)"
-            path = known.join(re.split(whole, path, flags=re.IGNORECASE))
-            path = f"{hidden}={domain}".join(re.split(returned, path, flags=re.IGNORECASE))
+            tag = rf"(?<=\+){re.escape(local)}(?=@)"
+            for pattern, told in ((whole, known), (returned, f"{hidden}={domain}"), (tag, hidden)):
+                path = told.join(re.split(pattern, path, flags=re.IGNORECASE))
         return path
 
 
