@@ -29,6 +29,7 @@ from relay.services import Services
 from relay.session.doorkeeper import Doorkeeper
 from relay.session.reception import Reception
 from relay.session.tls import Certificate, CertificateError
+from relay.settings.address import Address
 from relay.upstream.upstreams import Upstreams
 from relay.web import Overview, Reading, Web
 
@@ -100,7 +101,7 @@ class Relay:
             self.reception.addresses,
             [f"{upstream.name} {upstream.address}" for upstream in self.settings.upstreams],
             self.settings.records.shown_url,
-            f"{self.settings.http.host}:{self.web.port}",
+            str(Address(self.settings.http.host, self.web.port)),
             compiled=not str(transaction.__file__).endswith(".py"),
         )
         self.supervisor.ready(self.status)

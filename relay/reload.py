@@ -17,6 +17,7 @@ from relay.auth.userfile import UsersError
 from relay.auth.users import Users
 from relay.session.tls import Certificate, CertificateError
 from relay.settings import SettingsError, compare
+from relay.settings.address import Address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,7 +151,7 @@ async def _exchange(relay: Relay, changes: Changes, fresh: _Fresh) -> None:
     relay.web.follow(settings)
     if fresh.web is not None:
         before, relay.web = relay.web, fresh.web
-        maillog.listening(f"{settings.http.host}:{relay.web.port}")
+        maillog.listening(str(Address(settings.http.host, relay.web.port)))
         await before.stop()
     if changes.restart:
         maillog.reload_takes_restart(changes.restart)

@@ -946,6 +946,16 @@ async def test_a_login_at_one_upstream_is_not_shown_to_another(
     assert (len(upstream.accepted), len(other.accepted)) == (1, 1)
 
 
+async def test_an_ipv6_address_of_http_stands_in_brackets(
+    relay: Any, written: Any, other: ScriptedUpstream, logged: Callable[[], str]
+) -> None:
+    async with relay(http={"address": "[::1]:0"}) as running:
+        assert f'"http":"[::1]:{running.http_port}"' in logged()
+        await reload(running.relay, lambda: written(other, {"http": {"address": "127.0.0.1:0"}}))
+        await reload(running.relay, lambda: written(other, {"http": {"address": "[::1]:0"}}))
+        assert f'"event":"listening","address":"[::1]:{running.relay.web.port}"' in logged()
+
+
 async def test_the_answers_of_http_stop_at_the_old_address_alone(
     relay: Any, written: Any, other: ScriptedUpstream
 ) -> None:
