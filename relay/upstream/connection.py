@@ -27,6 +27,9 @@ __all__ = ["Connection", "Failure", "Lessee", "Owner"]
 QUIT_TIMEOUT: Final = 5.0
 """Seconds that the reply to QUIT is waited for, then the upstream's end of TLS, before it is cut."""
 
+MAX_REFUSALS: Final = 3
+"""After so many in a row a connection is not used again."""
+
 _UNLIKE: Final = "end_of_data"
 """The command whose replies differ from each other as a rule, by what the upstream calls the message."""
 
@@ -103,6 +106,10 @@ class Connection(asyncio.Protocol):
         self.lessee: Lessee | None = None
         self.usable = True
         """False once anything but clean replies was seen, or the connection is gone."""
+        self.refusals = 0
+        """How often the upstream has said no since it last accepted a message."""
+        self.misunderstood = False
+        """Whether it has refused a command for its syntax, or for its place in the sequence."""
         self.opened_at = self._loop.time()
         self.idle_since = self.opened_at
         self.transactions = 0
@@ -260,10 +267,30 @@ class Connection(asyncio.Protocol):
         replied = self._replied.get(command)
         if replied is not None:
             replied(now - since)
-        if code == 421:
-            self.usable = False
+        if code >= 400:
+            self._refused(command, code)
+        elif command == _UNLIKE:
+            self.refusals = 0
         answered(reply)
         return True
+
+    def _refused(self, command: str, code: int) -> None:
+        if code == 421:
+            self.usable = False
+        elif command != "xforward":  # that goes on being said, whatever the upstream answers
+            self.refusals += 1
+            if 500 <= code <= 504:
+                self.misunderstood = True
+
+    @property
+    def stained(self) -> bool:
+        """Whether the upstream may hold against the next message what it refused before.
+
+        Servers count errors: Postfix answers late after ten and ends the connection after twenty, until it
+        accepts a message; Exim ends it at the fourth syntax error. And where it is one of many servers behind
+        an address, another one may be well (postscreen: the next connection).
+        """
+        return self.refusals >= MAX_REFUSALS or self.misunderstood
 
     def eof_received(self) -> None:
         """The upstream will send no more: what is awaited will not come."""

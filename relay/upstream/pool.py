@@ -214,6 +214,8 @@ class Pool:
         self._end_lease(connection)
         if not connection.usable:
             connection.abort("not clean")
+        elif connection.stained:
+            connection.quit()
         elif reset:
             connection.send(b"RSET\r\n", "rset", lambda reply: self._was_reset(connection, reply))
         else:

@@ -601,7 +601,7 @@ async def test_ahead_with_nobody_to_send_to(
         assert running.rows() == running.rows("SELECT * FROM task_in_doubt") == []
         assert running.relay.records.journal.in_use == 0
         connections = len(pipelining.connections)
-        trusted = "end_of_data" not in script
+        trusted = not {"end_of_data", "MAIL"} & script.keys()  # behind a refused MAIL, all is out of sequence
         await eventually(lambda: f"{int(trusted)} idle" in repr(running.pool))
         await next_message_passes(client, running, pipelining)
         assert len(pipelining.connections) == connections + (not trusted)

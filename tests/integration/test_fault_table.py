@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -245,6 +245,9 @@ async def test_the_upstream_fails_in_the_transaction(
             assert running.rows() == []
             assert bool(upstream.messages) == (line.stage == "end_of_data")
             upstream.script = {}
+            if line.stage == "MAIL" and pipelined and "PIPELINING" in extensions:
+                # What went up behind the MAIL was out of sequence: servers count such errors.
+                line = replace(line, connection="new")
             await next_message_passes(client, running, upstream, line)
             assert outcomes(running) == {line.outcome: 1, "accepted": 1}
             client.close()

@@ -390,6 +390,59 @@ async def test_a_connection_that_fails_at_rset_is_given_up_unseen(
         assert outcomes(running) == {"aborted": 1, "accepted": 1}
 
 
+# What the upstream refuses, and may count
+
+
+async def test_a_connection_that_heard_no_three_times_in_a_row_is_not_used_again(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        upstream.script = {"RCPT": b"550 5.1.1 nobody\r\n"}
+        await client.ehlo()
+        for _ in range(7):
+            await client.command(MAIL, 250)
+            await client.command(RCPT, 550)
+            await client.command("RSET", 250)
+            await eventually(lambda: ": 0 active" in repr(running.pool), lambda: running.pool)
+        assert [verbs(each).count("MAIL") for each in upstream.connections] == [3, 3, 1]
+        assert [verbs(each)[-2:] for each in upstream.connections[:2]] == [["RCPT", "QUIT"]] * 2
+
+
+async def test_an_accepted_message_makes_up_for_what_was_refused(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        for _ in range(4):
+            upstream.script = {"RCPT": b"550 5.1.1 nobody\r\n"}
+            await client.command(MAIL, 250)
+            await client.command(RCPT, 550)
+            await client.command(RCPT, 550)
+            await client.command("RSET", 250)
+            await idle(running, 1)
+            upstream.script = {}
+            await send(running)
+        assert messages(upstream) == [4]
+
+
+@pytest.mark.parametrize("code", [500, 501, 502, 503, 504])
+async def test_a_connection_that_was_told_of_wrong_syntax_is_not_used_again(
+    code: int, start: Any, upstream: ScriptedUpstream
+) -> None:
+    """Exim ends a connection at the fourth such error, whoever made them and whatever passed in between."""
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.command(MAIL, 250)
+        upstream.script = {"RCPT": b"%d malformed address\r\n" % code}
+        await client.command(RCPT, code)
+        upstream.script = {}
+        await client.command(RCPT, 250)
+        await client.command("DATA", 354)
+        await client.command(CONTENT + b".", 250)
+        await send(running)
+        assert messages(upstream) == [1, 1]
+
+
 # What the pool shows
 
 

@@ -234,8 +234,9 @@ async def test_a_refused_mail_is_the_answer_to_every_rcpt(
             assert outcomes(running, ["one", "general", "none"]) == {outcome: 1}
             assert running.metric("recipients_total", upstream="one", outcome=outcome) == 3
             replies = await client.message("a@x.test", ["b@one.test"], CONTENT, pipelined=pipelined)
-            assert codes(replies) == [250, 250, 354, 250], "the connection is as good as before"
-            assert len(one.connections) == 1
+            assert codes(replies) == [250, 250, 354, 250]
+            # As good as before, unless something went up behind the MAIL: that was out of sequence.
+            assert len(one.connections) == 1 + ("PIPELINING" in extensions)
         assert transactions(general) == 0
         assert not one.violations
 
