@@ -172,16 +172,18 @@ async def _print(
 async def _follow(
     queries: Queries, wanted: SendFilter, limit: int, write: Callable[[Sequence[Row]], None]
 ) -> None:
-    """Print the newest rows, oldest first, then each one as it comes, for ever."""
+    """Print the newest rows, oldest first, then each one as it comes, for ever; without a limit all rows."""
     import asyncio
 
-    known = await queries.newest_id()
-    # What was there at the beginning is not new; what comes meanwhile, or late with a smaller id, is.
-    before = await queries.recorded_after(wanted, known - OVERLAP, OVERLAP)
-    first = await queries.page(wanted, limit) if limit else []
-    seen = {row.id for row in before if row.id <= known} | {row.id for row in first}
+    known, seen = 0, set[int]()
     write(())
-    write(first[::-1])
+    if limit:
+        known = await queries.newest_id()
+        # What was there at the beginning is not new; what comes meanwhile, or late with a smaller id, is.
+        before = await queries.recorded_after(wanted, known - OVERLAP, OVERLAP)
+        first = await queries.page(wanted, limit)
+        seen = {row.id for row in before if row.id <= known} | {row.id for row in first}
+        write(first[::-1])
     while True:
         found = await queries.recorded_after(wanted, known - OVERLAP, 2 * OVERLAP)
         fresh = [row for row in found if row.id not in seen]

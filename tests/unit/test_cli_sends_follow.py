@@ -17,6 +17,7 @@ from uuid import UUID
 import pytest
 
 from relay.cli import main
+from relay.cli.sends import OVERLAP
 from tests.support.recorded import configured, record
 from tests.support.rows import SENT_AT, make_record
 
@@ -53,6 +54,21 @@ def test_new_rows_are_printed_as_they_come(following: subprocess.Popen[str]) -> 
     record(replace(ROW, task_id=UUID(int=5)))
     numbers = [UUID(json.loads(following.stdout.readline())["task_id"]).int for _ in range(2)]
     assert numbers == [4, 5]
+
+
+def test_without_a_limit_all_rows_come_first() -> None:
+    number = 2 * OVERLAP + 500
+    record(*(replace(ROW, task_id=UUID(int=at)) for at in range(1, number)))
+    command = [sys.executable, "-m", "relay", "sends", "--follow", "--limit", "0", "--format", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            found = [UUID(json.loads(process.stdout.readline())["task_id"]).int for _ in range(1, number)]
+            record(replace(ROW, task_id=UUID(int=number)))
+            found.append(UUID(json.loads(process.stdout.readline())["task_id"]).int)
+        finally:
+            process.kill()
+    assert found == [*range(1, number + 1)]
 
 
 def test_a_row_that_comes_while_it_begins_is_printed() -> None:
