@@ -290,8 +290,10 @@ class Relay:
         await self.records.end_housekeeping()
         if hasattr(self, "limits"):
             await self.limits.close()
-        await self.records.close()
-        if hasattr(self, "web"):
-            await self.web.stop()
-        await self._reading.close()
-        self.supervisor.close()
+        try:
+            await self.records.close()
+        finally:
+            if hasattr(self, "web"):
+                await self.web.stop()
+            await self._reading.close()
+            self.supervisor.close()

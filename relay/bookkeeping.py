@@ -101,8 +101,17 @@ class Bookkeeping:
 
     async def close(self) -> None:
         """Make the last rows durable and close everything that did start, the store last."""
-        if hasattr(self, "recorder"):
-            await self.recorder.close(CLOSE_TIMEOUT)
+        try:
+            if hasattr(self, "recorder"):
+                await self.recorder.close(CLOSE_TIMEOUT)
+        finally:  # whatever has failed, no thread of the store keeps the process
+            try:
+                await self._close_files()
+            finally:
+                if hasattr(self, "store"):
+                    await self.store.close()
+
+    async def _close_files(self) -> None:
         if hasattr(self, "journal"):
             self.journal.close()
         if hasattr(self, "spool"):
@@ -110,8 +119,6 @@ class Bookkeeping:
         if hasattr(self, "_agreement") and self.recorder.away() is None:
             with contextlib.suppress(StoreError):  # it runs out, as it does where the store is away
                 await self._agreement.leave()
-        if hasattr(self, "store"):
-            await self.store.close()
 
     # What a process before this one has left
 

@@ -298,3 +298,19 @@ async def test_whatever_a_drain_fails_with_all_is_closed(
     with pytest.raises(OSError, match="cannot drain"):
         await relay._stop
     await eventually(lambda: threads() <= relay._threads, threads)  # that of the database above all
+
+
+async def test_a_stop_that_can_start_no_thread_leaves_none(
+    stopping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a limit of memory or of tasks is reached: the process would stay for good."""
+    relay = await stopping()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(relay.relay.records.recorder._spooler._executor, "submit", fail)
+    relay._stop = asyncio.create_task(relay.relay.stop())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await relay._stop
+    await eventually(lambda: threads() <= relay._threads, threads)
