@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING, TypeVar
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from relay.records.sends import SendFilter
     from relay.settings import Settings
 
-__all__ = ["asked", "mistake", "reading"]
+__all__ = ["asked", "bounded", "mistake", "reading"]
 
 T = TypeVar("T")
 
@@ -57,6 +58,11 @@ def asked(
 
         wanted = replace(wanted, aliases=parts.aliases(settings, wanted.recipient))
     return wanted, place, settings
+
+
+def bounded(limit: int) -> int | None:
+    """Return how many rows or counts are wanted, None: all, as for a number that no database can count to."""
+    return limit if 0 < limit <= sys.maxsize else None
 
 
 def reading(settings: Settings, work: Callable[[Queries], Awaitable[T]]) -> T:

@@ -16,7 +16,7 @@ import typer
 from relay.cli.configuration import ConfigOption
 from relay.cli.failure import CommandError
 from relay.cli.format import Format
-from relay.cli.reading import asked, mistake, reading
+from relay.cli.reading import asked, bounded, mistake, reading
 
 if TYPE_CHECKING:
     from relay.cli.rows import Row
@@ -107,10 +107,10 @@ def search(
 
     write = writer(output, sys.stdout, InDoubt if in_doubt else Send, zone=place)
     if follow:
-        reading(settings, lambda queries: _follow(queries, wanted, limit, write))
+        reading(settings, lambda queries: _follow(queries, wanted, bounded(limit), write))
         return 0
     rows, doubts = reading(
-        settings, lambda queries: _print(queries, wanted, limit or None, write, in_doubt=in_doubt)
+        settings, lambda queries: _print(queries, wanted, bounded(limit), write, in_doubt=in_doubt)
     )
     if not rows and output is Format.TABLE:
         typer.echo(f"relay: no {'messages in doubt' if in_doubt else 'sends'} found", err=True)
@@ -170,7 +170,7 @@ async def _print(
 
 
 async def _follow(
-    queries: Queries, wanted: SendFilter, limit: int, write: Callable[[Sequence[Row]], None]
+    queries: Queries, wanted: SendFilter, limit: int | None, write: Callable[[Sequence[Row]], None]
 ) -> None:
     """Print the newest rows, oldest first, then each one as it comes, for ever; without a limit all rows."""
     import asyncio

@@ -14,7 +14,7 @@ import typer
 
 from relay.cli.configuration import ConfigOption
 from relay.cli.format import Format
-from relay.cli.reading import asked, reading
+from relay.cli.reading import asked, bounded, reading
 from relay.escaping import escaped
 from relay.records.by import By
 
@@ -77,7 +77,7 @@ def stats(
     wanted, place, settings = asked(given, zone, config)
 
     async def count(queries: Queries) -> Statistics:
-        return await queries.statistics(wanted, by, zone=place, detail=detail, limit=limit or None)
+        return await queries.statistics(wanted, by, zone=place, detail=detail, limit=bounded(limit))
 
     found = reading(settings, count)
     _write(found, by, output, sys.stdout, detail=detail)

@@ -113,6 +113,15 @@ def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture
     assert not Path("data").exists()
 
 
+@pytest.mark.parametrize("command", [["stats", "--by", "type"], ["sends"]])
+def test_a_limit_beyond_what_can_be_counted_is_none(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(ROW)
+    assert main([*command, "--limit", str(2**64), "--format", "json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_nothing_to_count(capsys: pytest.CaptureFixture[str]) -> None:
     some()
     assert main(["stats", "--by", "type", "--type", "none"]) == 0
