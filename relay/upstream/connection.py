@@ -10,11 +10,12 @@ set or cancelled for a command.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from relay.reply import USUAL_SIZE, MalformedReplyError, Reply, ReplyParser, usual
+from relay.reply import MAX_REPLY, USUAL_SIZE, MalformedReplyError, Reply, ReplyParser, usual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -297,7 +298,9 @@ class Connection(asyncio.Protocol):
         self._end(Failure("closed by the upstream"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The transport is gone."""
+        """The transport is gone; what the upstream had said before stands."""
+        if exc is not None and self._transport is not None and (said := _unread(self._transport)):
+            self.data_received(said)
         self._end(Failure(f"lost: {exc}" if exc else "closed"))
 
     def pause_writing(self) -> None:
@@ -348,6 +351,20 @@ class Connection(asyncio.Protocol):
     def __repr__(self) -> str:
         state = "leased" if self.lessee else "idle"
         return f"<Connection {state if self._transport else 'ended'}, {self.transactions} transactions>"
+
+
+def _unread(transport: asyncio.Transport) -> bytes:
+    """Return what had come before a write failed: a server that refuses content in its midst, and closes.
+
+    The event loop reads no more then, though the socket still has it. Within TLS it can be read by nobody.
+    """
+    stream = transport.get_extra_info("socket")
+    if stream is None or transport.get_extra_info("sslcontext") is not None:
+        return b""
+    try:
+        return os.read(stream.fileno(), MAX_REPLY)
+    except OSError:
+        return b""
 
 
 def _unsolicited(reply: Reply) -> Failure:

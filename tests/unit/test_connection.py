@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from typing import Any
 
 import pytest
@@ -351,3 +352,30 @@ async def test_replies_are_timed_by_their_command(talk: Talk) -> None:
         return talk.metrics.registry.get_sample_value("smtp_relay_upstream_reply_seconds_count", labels)
 
     assert [timed(name) for name in ("mail", "rcpt", "quit")] == [1, 0, None]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_was_said_before_a_write_fails_is_heard(loop: str) -> None:
+    """A server that refuses in the middle of content says why, and closes with the rest of it unread."""
+
+    async def refused() -> None:
+        talk = Talk()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                asyncio.Protocol, *server.getsockname()
+            )
+            talk.connection.attach(transport)
+            transport.pause_reading()  # as if the write came in the same turn of the loop
+            talk.command("end_of_data")
+            upstream, _ = server.accept()
+            upstream.sendall(b"500 5.2.0 Line too long\r\n")
+            upstream.close()  # with octets unread: a reset follows
+            while not talk.ends:
+                talk.connection.write(b"more\r\n")
+                await asyncio.sleep(0)
+        assert talk.answers == [("end_of_data", 500)]
+        assert [failure.reply for failure in talk.failures] == [None]
+
+    factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(asyncio.wait_for(refused(), 30))
