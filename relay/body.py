@@ -63,7 +63,7 @@ class Body:
         self.rest = b""
         self.fault: Fault | None = None
         self.received = 0
-        """Octets from the client so far."""
+        """Octets of the content so far, as the client sent them: stuffing dots included, terminator not."""
         self.size = 0
         """Octets of the content as RFC 1870 counts them: CRLF included, stuffing dots and terminator not."""
 
@@ -93,6 +93,7 @@ class Body:
         if end >= 0:
             content = data[: end + 2]
             self.rest = data[end + 5 :]
+            self.received -= 3 + len(self.rest)
             self.ended = True
         else:
             held = _beginning(data)

@@ -58,11 +58,12 @@ def test_a_clean_message_passes_octet_for_octet_in_every_two_way_split(content: 
         assert out == content
         assert body.rest == b""
         assert body.size == len(unstuffed(content))
+        assert body.received == len(content)
 
 
 def test_octets_behind_the_end_are_left_for_the_session() -> None:
     body, out = carry(b"a\r\n.\r\nQUIT\r\n")
-    assert (out, body.rest) == (b"a\r\n", b"QUIT\r\n")
+    assert (out, body.rest, body.received) == (b"a\r\n", b"QUIT\r\n", 3)
 
 
 @pytest.mark.parametrize(
