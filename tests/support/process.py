@@ -27,7 +27,7 @@ __all__ = ["ROOT", "RelayProcess", "toml"]
 ROOT = Path(__file__).resolve().parents[2]
 """The directory in which `python -m relay` finds the package."""
 
-_START_S = 30.0
+_START_S = 60.0
 _STOP_S = 60.0
 _POLL_S = 0.005
 
@@ -187,7 +187,7 @@ class RelayProcess:
         """What all processes wrote to standard error."""
         return self.error_file.read_text()
 
-    async def event(self, name: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def event(self, name: str, *, timeout_s: float = _START_S) -> dict[str, Any]:
         """Return the first line of the present process's log with this event, once it is there."""
         end = time.monotonic() + timeout_s
         while True:
