@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
 __all__ = [
     "AS_ROOT",
@@ -29,6 +29,7 @@ __all__ = [
     "command",
     "daemon_directory",
     "free_port",
+    "listening",
     "needs",
     "run",
 ]
@@ -107,3 +108,35 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextlib.asynccontextmanager
+async def listening(port: int, name: str, *arguments: str) -> AsyncIterator[None]:
+    """Run the command `name`, which stays in the foreground, from when it listens at `port` on."""
+    process = await asyncio.create_subprocess_exec(
+        *(command(name), *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        await _listens(port, name, process)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await process.communicate()
+
+
+async def _listens(port: int, name: str, process: asyncio.subprocess.Process) -> None:
+    for _ in range(600):
+        if process.returncode is not None:
+            _, said = await process.communicate()
+            raise AssertionError(f"{name} did not start: {said.decode(errors='replace')}")
+        with contextlib.suppress(ConnectionError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            await writer.wait_closed()
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{name} does not listen")

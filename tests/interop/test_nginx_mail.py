@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.interop.peers import command, daemon_directory, free_port, needs
+from tests.interop.peers import daemon_directory, free_port, listening, needs
 from tests.support.client import Client
 from tests.support.upstream import ScriptedUpstream
 
@@ -72,34 +71,8 @@ async def nginx(relay: int, directives: str) -> AsyncIterator[int]:
                 module=MODULE, directory=directory, relay=relay, port=port, directives=directives
             )
         )
-        process = await asyncio.create_subprocess_exec(
-            command("nginx"),
-            *("-c", str(configuration), "-p", str(directory), "-e", "stderr"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            await _listens(port, process)
+        async with listening(port, "nginx", "-c", str(configuration), "-p", str(directory), "-e", "stderr"):
             yield port
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.communicate()
-
-
-async def _listens(port: int, process: asyncio.subprocess.Process) -> None:
-    for _ in range(200):
-        if process.returncode is not None:
-            _, said = await process.communicate()
-            raise AssertionError(f"nginx did not start: {said.decode(errors='replace')}")
-        with contextlib.suppress(ConnectionError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            await writer.wait_closed()
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("nginx does not listen")
 
 
 async def test_the_client_behind_it_is_the_client(start: Any, upstream: ScriptedUpstream) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.session.proxy import Header, Result
-from tests.interop.peers import command, daemon_directory, free_port, needs
+from tests.interop.peers import daemon_directory, free_port, listening, needs
 from tests.support.client import Client
 from tests.support.upstream import EXTENSIONS, ScriptedUpstream
 from tests.support.watch import eventually
@@ -54,34 +54,8 @@ async def haproxy(relay: int, options: str) -> AsyncIterator[int]:
     with daemon_directory() as directory:
         configuration = directory / "haproxy.cfg"
         configuration.write_text(CONFIGURATION.format(port=port, relay=relay, options=options))
-        process = await asyncio.create_subprocess_exec(
-            command("haproxy"),
-            *("-f", str(configuration), "-db"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            await _listens(port, process)
+        async with listening(port, "haproxy", "-f", str(configuration), "-db"):
             yield port
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.communicate()
-
-
-async def _listens(port: int, process: asyncio.subprocess.Process) -> None:
-    for _ in range(200):
-        if process.returncode is not None:
-            _, said = await process.communicate()
-            raise AssertionError(f"haproxy did not start: {said.decode(errors='replace')}")
-        with contextlib.suppress(ConnectionError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            await writer.wait_closed()
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("haproxy does not listen")
 
 
 OPTIONS = {
