@@ -50,12 +50,15 @@ def _signals_held() -> Iterator[None]:
     """Have signals wait while all is loaded, which is most of a start, until `process.py` hears them.
 
     By themselves SIGHUP would end the process, SIGINT with a traceback, and SIGTERM would be lost on
-    process 1 of a container.
+    process 1 of a container. Where a start fails there is nobody to hear them: it ends, and says why.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield
     finally:
+        while held & signal.sigpending():
+            signal.sigwait(held)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -203,23 +203,33 @@ async def test_a_hangup_while_the_configuration_is_read_reloads_behind_the_start
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     async with RelayProcess(tmp_path, upstream.port) as relay:
-        text = await reading_its_configuration(relay, signal.SIGHUP)
-        await asyncio.to_thread(relay.config.write_text, text)  # for the reload
+        await reading_its_configuration(relay, signal.SIGHUP)
         await relay.event("reloaded")
         assert await relay.terminate() == 0
 
 
-async def reading_its_configuration(relay: RelayProcess, number: int) -> str:
-    """Start the relay, send the signal as it opens the file, then let it read that; return the text."""
-    text = relay.config.read_text()
-    relay.config.unlink()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_a_start_that_fails_says_why_whatever_signal_came(
+    number: int, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        relay.config.write_text(relay.config.read_text().replace("hostname", "hostnam"))
+        await reading_its_configuration(relay, number)
+        assert await relay.ended(SLACK_S) == 2
+    assert 'server.hostnam: unknown key; did you mean "hostname"?' in relay.errors()
+
+
+async def reading_its_configuration(relay: RelayProcess, number: int) -> None:
+    """Start the relay, send the signal as it opens the file, then let it read that."""
+    kept = relay.config.with_suffix(".kept")
+    relay.config.rename(kept)
     os.mkfifo(relay.config)
     await relay.spawn()
     file = await asyncio.to_thread(relay.config.open, "w")
     relay.signal(number)
     with file:
-        file.write(text)
-    return text
+        file.write(kept.read_text())
+        kept.replace(relay.config)  # before the relay reads to the end of the pipe: a reload opens this one
 
 
 async def test_a_hangup_during_the_start_reloads_behind_it(
