@@ -246,7 +246,7 @@ def stage_set(
     """Run a relay and its upstream in a loop that lasts for all examples."""
     monkeypatch.setattr(app_module, "SWEEP_INTERVAL", 0.02)
     monkeypatch.setattr(breaker, "THRESHOLD", sys.maxsize)  # else most examples find the upstream down
-    # What cannot answer hangs up, so nothing waits for these: a short one would fail what a busy machine delays.
+    # What cannot answer hangs up, so nothing waits for these; a busy machine may delay all else.
     waits = dict.fromkeys(["reply_timeout", "end_of_data_timeout", "connect_timeout"], "20s")
     with asyncio.Runner() as runner:
         upstream = Forging()
