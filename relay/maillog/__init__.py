@@ -61,6 +61,7 @@ __all__ = [
     "upstream_down",
     "upstream_drained",
     "upstream_failed",
+    "upstream_full",
     "upstream_retired",
     "upstream_up",
     "user_not_checked",
@@ -253,6 +254,13 @@ def upstream_connected(name: str, address: str, reason: Wire) -> None:
 def upstream_failed(name: str, address: str, reason: Wire) -> None:
     """An upstream could not be connected to."""
     current.log.warning("upstream failed", upstream=name, address=address, reason=reason)
+
+
+def upstream_full(name: str, address: str, reason: Wire, allowed: int, most: int) -> None:
+    """An upstream takes no more connections than `allowed`, of the `most` that the settings say."""
+    current.log.warning(
+        "upstream full", upstream=name, address=address, reason=reason, allowed=allowed, max_connections=most
+    )
 
 
 def upstream_down(name: str, address: str, reason: Wire, pause_s: float) -> None:

@@ -102,7 +102,7 @@ class UpstreamSettings(Endpoint):
     password: SecretStr | None = None
     """Password for AUTH with the upstream. Better: password_file."""
     max_connections: Annotated[Count, Field(le=65_535)] = 20
-    """Connections to the upstream at the same time; no more than TCP has ports for."""
+    """Connections to the upstream at the same time, or as many as it takes; no more than TCP has ports."""
     idle_timeout: Duration = written("60s")
     """An unused connection is closed after this time."""
     max_age: Duration = written("5m")

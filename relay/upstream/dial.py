@@ -40,14 +40,18 @@ class DialError(Exception):
 
     `stage` is one of the fixed connect outcomes of the metrics; `reply` is what the client hears; the
     text is for the operator. `verdict` is set when it is the upstream's own reply to the credentials of a
-    client; `reply` is then the same.
+    client; `reply` is then the same. `turned_away`: the upstream said that it takes no session now, by a
+    4yz reply in the handshake (421 usually: RFC 5321 3.8).
     """
 
-    def __init__(self, stage: str, text: str, reply: Reply, *, verdict: bool = False) -> None:
+    def __init__(
+        self, stage: str, text: str, reply: Reply, *, verdict: bool = False, turned_away: bool = False
+    ) -> None:
         super().__init__(text)
         self.stage = stage
         self.reply = reply
         self.verdict = reply if verdict else None
+        self.turned_away = turned_away
 
 
 class Dialed(NamedTuple):
@@ -303,7 +307,7 @@ def _refused(error: sasl.RefusedError, told: tuple[Credentials, ...], *, of_clie
     text = f"the upstream refused the login: {said}"
     if of_client:
         return DialError("auth", text, error.reply, verdict=True)
-    return DialError("auth", text, NOT_SECURED)
+    return DialError("auth", text, NOT_SECURED, turned_away=error.reply.transient)
 
 
 def _classified(stage: str, error: Exception, watch: _Watch | None) -> DialError:
@@ -318,7 +322,8 @@ def _classified(stage: str, error: Exception, watch: _Watch | None) -> DialError
         elif isinstance(error, aiosmtplib.SMTPResponseException):
             stage = "greeting"
     reply = NOT_SECURED if stage in ("tls", "auth") else UNREACHABLE
-    return DialError(stage, text, reply)
+    turned_away = isinstance(error, aiosmtplib.SMTPResponseException) and 400 <= error.code < 500
+    return DialError(stage, text, reply, turned_away=turned_away)
 
 
 def _tls_context(upstream: UpstreamSettings) -> ssl.SSLContext:

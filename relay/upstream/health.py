@@ -86,6 +86,10 @@ class Health:
         self._metrics.up(value=True)
         self.last_error = None
 
+    def full(self, error: DialError) -> None:
+        """An attempt was turned away while other connections stood."""
+        self._metrics.connected(error.stage)
+
     def answered(self) -> None:
         """MAIL was answered on one of the connections."""
         self._breaker.answered()

@@ -1,12 +1,13 @@
 """The pool of one upstream's connections: bounded, reused, retired in time.
 
 Rules: every connection, from the first octet of its handshake to its end, holds one of `max_connections`
-permits. A connection belongs to an identity, the relay's own account or the credentials of a client, and
-is given to nobody else; it is known by a keyed hash, and no credentials are kept. Waiters are served in
-fair shares between clients, with a connection that comes back or with the permit of one that went. Only a
-connection that saw nothing but clean replies comes back. An idle connection on which the upstream closes,
-or speaks, is gone before anybody can be given it. While the breaker is open nothing is opened for a message:
-an attempt of the pool's own finds out when the upstream is back.
+permits, or of as many as the upstream allows, if those are fewer. A connection belongs to an identity, the
+relay's own account or the credentials of a client, and is given to nobody else; it is known by a keyed hash,
+and no credentials are kept. Waiters are served in fair shares between clients, with a connection that comes
+back or with the permit of one that went. Only a connection that saw nothing but clean replies comes back. An
+idle connection on which the upstream closes, or speaks, is gone before anybody can be given it. While the
+breaker is open nothing is opened for a message: an attempt of the pool's own finds out when the upstream is
+back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 from relay import maillog
 from relay.reply import Reply
+from relay.upstream.allowance import Allowance
 from relay.upstream.capabilities import UNKNOWN, Capabilities
 from relay.upstream.connection import Connection
 from relay.upstream.dial import UNREACHABLE, Dialer, DialError
@@ -58,6 +60,10 @@ class UnavailableError(Exception):
         self.verdict = verdict
 
 
+class _TurnedAwayError(Exception):
+    """The upstream takes no more connections now; others stand."""
+
+
 class Pool:
     """Connections to one upstream."""
 
@@ -85,7 +91,8 @@ class Pool:
         self._open: set[Connection] = set()
         self._idle = Idle(upstream.max_age)
         self._dialing = 0
-        self._shares = Shares(upstream.max_connections)
+        self._allowance = Allowance(upstream.max_connections)
+        self._shares = Shares()
         self._leaving: set[Connection] = set()
         """Those that are closed to make room for a waiter."""
         self._closing = False
@@ -108,7 +115,7 @@ class Pool:
 
     def over_share(self, client: str) -> bool:
         """Whether the client holds more than its fair share while another one waits."""
-        return self._shares.waiting > 0 and self._shares.over(client)
+        return self._shares.waiting > 0 and self._shares.over(client, self._allowance.limit)
 
     # How it is
 
@@ -137,7 +144,10 @@ class Pool:
         if self.draining:
             busy = self.transactions
             return f"draining, {busy} transactions" if busy else "drained"
-        return self._health.in_words(now)
+        words = self._health.in_words(now)
+        if self._allowance.reduced:
+            words += f", takes no more than {self._allowance.limit} connections"
+        return words
 
     def answered(self) -> None:
         """MAIL was answered on one of the connections."""
@@ -182,31 +192,36 @@ class Pool:
 
         Raises UnavailableError when none can be had within `lease_wait_timeout`.
         """
-        identity = None if credentials is None else self.identity(credentials)
-        while True:
-            if not fresh and (connection := self._take(client, identity)) is not None:
-                return connection
-            if self.avoided and self._used < self._settings.max_connections:
-                raise self._left_alone()
-            granted = await self._room(client, identity, fresh=fresh)
-            if granted is None:
-                return (await self._dial(client, identity, credentials))[0]
-            # It may have ended between being handed over and this task's turn; its permit is free again then.
-            if granted.usable:
-                return granted
+        return (await self._lease(client, credentials, fresh=fresh))[0]
 
     async def login(self, credentials: Credentials) -> Reply:
         """Try the credentials on a new connection, which is kept; return the upstream's 235.
 
         Raises UnavailableError, with the upstream's own reply as its `verdict` if it gave one.
         """
-        identity = self.identity(credentials)
-        if self.avoided:
-            raise self._left_alone()
-        await self._room(RELAY, identity, fresh=True)
-        connection, welcome = await self._dial(RELAY, identity, credentials)
+        connection, welcome = await self._lease(RELAY, credentials, fresh=True)
         self.release(connection, reset=False)
         return cast("Reply", welcome)
+
+    async def _lease(
+        self, client: str, credentials: Credentials | None, *, fresh: bool
+    ) -> tuple[Connection, Reply | None]:
+        """As `acquire`; with the reply to the login of a connection that was opened."""
+        identity = None if credentials is None else self.identity(credentials)
+        until = self._loop.time() + self._settings.lease_wait_timeout
+        number = self._shares.arrival()
+        while True:
+            if not fresh and (connection := self._take(client, identity)) is not None:
+                return connection, None
+            if self.avoided and self._allowance.room(self._used):
+                raise self._left_alone()
+            granted = await self._room(Waiter(client, identity, number, fresh=fresh), until)
+            if granted is None:
+                with contextlib.suppress(_TurnedAwayError):
+                    return await self._dial(client, identity, credentials)
+            # It may have ended between being handed over and this task's turn; its permit is free again then.
+            elif granted.usable:
+                return granted, None
 
     def release(self, connection: Connection, *, reset: bool) -> None:
         """Take a connection back after its transaction; `reset`: a transaction is still open on it."""
@@ -275,35 +290,40 @@ class Pool:
     def _used(self) -> int:
         return len(self._open) + self._dialing
 
-    async def _room(self, client: str, identity: bytes | None, *, fresh: bool) -> Connection | None:
+    async def _room(self, waiter: Waiter, until: float) -> Connection | None:
         """Return a connection that was waited for, or None: a permit to open one (counted in `_dialing`).
 
-        Either is counted as a lease of the client.
+        Either is counted as a lease of the client. Raises UnavailableError at the time `until`.
         """
-        if self._used >= self._settings.max_connections:
+        if not self._allowance.room(self._used):
             self._end_oldest_idle()
-        if self._used < self._settings.max_connections:
+        if self._allowance.room(self._used):
             self._dialing += 1
-            self._shares.lend(client)
+            self._shares.lend(waiter.client)
             return None
-        return await self._wait(client, identity, fresh=fresh)
+        return await self._wait(waiter, until)
 
     def _end_oldest_idle(self) -> None:
         """End the connection that has been idle longest, of whatever identity."""
         oldest = self._idle.oldest()
-        if oldest is not None:
+        if oldest is None:
+            return
+        if self._allowance.reduced:  # there is room once the upstream has seen it go
+            self._idle.remove(oldest)
+            self._leaving.add(oldest)
+            oldest.quit()
+        else:
             oldest.abort("made room for a new connection")
 
-    async def _wait(self, client: str, identity: bytes | None, *, fresh: bool) -> Connection | None:
-        granted: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(client, identity, fresh=fresh, granted=granted)
+    async def _wait(self, waiter: Waiter, until: float) -> Connection | None:
+        granted = waiter.granted
         self._shares.wait(waiter)
         try:
-            async with asyncio.timeout(self._settings.lease_wait_timeout):
+            async with asyncio.timeout_at(until):
                 return await granted
         except BaseException as error:
             if granted.done() and not granted.cancelled():
-                self._hand_back(client, granted.result())
+                self._hand_back(waiter.client, granted.result())
             if isinstance(error, TimeoutError):
                 raise UnavailableError(BUSY) from error
             raise
@@ -324,7 +344,7 @@ class Pool:
             self.release(granted, reset=False)
 
     def _pass_permits(self) -> None:
-        while self._shares.waiting and self._used < self._settings.max_connections:
+        while self._shares.waiting and self._allowance.room(self._used):
             waiter = self._shares.next(lambda _: True)
             if waiter is None:  # those that are left have stopped waiting
                 return
@@ -344,7 +364,8 @@ class Pool:
     ) -> tuple[Connection, Reply | None]:
         """Open a connection within a permit that the caller has; return it with the reply to its login.
 
-        `decisive`: it is the attempt by which the breaker closes, or does not.
+        `decisive`: it is the attempt by which the breaker closes, or does not. Raises _TurnedAwayError if
+        another connection can be waited for.
         """
         leased = False
         try:
@@ -352,6 +373,9 @@ class Pool:
                 raise self._left_alone()
             transport, capabilities, welcome = await self._dialer.dial(credentials)
         except DialError as error:
+            if error.turned_away and self._used > 1 and not decisive:
+                self._full(error)
+                raise _TurnedAwayError from error
             self._failed(error, identity, decisive=decisive)
             if error.verdict is not None:
                 heard = error.verdict.recoded(451) if error.verdict.transient else LOG_IN_AGAIN
@@ -370,6 +394,7 @@ class Pool:
             connection.leased_to = client
             leased = True
             self._open.add(connection)
+            self._allowance.opened(len(self._open))
             if capabilities != self.capabilities or self.capabilities is UNKNOWN:
                 self.capabilities = capabilities  # else the one that is known: replies are made for it
             self._health.connected()
@@ -381,6 +406,13 @@ class Pool:
             if not leased:
                 self._shares.give_back(client)
             self._pass_permits()
+
+    def _full(self, error: DialError) -> None:
+        """Take note that the upstream takes no more connections than stand beside this one."""
+        self._health.full(error)
+        if self._allowance.turned_away(self._used - 1, self._loop.time()):
+            allowed, most = self._allowance.limit, self._settings.max_connections
+            maillog.upstream_full(self.name, self._settings.address, str(error), allowed, most)
 
     def _failed(self, error: DialError, identity: bytes | None, *, decisive: bool) -> None:
         """Take note of a dial that failed; whose credentials are refused says nothing of the upstream."""
@@ -414,7 +446,8 @@ class Pool:
         """Find out whether the upstream is back, by a connection of nobody's message."""
         self._health.try_begins()
         try:
-            await self._room(RELAY, None, fresh=True)
+            until = self._loop.time() + self._settings.lease_wait_timeout
+            await self._room(Waiter(RELAY, None, self._shares.arrival(), fresh=True), until)
             connection, _ = await self._dial(RELAY, None, None, decisive=True)
         except UnavailableError:
             self._health.not_tried()
@@ -434,6 +467,8 @@ class Pool:
             self._drain_told = True
             if not self._replaced:
                 maillog.upstream_drained(self.name, self._settings.address)
+        self._allowance.sweep(now)
+        self._pass_permits()
         for connection in tuple(self._open):
             connection.check(now)
         for connection in self._idle:

@@ -8,11 +8,11 @@ costs two changes of a dict for a lease.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from relay.upstream.connection import Connection
@@ -25,23 +25,20 @@ class Waiter:
 
     __slots__ = ("client", "fresh", "granted", "identity", "number")
 
-    def __init__(
-        self, client: str, identity: bytes | None, *, fresh: bool, granted: asyncio.Future[Connection | None]
-    ) -> None:
-        """`fresh`: it takes a permit only."""
+    def __init__(self, client: str, identity: bytes | None, number: int, *, fresh: bool) -> None:
+        """`number` tells who came first; `fresh`: it takes a permit only."""
         self.client = client
         self.identity = identity
+        self.number = number
         self.fresh = fresh
-        self.granted = granted
-        self.number = 0
+        self.granted: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
 
 
 class Shares:
     """Leases and waiters of each client."""
 
-    def __init__(self, total: int) -> None:
-        """`total` is how many leases there can be at once."""
-        self._total = total
+    def __init__(self) -> None:
+        """Nobody holds or waits."""
         self._leases: dict[str, int] = {}
         self._waiters: dict[str, OrderedDict[int, Waiter]] = {}
         self._came = 0
@@ -65,12 +62,19 @@ class Shares:
         else:
             del self._leases[client]
 
-    def wait(self, waiter: Waiter) -> None:
-        """Put a waiter in the queue."""
+    def arrival(self) -> int:
+        """Return the number of one that comes now."""
         self._came += 1
+        return self._came
+
+    def wait(self, waiter: Waiter) -> None:
+        """Put a waiter in the queue: behind all others, unless it came before some of them."""
         self.waiting += 1
-        waiter.number = self._came
-        self._waiters.setdefault(waiter.client, OrderedDict())[waiter.number] = waiter
+        queue = self._waiters.setdefault(waiter.client, OrderedDict())
+        behind = next(reversed(queue), 0)
+        queue[waiter.number] = waiter
+        if waiter.number < behind:
+            self._waiters[waiter.client] = OrderedDict(sorted(queue.items()))
 
     def remove(self, waiter: Waiter) -> None:
         """Take a waiter out, if it is still in."""
@@ -92,13 +96,13 @@ class Shares:
     def _turn(self, waiter: Waiter) -> tuple[int, int]:
         return self._leases.get(waiter.client, 0), waiter.number
 
-    def over(self, client: str) -> bool:
-        """Whether the client holds more than its share while another one waits."""
+    def over(self, client: str, total: int) -> bool:
+        """Whether the client holds more than its share of `total` while another one waits."""
         leases = self._leases.get(client, 0)
         if leases <= 1 or not any(other != client for other in self._waiters):
             return False
         clients = len(self._leases) + sum(each not in self._leases for each in self._waiters)
-        return leases > -(-self._total // clients)
+        return leases > -(-total // clients)
 
     def __repr__(self) -> str:
         return f"<Shares: {self.leases} leases, {self.waiting} waiting>"

@@ -435,6 +435,26 @@ async def test_which_idle_connection_makes_room_is_the_one_that_lay_longest(door
     assert at.lease(ANN) is connection
 
 
+async def test_where_the_upstream_takes_no_more_what_makes_room_has_gone_before_the_next_comes(
+    door: Any,
+) -> None:
+    """What it has not seen go is still one of those that it takes."""
+    at = await door(lease_wait_timeout="1m")
+
+    def full(*_: object) -> Close | None:
+        return Close(b"421 4.7.0 too many connections\r\n") if len(at.upstream.open_connections) > 1 else None
+
+    at.upstream.script = {"greeting": full}
+    for turn in range(4):
+        who = (ANN, BEN)[turn % 2]
+        connection = await at.pool.acquire(who.user, who)
+        assert at.user(connection) == who.user
+        at.pool.release(connection, reset=False)
+    gone, turned_away, *later = at.upstream.connections
+    assert [each.lines[-1] == b"QUIT" for each in (gone, *later)] == [True, True, True, False]
+    assert turned_away.lines == []
+
+
 # In clear
 
 

@@ -79,6 +79,9 @@ MASTER = """\
  -o smtpd_forbid_unauth_pipelining=yes
 127.0.0.1:{bare} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=pipelining,dsn,smtputf8,chunking
  -o smtpd_forbid_unauth_pipelining=yes
+127.0.0.1:{few} inet n - n - - smtpd -o smtpd_client_connection_count_limit=2
+ -o smtpd_client_event_limit_exceptions=
+ -o smtpd_forbid_unauth_pipelining=yes
 cleanup unix n - n - 0 cleanup
 pickup unix n - n 60 1 pickup
 qmgr unix n - n 300 1 qmgr
@@ -110,6 +113,8 @@ class Postfix:
     """Without PIPELINING, DSN and SMTPUTF8."""
     xforward: int
     """With XFORWARD, for clients from loopback; it knows IPv6."""
+    few: int
+    """No more than two connections of one client at the same time."""
 
     @property
     def version(self) -> str:
@@ -170,7 +175,7 @@ class Postfix:
 def postfix(certificate: bytes) -> Iterator[Postfix]:
     """Run a Postfix whose key and certificate chain (PEM) are `certificate`."""
     with daemon_directory() as directory:
-        instance = Postfix(directory, *(free_port() for _ in range(5)))
+        instance = Postfix(directory, *(free_port() for _ in range(6)))
         _configure(instance, certificate)
         process = begin(directory)
         try:
@@ -183,7 +188,8 @@ def postfix(certificate: bytes) -> Iterator[Postfix]:
 def _configure(instance: Postfix, certificate: bytes) -> None:
     directory = instance.directory
     main = MAIN.format(**prepared(directory), limit=MESSAGE_SIZE_LIMIT)
-    ports = {name: getattr(instance, name) for name in ("plain", "tls", "no_size", "bare", "xforward")}
+    names = ("plain", "tls", "no_size", "bare", "xforward", "few")
+    ports = {name: getattr(instance, name) for name in names}
     (directory / "etc/main.cf").write_text(main)
     (directory / "etc/master.cf").write_text(MASTER.format(**ports))
     (directory / "etc/header_checks").write_text(HEADER_CHECKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 from collections.abc import Iterator
@@ -271,6 +272,23 @@ async def test_only_what_postfix_has_and_the_relay_can_carry_is_offered(postfix:
         )
         assert [reply.code for reply in replies] == [250, 250, 550, 354, 250]
         assert len(running.rows()) == len(postfix.queue()) == 1
+
+
+async def test_what_a_postfix_takes_no_connection_for_waits_for_one_that_it_has(
+    postfix: Postfix, start: Any
+) -> None:
+    async def send(number: int) -> int:
+        async with Client(running.port) as client:
+            await client.ehlo()
+            replies = await client.message("a@example.test", ["b@example.test"], content(number))
+            return replies[-1].code
+
+    async with start(postfix.few, upstream={"lease_wait_timeout": "1h"}) as running:
+        assert await asyncio.gather(*(send(number) for number in range(20))) == [250] * 20
+        assert running.metric("upstream_connects_total", upstream="primary", outcome="greeting") >= 1
+        assert running.metric("upstream_up", upstream="primary") == 1
+        assert len(running.rows()) == len(postfix.queue()) == 20
+    assert "Connection concurrency limit exceeded" in postfix.log()
 
 
 async def test_postfix_logs_the_client_that_xforward_names(postfix: Postfix, start: Any) -> None:

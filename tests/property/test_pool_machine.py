@@ -2,9 +2,9 @@
 
 Nobody is given a connection of another identity, and whose turn it is gets what comes: who holds least, in
 order among equals. Leases are asked for by clients with and without credentials, given up while they wait,
-given back clean or in the middle of a transaction; dials succeed, fail, and are refused; the upstream
-closes, says 421 or talks out of turn on any connection, idle or not; time passes. The upstream is in memory:
-it answers RSET and QUIT and does else what the machine decides.
+given back clean or in the middle of a transaction; dials succeed, fail, are refused, or turned away; the
+upstream closes, says 421 or talks out of turn on any connection, idle or not; time passes. The upstream is in
+memory: it answers RSET and QUIT and does else what the machine decides.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from relay.metrics import Metrics
 from relay.reply import Reply
 from relay.settings import UpstreamSettings
 from relay.upstream import breaker
+from relay.upstream.allowance import PAUSE
 from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection, Failure
 from relay.upstream.dial import UNREACHABLE, Dialed, DialError
@@ -84,7 +85,7 @@ class MachineDialer:
         self.pending: list[asyncio.Future[str]] = []
         self.transports: list[MemoryTransport] = []
         self.failed: set[object] = set()
-        """The tasks whose dials have failed."""
+        """The tasks whose dials have failed, until they wait again."""
 
     @property
     def open(self) -> list[MemoryTransport]:
@@ -94,6 +95,7 @@ class MachineDialer:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
         self.pending.append(answer)
+        self.failed.discard(asyncio.current_task())
         end = "cancelled"
         try:
             end = await answer
@@ -103,6 +105,8 @@ class MachineDialer:
                 self.failed.add(asyncio.current_task())
         if end == "is refused" and credentials is not None:
             raise DialError("auth", "refused", REFUSED, verdict=True)
+        if end == "is turned away":
+            raise DialError("greeting", "421 too many", UNREACHABLE, turned_away=True)
         if end != "succeeds":
             raise DialError("unreachable", "refused", UNREACHABLE)
         self.transports.append(MemoryTransport(loop, credentials))
@@ -160,10 +164,16 @@ class PoolMachine(RuleBasedStateMachine):
         """By task: the client that asks, and its credentials."""
         self.grant = self.pool._grant
         self.pool._grant = self.granted  # type: ignore[method-assign]
+        self.wait = self.pool._shares.wait
+        self.pool._shares.wait = self.waits  # type: ignore[method-assign]
         self.handed: list[tuple[str, Connection]] = []
         """To whom a connection was given whose task has not gone on yet."""
         self.holders: list[Holder] = []
         self.failed: set[int] = set()
+
+    def waits(self, waiter: Waiter) -> None:
+        self.dialer.failed.discard(asyncio.current_task())
+        self.wait(waiter)
 
     def granted(self, waiter: Waiter, connection: Connection | None) -> None:
         """Look whether it was the turn of who is given something, by the machine's own count."""
@@ -274,7 +284,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.run(act)
 
     @precondition(lambda self: self.dialer.pending)
-    @rule(how=st.sampled_from(["succeeds", "succeeds", "fails", "is refused"]))
+    @rule(how=st.sampled_from(["succeeds", "succeeds", "fails", "is refused", "is turned away"]))
     def dial_ends(self, how: str) -> None:
         self.run(lambda: self.dialer.pending[0].set_result(how))
 
@@ -317,7 +327,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.failed.add(id(transport._protocol))
         self.run(lambda: transport.say(how) if how else transport._protocol.eof_received())
 
-    @rule(seconds=st.sampled_from([1.0, 61.0, 301.0]))
+    @rule(seconds=st.sampled_from([1.0, 11.0, 61.0, 301.0]))
     def time_passes(self, seconds: float) -> None:
         self.run(lambda: self.pool.sweep(self.loop.time() + seconds))
 
@@ -331,7 +341,8 @@ class PoolMachine(RuleBasedStateMachine):
         waiting = len(self.asked) - len(self.dialer.pending)
         if waiting:
             in_use = [holder for holder in self.holders if holder.connection.usable]
-            assert len(in_use) + len(self.dialer.pending) == MAX_CONNECTIONS
+            assert not self.pool._allowance.room(len(in_use) + len(self.dialer.pending))
+            assert in_use or self.dialer.pending, "there is nothing to wait for"
 
     def teardown(self) -> None:
         """Whatever has happened: all who wait are served, all connections can be had again, and all go."""
@@ -348,6 +359,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.give_back_last()
         assert not self.asked, "somebody waits for ever"
         self.the_upstream_is_back()
+        self.time_passes(PAUSE)
         for client in CLIENTS[:MAX_CONNECTIONS]:
             self.begin(client, None, fresh=False)
             if self.dialer.pending:
@@ -369,6 +381,25 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_who_is_turned_away_goes_before_who_came_later() -> None:
+    machine = PoolMachine()
+    machine.begin("a", None, fresh=False)
+    machine.dial_ends("succeeds")
+    machine.begin("b", None, fresh=False)
+    machine.begin("b", None, fresh=False)
+    first, second = machine.asked
+    machine.run(lambda: machine.dialer.pending[1].set_result("is turned away"))
+    assert "1 connecting, 1 waiting" in repr(machine.pool)
+    machine.dial_ends("is turned away")
+    assert "0 connecting, 2 waiting" in repr(machine.pool)
+    machine.begin("b", None, fresh=False)
+    for served in (first, second):
+        machine.give_back_last()
+        assert served.done()
+        assert len(machine.dialer.open) == 1
+    machine.teardown()
 
 
 def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:

@@ -157,6 +157,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     ),
     "upstream_connected": lambda text: maillog.upstream_connected(text, text, text),
     "upstream_failed": lambda text: maillog.upstream_failed(text, text, text),
+    "upstream_full": lambda text: maillog.upstream_full(text, text, text, 3, 20),
     "upstream_down": lambda text: maillog.upstream_down(text, text, text, 0.5),
     "upstream_up": lambda text: maillog.upstream_up(text, text),
     "upstream_drained": lambda text: maillog.upstream_drained(text, text),
