@@ -9,8 +9,11 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from relay.session import content, dialogue
 from tests.support.client import Client
+from tests.support.upstream import at_most
 from tests.support.watch import counted, eventually, nothing_left
 
 if TYPE_CHECKING:
@@ -57,10 +60,13 @@ async def other(running: Running) -> None:
         assert [reply.code for reply in replies] == [250, 250, 354, 250]
 
 
+@pytest.mark.parametrize("most", [4, 20], ids=["by its settings", "by what the upstream takes"])
 async def test_silent_sessions_of_one_client_do_not_keep_another_out(
-    start: Any, upstream: ScriptedUpstream
+    most: int, start: Any, upstream: ScriptedUpstream
 ) -> None:
-    async with start(upstream.port, upstream=SMALL) as running, contextlib.AsyncExitStack() as stack:
+    upstream.script = {"greeting": at_most(upstream, 4)}
+    small = SMALL | {"max_connections": most}
+    async with start(upstream.port, upstream=small) as running, contextlib.AsyncExitStack() as stack:
         clients, held = await flood(running, stack)
         pass_time(running, dialogue.CONTESTED_SILENCE + 1)
         assert waiting(running, FLOOD - 4), "nobody else waits: the flood is among itself"

@@ -15,38 +15,17 @@ import pytest
 
 from relay.upstream.allowance import PAUSE
 from tests.support.client import Client
-from tests.support.upstream import Close, Delay, Reset, ScriptedUpstream
+from tests.support.upstream import TOO_MANY, Close, Delay, Reset, ScriptedUpstream, at_most
 from tests.support.watch import counted, eventually, nothing_left, outcomes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.conftest import Running
-    from tests.support.upstream import Action, Connection
+    from tests.support.upstream import Action
 
-TOO_MANY = b"421 4.7.0 Error: too many connections\r\n"
 MAIL = b"MAIL FROM:<a@example.test>"
 CONTENT = b"Subject: one\r\n\r\ntext\r\n"
 AT_ONCE = 12
 PATIENT = {"lease_wait_timeout": "1h"}
-
-
-def at_most(
-    upstream: ScriptedUpstream, count: int, reply: bytes = TOO_MANY
-) -> Callable[[str, bytes, Connection], Action | None]:
-    """Return what to do at a stage where it takes no more connections than `count`."""
-
-    taken: set[Connection] = set()
-
-    def act(stage: str, line: bytes, connection: Connection) -> Action | None:
-        del stage, line
-        taken.intersection_update(upstream.open_connections)
-        if len(taken) >= count:
-            return Close(reply)
-        taken.add(connection)
-        return None
-
-    return act
 
 
 async def send(running: Running) -> list[int]:

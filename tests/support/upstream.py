@@ -34,6 +34,7 @@ from .wire import Wire
 __all__ = [
     "CHUNKING",
     "EXTENSIONS",
+    "TOO_MANY",
     "Action",
     "AfterOctets",
     "Close",
@@ -48,6 +49,7 @@ __all__ = [
     "ScriptedUpstream",
     "Silence",
     "StopReading",
+    "at_most",
 ]
 
 CHUNKING = ("CHUNKING", "BINARYMIME")
@@ -57,6 +59,9 @@ EXTENSIONS = ("PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE 52428800", "DSN", "ENH
 
 _WAIT_S = 10.0
 T = TypeVar("T")
+
+
+TOO_MANY = b"421 4.7.0 Error: too many connections\r\n"
 
 
 class ScriptedUpstream:
@@ -225,6 +230,24 @@ class ScriptedUpstream:
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)
         return [end for end in ends if end is not None and not isinstance(end, asyncio.CancelledError)]
+
+
+def at_most(
+    upstream: ScriptedUpstream, count: int, reply: bytes = TOO_MANY
+) -> Callable[[str, bytes, Connection], Action | None]:
+    """Return what the upstream does at a stage at which it takes no more connections than `count`."""
+
+    taken: set[Connection] = set()
+
+    def act(stage: str, line: bytes, connection: Connection) -> Action | None:
+        del stage, line
+        taken.intersection_update(upstream.open_connections)
+        if len(taken) >= count:
+            return Close(reply)
+        taken.add(connection)
+        return None
+
+    return act
 
 
 class RecordingUpstream:
