@@ -195,6 +195,17 @@ def test_constants_of_what_is_compiled_are_final(module: str) -> None:
             assert not {name for name in names - SHORTENED if constant.fullmatch(name)}, f"line {node.lineno}"
 
 
+@pytest.mark.parametrize("module", COMPILED)
+def test_nothing_that_is_compiled_awaits_within_a_handler(module: str) -> None:
+    """The compiler keeps no exceptions by coroutine: what is handled here would be handled elsewhere too."""
+    nodes = list(ast.walk(ast.parse((ROOT / module).read_text())))
+    within = [handler for node in nodes if isinstance(node, ast.Try) for handler in node.handlers]
+    within += [statement for node in nodes if isinstance(node, ast.Try) for statement in node.finalbody]
+    lines = [each.lineno for part in within for each in ast.walk(part) if isinstance(each, ast.Await)]
+    lines += [node.lineno for node in nodes if isinstance(node, ast.AsyncWith)]
+    assert not lines, "take the exception out of its handler, then await"
+
+
 def test_nothing_that_is_compiled_inherits_from_a_library() -> None:
     """Libraries are not there when it is compiled: the layout of such a class would be a guess."""
     for module in COMPILED:

@@ -374,17 +374,19 @@ class Recorder:
             try:
                 await self._write(batch, end)
             except RejectedRecordError as error:
-                if len(batch) == 1:
-                    await self._set_aside(batch[0], error)
-                else:
-                    half = len(batch) // 2
-                    batches += [batch[half:], batch[:half]]
+                rejected = error
             except StoreError as error:
                 self._go_away(str(error), pause=self._probe_pause)
                 return [row for left in (batch, *reversed(batches)) for row in left]
             else:
                 if first_time:
                     self._count(batch)
+                continue
+            if len(batch) == 1:
+                await self._set_aside(batch[0], rejected)
+            else:
+                half = len(batch) // 2
+                batches += [batch[half:], batch[:half]]
         return []
 
     async def _write(self, rows: list[Entry], end: float) -> None:

@@ -8,7 +8,6 @@ session sets a timer for its commands.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -287,9 +286,9 @@ class Reception:
             message.give_up()
         for session in tuple(self._sessions):
             session.drop_unfinished()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(COMMIT_TIMEOUT):
-                await self._all_settled()
+        settled = self.loop.create_task(self._all_settled())
+        await asyncio.wait((settled,), timeout=COMMIT_TIMEOUT)
+        settled.cancel()
         for session in tuple(self._sessions):
             session.cut()
 

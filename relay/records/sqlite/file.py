@@ -49,9 +49,9 @@ class Place:
 
     def __init__(self, path: Path) -> None:
         """Look at the file at `path`, which is open."""
-        self._path = path
+        self._path = str(path)
         self._log = str(log_of(path))
-        self._file_there = _identity(path)
+        self._file_there = _identity(self._path)
         self._log_there = _identity(self._log)
 
     @property
@@ -67,7 +67,7 @@ class Place:
         return self._log
 
 
-def _identity(path: Path | str) -> tuple[int, int] | None:
+def _identity(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)  # noqa: PTH116 - for each commit
     except OSError:
