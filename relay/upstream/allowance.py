@@ -19,13 +19,14 @@ PAUSE: Final = 10.0
 class Allowance:
     """What one upstream allows."""
 
-    __slots__ = ("_most", "_one_more", "_try_at", "limit")
+    __slots__ = ("_most", "_one_more", "_told", "_try_at", "limit")
 
     def __init__(self, most: int) -> None:
         """`most` is what the settings say."""
         self._most = most
         self.limit = most
         """How many connections the upstream is known to take, `most` while it has turned none away."""
+        self._told = most
         self._one_more = False
         self._try_at = 0.0
 
@@ -38,24 +39,25 @@ class Allowance:
         """Whether one more may be opened beside `used`."""
         return used < self.limit + self._one_more
 
-    def turned_away(self, standing: int, now: float) -> bool:
-        """The upstream took no more than these, at least one; return whether that is news."""
-        news = standing != self.limit
+    def turned_away(self, standing: int, now: float) -> None:
+        """The upstream took no more than these, at least one."""
         self.limit = standing
         self._one_more = False
         self._try_at = now + PAUSE
-        return news
 
     def opened(self, standing: int) -> None:
         """A connection was taken; so many stand now."""
         if standing > self.limit:
-            self.limit = standing
+            self.limit = self._told = standing
             self._one_more = self.reduced
 
-    def sweep(self, now: float) -> None:
-        """Allow one more after the pause."""
+    def sweep(self, now: float) -> bool:
+        """Allow one more after the pause; return whether it is news that there may be so few."""
         if self.reduced and now >= self._try_at:
             self._one_more = True
+        news = self.limit < self._told
+        self._told = self.limit
+        return news
 
     def __repr__(self) -> str:
         return f"<Allowance {self.limit} of {self._most}>"

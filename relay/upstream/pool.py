@@ -92,6 +92,7 @@ class Pool:
         self._idle = Idle(upstream.max_age)
         self._dialing = 0
         self._allowance = Allowance(upstream.max_connections)
+        self._last_turned_away = ""
         self._shares = Shares()
         self._leaving: set[Connection] = set()
         """Those that are closed to make room for a waiter."""
@@ -410,9 +411,8 @@ class Pool:
     def _full(self, error: DialError) -> None:
         """Take note that the upstream takes no more connections than stand beside this one."""
         self._health.full(error)
-        if self._allowance.turned_away(self._used - 1, self._loop.time()):
-            allowed, most = self._allowance.limit, self._settings.max_connections
-            maillog.upstream_full(self.name, self._settings.address, str(error), allowed, most)
+        self._allowance.turned_away(self._used - 1, self._loop.time())
+        self._last_turned_away = str(error)
 
     def _failed(self, error: DialError, identity: bytes | None, *, decisive: bool) -> None:
         """Take note of a dial that failed; whose credentials are refused says nothing of the upstream."""
@@ -467,7 +467,9 @@ class Pool:
             self._drain_told = True
             if not self._replaced:
                 maillog.upstream_drained(self.name, self._settings.address)
-        self._allowance.sweep(now)
+        if self._allowance.sweep(now):  # not before: of very many at once each one would be news
+            allowed, most = self._allowance.limit, self._settings.max_connections
+            maillog.upstream_full(self.name, self._settings.address, self._last_turned_away, allowed, most)
         self._pass_permits()
         for connection in tuple(self._open):
             connection.check(now)

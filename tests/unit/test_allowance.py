@@ -15,7 +15,7 @@ def test_as_many_as_the_settings_say_until_one_is_turned_away() -> None:
 
 def test_then_as_many_as_stood() -> None:
     allowance = Allowance(4)
-    assert allowance.turned_away(2, 100.0)
+    allowance.turned_away(2, 100.0)
     assert allowance.reduced
     assert allowance.limit == 2
     assert allowance.room(1)
@@ -30,7 +30,7 @@ def test_after_the_pause_one_more_is_tried_and_one_more_only() -> None:
     allowance.sweep(100.0 + PAUSE)
     assert allowance.room(2)
     assert not allowance.room(3)
-    assert not allowance.turned_away(2, 111.0), "no news"
+    allowance.turned_away(2, 111.0)
     allowance.sweep(112.0)
     assert not allowance.room(2)
 
@@ -54,5 +54,21 @@ def test_one_that_is_opened_within_what_is_known_tells_nothing() -> None:
     allowance.opened(2)
     assert allowance.limit == 2
     assert not allowance.room(2)
-    assert allowance.turned_away(1, 101.0)
+    allowance.turned_away(1, 101.0)
     assert allowance.limit == 1
+
+
+def test_that_there_may_be_fewer_is_news_once() -> None:
+    allowance = Allowance(4)
+    assert not allowance.sweep(99.0)
+    allowance.turned_away(3, 100.0)
+    allowance.turned_away(2, 100.1)
+    assert allowance.sweep(101.0)
+    assert not allowance.sweep(100.0 + PAUSE + 1)
+    allowance.turned_away(2, 112.0)
+    assert not allowance.sweep(113.0), "as few as before"
+    allowance.sweep(112.0 + PAUSE)
+    allowance.opened(3)
+    assert not allowance.sweep(123.0), "more is no news"
+    allowance.turned_away(2, 124.0)
+    assert allowance.sweep(125.0)
