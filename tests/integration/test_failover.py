@@ -14,6 +14,7 @@ from tests.support.several import configured, look, scripted, transactions, verb
 from tests.support.upstream import (
     CHUNKING,
     EXTENSIONS,
+    TOO_MANY,
     Close,
     Delay,
     Garbage,
@@ -317,7 +318,7 @@ async def test_connections_that_stand_are_used_while_new_ones_are_refused(start:
         async with start(0, upstreams=pair(primary, spare)) as running, Client(running.port) as holder:
             await holder.ehlo()
             await holder.command(b"MAIL FROM:<a@example.test>", 250)
-            primary.script = {"greeting": b"421 4.7.0 too many connections\r\n"}
+            primary.script = {"greeting": Close()}
             for _ in range(THRESHOLD):
                 await send(running)
             assert running.pool.avoided
@@ -325,6 +326,19 @@ async def test_connections_that_stand_are_used_while_new_ones_are_refused(start:
             await eventually(lambda: "0 active, 1 idle" in repr(running.pool))
             await send(running)
         assert [len(primary.accepted), len(spare.accepted)] == [1, THRESHOLD]
+
+
+async def test_who_waits_in_vain_for_one_that_is_full_goes_to_the_next(start: Any) -> None:
+    async with scripted(2) as (primary, spare):
+        upstreams = pair(primary, spare, lease_wait_timeout="100ms")
+        async with start(0, upstreams=upstreams) as running, Client(running.port) as holder:
+            await holder.ehlo()
+            await holder.command(b"MAIL FROM:<a@example.test>", 250)
+            primary.script = {"greeting": TOO_MANY}
+            for _ in range(THRESHOLD):
+                assert codes(await send(running)) == [250, 250, 354, 250]
+            assert not running.pool.avoided
+        assert [len(primary.accepted), len(spare.accepted)] == [0, THRESHOLD]
 
 
 async def test_a_login_of_the_relay_that_is_refused_opens_it(start: Any) -> None:
