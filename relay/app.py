@@ -117,7 +117,11 @@ class Relay:
             self.certificate = certificate
             self.metrics.certificate(certificate.not_after)
         self.limits = InForce(
-            records.store, records.spool.directory, self.metrics, spooling=records.on_their_way
+            records.store,
+            records.spool.directory,
+            self.metrics,
+            spooling=records.on_their_way,
+            aliases=partial(parts.aliases, settings),
         )
         await self.limits.prepare(settings)
         self.reception = Reception(

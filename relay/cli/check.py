@@ -88,7 +88,7 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.limits:
         from relay.limits.configured import rules_of
 
-        for rule in rules_of(settings.limits):
+        for rule in rules_of(settings.limits, lambda _: ()):
             yield "limit", f"{rule.name}: {rule.scope}, {rule}, {rule.action}"
     yield "http", f"{settings.http.address} ({_served(settings.http)})"
     yield "log", f"{settings.log.format}, {settings.log.level}"

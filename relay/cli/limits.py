@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -57,13 +58,15 @@ def limits(
 
 
 async def _states(settings: Settings) -> list[LimitState]:
+    from relay import parts
     from relay.limits.configured import rules_of
     from relay.limits.now import limits_now
     from relay.records.counts import counts_of
 
-    counts = counts_of(settings.records.connect_url)
+    aliases = partial(parts.aliases, settings)
+    counts = counts_of(settings.records.connect_url, aliases)
     try:
-        return await limits_now(counts, rules_of(settings.limits), time.time())
+        return await limits_now(counts, rules_of(settings.limits, aliases), time.time())
     finally:
         await counts.close()
 

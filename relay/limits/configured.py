@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from relay.limits.rule import Patterns, Rule, Unit
 from relay.settings import ExceptionSettings, LimitSettings
@@ -10,12 +10,15 @@ from relay.settings import ExceptionSettings, LimitSettings
 __all__ = ["rules_of"]
 
 
-def rules_of(limits: Iterable[LimitSettings]) -> Sequence[Rule]:
-    """Return what the limits count."""
-    return [_rule(limit) for limit in limits]
+Aliases = Callable[[str], tuple[str, ...]]
 
 
-def _rule(limit: LimitSettings) -> Rule:
+def rules_of(limits: Iterable[LimitSettings], aliases: Aliases) -> Sequence[Rule]:
+    """Return what the limits count; `aliases` gives what else an address may be recorded as."""
+    return [_rule(limit, aliases) for limit in limits]
+
+
+def _rule(limit: LimitSettings, aliases: Aliases) -> Rule:
     unit, maximum = _maximum(limit)
     excepted = limit.exceptions or ExceptionSettings()
     return Rule(
@@ -27,12 +30,12 @@ def _rule(limit: LimitSettings) -> Rule:
         limit.action,
         limit.on_error,
         task_type=_patterns(limit.task_type),
-        sender=_patterns(limit.sender),
+        sender=_patterns(limit.sender, aliases),
         recipient_domain=_patterns(limit.recipient_domain),
         not_task_type=_patterns(excepted.task_type),
-        not_sender=_patterns(excepted.sender),
+        not_sender=_patterns(excepted.sender, aliases),
         not_client=_patterns(excepted.client),
-        not_recipient=_patterns(excepted.recipient),
+        not_recipient=_patterns(excepted.recipient, aliases),
     )
 
 
@@ -42,5 +45,8 @@ def _maximum(limit: LimitSettings) -> tuple[Unit, int]:
     return ("messages", limit.max) if limit.max is not None else ("octets", limit.max_bytes or 0)
 
 
-def _patterns(texts: Sequence[str] | None) -> Patterns | None:
-    return None if texts is None else Patterns(texts)
+def _patterns(texts: Sequence[str] | None, aliases: Aliases = lambda _: ()) -> Patterns | None:
+    if texts is None:
+        return None
+    whole = [text for text in texts if text != "<>" and not any(each in text for each in "*?")]
+    return Patterns([*texts, *(alias for text in whole for alias in aliases(text))])

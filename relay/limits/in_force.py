@@ -33,13 +33,23 @@ class InForce:
     """The limits of one relay, with what they count by and who else does."""
 
     def __init__(
-        self, store: Store, directory: Path, metrics: Metrics, *, spooling: Callable[[], bool]
+        self,
+        store: Store,
+        directory: Path,
+        metrics: Metrics,
+        *,
+        spooling: Callable[[], bool],
+        aliases: Callable[[str], tuple[str, ...]],
     ) -> None:
-        """`directory` is the spool's; `spooling` says whether rows may be durable and not in the store."""
+        """`directory` is the spool's; `spooling` says whether rows may be durable and not in the store.
+
+        `aliases` gives what else an address may be recorded as.
+        """
         self._store = store
         self._directory = directory
         self._metrics = metrics
         self._spooling = spooling
+        self._aliases = aliases
         self._limits: Limits | None = None
         self._counts: StoredCounts
         self._presence: Presence
@@ -49,14 +59,20 @@ class InForce:
         if self._limits is None and settings.limits:
             identity = await asyncio.to_thread(relay_id, self._directory)
             counts_of = await late(_load)
-            self._counts = counts_of(settings.records.connect_url)
-            self._limits = Limits(self._counts, self._metrics, clock=time.time, spooling=self._spooling)
+            self._counts = counts_of(settings.records.connect_url, self._aliases)
+            self._limits = Limits(
+                self._counts,
+                self._metrics,
+                clock=time.time,
+                spooling=self._spooling,
+                aliases=self._aliases,
+            )
             self._presence = Presence(self._store, self._counts, self._limits, identity)
             await self._presence.start()
 
     def use(self, settings: Settings) -> Limits | None:
         """Put the limits of the settings into force, and return them if there are any."""
-        rules = rules_of(settings.limits)
+        rules = rules_of(settings.limits, self._aliases)
         self._metrics.add_limits((rule.name, rule.action) for rule in rules)
         if self._limits is not None:
             self._limits.use(rules)
@@ -80,7 +96,7 @@ class InForce:
             await self._counts.close()
 
 
-def _load() -> Callable[[str], StoredCounts]:
+def _load() -> Callable[[str, Callable[[str], tuple[str, ...]]], StoredCounts]:
     """Load SQLAlchemy, of which a relay without limits has no need."""
     from relay.records.counts import counts_of
 

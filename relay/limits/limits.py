@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from relay import maillog
-from relay.limits.rule import Event, Message, Rule, in_words
+from relay.limits.rule import Event, Message, Rule, fold, in_words
 from relay.limits.tally import Tally
 from relay.records.errors import StoreError
 from relay.records.model import Doubt, Record
@@ -82,7 +82,8 @@ class _Asking:
 class Limits:
     """The limits of one relay; `use` says which.
 
-    `clock` gives Unix time. `spooling` says whether rows of this relay wait to get into the store.
+    `clock` gives Unix time. `spooling` says whether rows of this relay wait to get into the store. `aliases`
+    gives what else an address may be recorded as.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Limits:
         *,
         clock: Callable[[], float],
         spooling: Callable[[], bool],
+        aliases: Callable[[str], tuple[str, ...]] = lambda _: (),
     ) -> None:
         self.rules: tuple[Rule, ...] = ()
         self.shared = False
@@ -100,6 +102,7 @@ class Limits:
         self._counts = counts
         self._metrics = metrics
         self._spooling = spooling
+        self._aliases = aliases
         self._loop = asyncio.get_running_loop()
         self._tallies: OrderedDict[tuple[Rule, str], Tally] = OrderedDict()
         self._asking: dict[Tally, _Asking] = {}
@@ -136,11 +139,21 @@ class Limits:
         tally = tallies.get(place)
         if tally is None:
             tally = tallies[place] = Tally(rule, key)
+            if rule.of_address:
+                for alias in self._aliases(key):
+                    self._take_over(tally, tallies.get((rule, fold(alias))))
             if len(tallies) > MAX_TALLIES:
                 self._forget_some()
         else:
             tallies.move_to_end(place)
         return tally
+
+    @staticmethod
+    def _take_over(tally: Tally, other: Tally | None) -> None:
+        """Count what was adopted under another name, which is how it was recorded."""
+        if other is not None and other is not tally:
+            for event in other.unsettled:
+                tally.add(event, settled=False)
 
     def _forget_some(self) -> None:
         """Forget a tenth of the counts, those that were not used for longest."""

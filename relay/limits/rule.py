@@ -110,6 +110,9 @@ class Rule:
     by_recipient: bool = field(init=False)
     """Whether it takes the recipients to know what a message counts for."""
 
+    of_address: bool = field(init=False)
+    """Whether each address has a count of its own."""
+
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __hash__(self) -> int:
@@ -124,6 +127,7 @@ class Rule:
         filtered = self.recipient_domain is not None or self.not_recipient is not None
         object.__setattr__(self, "needs_header", self.task_type is not None or self.not_task_type is not None)
         object.__setattr__(self, "by_recipient", of_recipients or filtered)
+        object.__setattr__(self, "of_address", self.scope in ("sender", "recipient"))
 
     def counts_like(self, other: Rule) -> bool:
         """Whether another limit, whatever its maximum, counts the same."""

@@ -103,6 +103,11 @@ class Tally:
         self._unsettled.clear()
 
     @property
+    def unsettled(self) -> tuple[Event, ...]:
+        """What was sent and the store may not have."""
+        return tuple(self._unsettled.values())
+
+    @property
     def own(self) -> frozenset[UUID]:
         """What the store may have and this count has itself."""
         return frozenset(self._held) | frozenset(self._unsettled)

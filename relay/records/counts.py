@@ -17,7 +17,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from relay.limits.rule import Event, Message, Patterns, Rule
+from relay.limits.rule import Event, Message, Patterns, Rule, fold
 from relay.records.errors import StoreError
 from relay.records.patterns import literal
 from relay.records.queries import Queries, Reader, open_queries
@@ -32,6 +32,7 @@ from relay.records.schema import (
 __all__ = ["MAX_ROWS", "StoredCounts", "counts_of"]
 
 T = TypeVar("T")
+Aliases = Callable[[str], tuple[str, ...]]
 
 MAX_ROWS = 10_000
 """Rows that a look-up reads one by one; more are taken together."""
@@ -49,17 +50,19 @@ _INDEXES = {
 
 
 class StoredCounts:
-    """The counts of one store."""
+    """The counts of one store; `aliases` gives what else an address may be recorded as."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, aliases: Aliases) -> None:
         self._reader = reader
+        self._aliases = aliases
 
     async def look_up(self, rule: Rule, key: str, since: float, own: Collection[UUID]) -> list[Event]:
         """Return what was sent after `since` (Unix time) and counts for the key, at least up to the maximum.
 
         Those of `own` may be among it, with their task ids. Raises StoreError.
         """
-        return await self._reader.read(lambda connection: _look_up(connection, rule, key, since, own))
+        names = dict.fromkeys((key, *map(fold, self._aliases(key)))) if rule.of_address else (key,)
+        return await self._reader.read(lambda connection: _look_up(connection, rule, names, since, own))
 
     async def close(self) -> None:
         """End what is open."""
@@ -77,9 +80,9 @@ class StoredCounts:
         return await self._reader.read(lambda connection: _highest(connection, rule, since, least, keys))
 
 
-def counts_of(url: str) -> StoredCounts:
+def counts_of(url: str, aliases: Aliases) -> StoredCounts:
     """Return the counts of the store at `url`, which is opened when it is first asked."""
-    return StoredCounts(_Later(url))
+    return StoredCounts(_Later(url), aliases)
 
 
 class _Later:
@@ -104,10 +107,18 @@ class _Later:
 
 
 def _look_up(
-    connection: sa.Connection, rule: Rule, key: str, since: float, own: Collection[UUID]
+    connection: sa.Connection, rule: Rule, names: Collection[str], since: float, own: Collection[UUID]
 ) -> list[Event]:
     begin = datetime.fromtimestamp(since, UTC)
-    found = [event for each, event in _doubts(connection, rule, begin) if each == key]
+    found = [event for each, event in _doubts(connection, rule, begin) if each in names]
+    for name in names:  # one by one: each is read along the index, newest first
+        found += _rows(connection, rule, name, begin, own)
+    return found
+
+
+def _rows(
+    connection: sa.Connection, rule: Rule, key: str, begin: datetime, own: Collection[UUID]
+) -> list[Event]:
     wanted = min(rule.maximum, MAX_ROWS) + len(own)
     given = {"begin": begin, "key": key, "rows": wanted}
     rows = connection.execute(_newest(rule), given).all()
@@ -115,11 +126,11 @@ def _look_up(
     apart = set(own)
     amount = sum(each.amount for each in events if each.task_id not in apart)
     if len(rows) < wanted or amount >= rule.maximum:
-        return found + events
+        return events
     if len(own) > MAX_OWN:
         raise StoreError(f"limit {rule.name}: more than {MAX_OWN} rows wait to get into the store")
     rows = connection.execute(_together(rule), {**given, "own": [str(one) for one in own]}).all()
-    return found + [Event(row.at.timestamp(), int(row.amount), None) for row in rows]
+    return [Event(row.at.timestamp(), int(row.amount), None) for row in rows]
 
 
 @lru_cache(64)

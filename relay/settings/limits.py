@@ -16,7 +16,14 @@ from relay.settings.kinds import Count, Duration, Size
 from relay.settings.section import Section
 from relay.settings.units import format_duration
 
-__all__ = ["SHORTEST_S", "ExceptionSettings", "LimitSettings", "kept_too_short", "named_twice"]
+__all__ = [
+    "SHORTEST_S",
+    "ExceptionSettings",
+    "LimitSettings",
+    "fits_no_pseudonym",
+    "kept_too_short",
+    "named_twice",
+]
 
 SHORTEST_S, LONGEST_S = 60.0, 90 * 86_400.0
 
@@ -174,6 +181,24 @@ def named_twice(limits: Iterable[LimitSettings]) -> list[str]:
     names = [limit.name for limit in limits]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     return [f'two limits are named "{name}": give one another name' for name in twice]
+
+
+def fits_no_pseudonym(limits: Iterable[LimitSettings]) -> list[str]:
+    """Say which patterns ask for a part of a local part, where recipients are counted by pseudonyms.
+
+    Whole addresses are looked for under their pseudonyms, and domains stay.
+    """
+    reasons = []
+    for index, limit in enumerate(limits):
+        for text in (limit.exceptions.recipient if limit.exceptions else None) or ():
+            local = text.rpartition("@")[0] if "@" in text else text.partition("*")[0]
+            whole = "*" not in text and "?" not in text
+            if not whole and local.strip("*?") and not local.startswith("hmac-"):
+                reasons.append(
+                    f'limits.{index}.exceptions.recipient: "{text}" fits no recipient under '
+                    'records.recipients = "hashed": name whole addresses or a domain ("*@example.com")'
+                )
+    return reasons
 
 
 def kept_too_short(

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 from relay.settings.clients import ClientSettings
 from relay.settings.http import HttpSettings
 from relay.settings.kinds import fits, written
-from relay.settings.limits import LimitSettings, kept_too_short, named_twice
+from relay.settings.limits import LimitSettings, fits_no_pseudonym, kept_too_short, named_twice
 from relay.settings.listeners import ListenerSettings, TlsSettings
 from relay.settings.log import LogSettings
 from relay.settings.records import RecordSettings
@@ -190,7 +190,8 @@ class Settings(Section):
             if self.tls.cert and all(listener.tls == "none" for listener in self.listeners)
             else []
         )
-        return (*self._origin.warnings, *unverified, *unused)
+        unfit = fits_no_pseudonym(self.limits) if self.records.recipients == "hashed" else []
+        return (*self._origin.warnings, *unverified, *unused, *unfit)
 
     @property
     def relay_name(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import aiohttp
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from relay import maillog
 from relay.cli import main
 from relay.pseudonyms import Pseudonyms
+from relay.records.model import Record
 from tests.support.client import Client
 from tests.support.script import Close
 from tests.support.upstream import ScriptedUpstream
@@ -147,13 +150,68 @@ async def test_a_limit_counts_them_all_the_same(start: Any, upstream: ScriptedUp
             assert (await client.command("RCPT TO:<bob@example.org>")).code == 250
 
 
+@pytest.mark.parametrize("only", [{}, {"sender": ["ann.lee@example.org", "nobody@*"]}])
+async def test_a_limit_by_sender_counts_who_writes_to_itself(
+    start: Any, upstream: ScriptedUpstream, only: dict[str, Any]
+) -> None:
+    limits = [{"name": "two", "scope": "sender", "max": 2, "per": "1h", **only}]
+    async with start(upstream.port, records=RECORDS, limits=limits) as running:
+        await send(running.port, ["bob@example.org"], "ann.lee@example.org")
+        await send(running.port, ["Ann.Lee@example.org"], "Ann.Lee@example.org")
+    # From here on it is counted from the store, where one of them has the pseudonym for its sender.
+    async with (
+        start(upstream.port, records=RECORDS, limits=limits) as running,
+        Client(running.port) as client,
+    ):
+        await client.greeting()
+        await client.ehlo()
+        assert (await client.command("MAIL FROM:<ann.lee@EXAMPLE.org>")).code == 451
+        assert (await client.command("MAIL FROM:<bob@example.org>")).code == 250
+
+
+async def test_a_limit_by_sender_counts_what_it_wrote_to_itself_and_waits_in_the_spool(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    limits = [{"name": "one", "scope": "sender", "max": 1, "per": "1h"}]
+    hidden = NAMES.address("zoe.doe@example.org")
+    left_over = Record(
+        UUID(int=1), "t", hidden, "c", datetime.now(UTC), "primary", "250 ok", 1, 1, recipients=(hidden,)
+    )
+    async with (
+        start(upstream.port, records=RECORDS, limits=limits) as running,
+        Client(running.port) as client,
+    ):
+        running.relay.records.recorder._go_away("a test", pause=60.0)
+        await send(running.port, ["bob@example.org"], "shop@example.com")
+        running.relay._services(running.relay.settings).limits.adopt([left_over])
+        await client.greeting()
+        await client.ehlo()
+        assert (await client.command("MAIL FROM:<zoe.doe@example.org>")).code == 451
+        assert (await client.command("MAIL FROM:<eve.roe@example.org>")).code == 250
+
+
+async def test_a_limit_leaves_out_an_address_that_it_names(start: Any, upstream: ScriptedUpstream) -> None:
+    exceptions = {"recipient": ["Ann.Lee@example.org", "*@example.net"], "sender": "eve.roe@example.org"}
+    limits = [{"name": "one", "scope": "all", "max_recipients": 1, "per": "1h", "exceptions": exceptions}]
+    for _ in range(2):
+        async with start(upstream.port, records=RECORDS, limits=limits) as running:
+            await send(running.port, ["ann.lee@example.org"])
+            await send(running.port, ["zoe.doe@example.net"])
+            await send(running.port, ["eve.roe@example.org"], "eve.roe@example.org")
+    assert len(upstream.messages) == 6
+    async with start(upstream.port, records=RECORDS, limits=limits) as running:
+        await send(running.port, ["bob@example.org"])
+        assert len(upstream.messages) == 7
+        async with Client(running.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            await client.command("MAIL FROM:<a@example.com>")
+            assert (await client.command("RCPT TO:<bob@example.org>")).code == 451
+
+
 def test_the_command_line_finds_them_with_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from datetime import UTC, datetime
-    from uuid import UUID
-
-    from relay.records.model import Record
     from relay.records.retention import Retention
     from relay.records.store import open_store
 

@@ -82,7 +82,7 @@ async def kept(
 ) -> AsyncIterator[tuple[Store, StoredCounts, list[Record | Doubt]]]:
     url = database.url
     store = await open_store(url, Retention.of_seconds(None, {}))
-    found, counts = entries(), counts_of(url)
+    found, counts = entries(), counts_of(url, lambda _: ())
     await store.write(found)
     yield store, counts, found
     await counts.close()

@@ -231,6 +231,35 @@ def test_a_configuration_with_secrets_that_everyone_can_read_is_worth_a_warning(
     ]
 
 
+def test_an_exception_that_fits_no_pseudonym_is_worth_a_warning(file: Path) -> None:
+    names = [
+        "ops-*@example.com",
+        "o?s@example.com",
+        "ops*",
+        "ann@example.com",
+        "*@example.com",
+        "*.example.org",
+    ]
+    text = f"""
+        [records]
+        recipients = "hashed"
+        recipients_key = "0123456789abcdef"
+        [[limits]]
+        scope = "recipient"
+        max = 1
+        per = "1h"
+        exceptions = {{ recipient = {names} }}
+    """
+    warnings = [each for each in loaded(file, text).warnings if each.startswith("limits")]
+    assert [warning.split('"')[1] for warning in warnings] == names[:3]
+    assert warnings[0] == (
+        'limits.0.exceptions.recipient: "ops-*@example.com" fits no recipient under '
+        'records.recipients = "hashed": name whole addresses or a domain ("*@example.com")'
+    )
+    plain = loaded(file, text.replace('"hashed"', '"plain"')).warnings
+    assert not [each for each in plain if "fits no recipient" in each]
+
+
 def test_an_unverified_upstream_is_worth_a_warning(file: Path) -> None:
     settings = loaded(file, "tls_verify = false\n")
 
