@@ -1,7 +1,8 @@
 """The built-in upstream of `relay serve --dev` and `relay demo`: sends nothing, keeps the last messages.
 
 It accepts everything, but for recipients whose local part begins with one of these words, so that people can
-see what their application does then: `reject@`, `spam@`, `defer@`, `slow@`, `drop@` (`Manner`).
+see what their application does then: `reject@`, `spam@`, `defer@`, `slow@`, `drop@` (`Manner`). Any login is
+good, so that pass-through can be tried.
 
 It serves on a socket that listens already: whoever needs its address to make a configuration has the socket
 first, so that nobody can take the port in between.
@@ -134,7 +135,14 @@ class DevUpstream:
     async def __aenter__(self) -> DevUpstream:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: smtp.SMTP(self, hostname="dev.upstream", data_size_limit=MAX_SIZE, enable_SMTPUTF8=True),
+            lambda: smtp.SMTP(
+                self,
+                hostname="dev.upstream",
+                data_size_limit=MAX_SIZE,
+                enable_SMTPUTF8=True,
+                auth_require_tls=False,
+                authenticator=_anybody,
+            ),
             sock=self._listening,
         )
         return self
@@ -144,3 +152,7 @@ class DevUpstream:
     ) -> None:
         if self._server is not None:
             self._server.close()
+
+
+def _anybody(*_: object) -> smtp.AuthResult:
+    return smtp.AuthResult(success=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import smtplib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +130,22 @@ async def test_it_does_as_the_recipient_asks(tmp_path: Path) -> None:
         "drop": [250, 250, 354, 451],
         "slow": [250, 250, 354, 250],
     }
+
+
+async def test_any_login_is_passed_through_to_it(tmp_path: Path) -> None:
+    async with trial(tmp_path) as relay:
+        relay.write(relay.text(clients={"auth": "passthrough", "auth_without_tls": True}))
+        await relay.start()
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=30.0) as client:
+            for mechanism in ("PLAIN", "LOGIN"):
+                client.ehlo()
+                assert mechanism in client.esmtp_features["auth"].split()
+            assert await asyncio.to_thread(client.login, "ann@example.com", "sesame") == (
+                235,
+                b"2.7.0 Authentication successful",
+            )
+            await asyncio.to_thread(client.sendmail, "a@example.com", ["b@example.org"], b"\r\ntext\r\n")
+        assert [row["client"] for row in relay.rows("SELECT * FROM task_done")] == ["ann@example.com"]
+        assert await relay.terminate() == 0
+    assert relay.errors() == ""
+    assert "sesame" not in relay.log_file.read_text()
