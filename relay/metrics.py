@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.exposition import choose_encoder
 
 from relay import __version__
+from relay.limits.rule import fold
 from relay.outcome import Outcome
 from relay.series import Number, Series
 
@@ -210,10 +211,14 @@ class Metrics:
 
     def _bind_records(self, series: Series, task_types: Sequence[str]) -> None:
         self._records: dict[str, Number] = {}
+        self._records_folded: dict[str, Number] = {}
         self.add_task_types((*task_types, OTHER_TASK_TYPE))
         self._recorded: list[str] = []
         self.row_recorded: Callable[[str], None] = self._recorded.append
-        """Count the row of an accepted message; a type that the configuration does not name is `other`."""
+        """Count the row of an accepted message; a type that the configuration does not name is `other`.
+
+        It may name one in another case, as limits do, for which that is the same.
+        """
         self._commit_seconds = series.histogram(
             "record_commit_seconds", "Time for one commit of rows to the store.", DURATIONS
         )
@@ -254,6 +259,7 @@ class Metrics:
         text = "Rows made for accepted messages."
         for name in task_types:
             self._records[name] = self._series.counter("records_total", text, task_type=name)
+            self._records_folded.setdefault(fold(name), self._records[name])
 
     def add_limits(self, limits: Iterable[tuple[str, str]]) -> None:
         """Make the series of these limits, by name and action, where there are none."""
@@ -339,7 +345,8 @@ class Metrics:
         recorded = Counter(self._recorded)
         self._recorded.clear()
         for task_type, rows in recorded.items():
-            self._records.get(task_type, self._records[OTHER_TASK_TYPE]).value += rows
+            series = self._records.get(task_type) or self._records_folded.get(fold(task_type))
+            (series or self._records[OTHER_TASK_TYPE]).value += rows
 
     # For the relay's own page, which has no Prometheus to ask
 

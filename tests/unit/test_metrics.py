@@ -289,6 +289,17 @@ async def test_the_record_and_expiry_instruments_move(metrics: Metrics, scrape: 
     assert labelled(series, "expiry_duration_seconds") == 1.5
 
 
+async def test_a_task_type_counts_under_the_name_that_the_configuration_has_for_it(
+    metrics: Metrics, scrape: Scrape
+) -> None:
+    metrics.add_task_types(["Invoice", "invoice", "News"])
+    for task_type in ("news", "NEWS", "Invoice", "invoice", "invoice", "INVOICE", "Mention", "welcome"):
+        metrics.row_recorded(task_type)
+    series = await scrape(OPENMETRICS)
+    for name, rows in {"News": 2, "Invoice": 2, "invoice": 2, "mention": 1, "other": 1}.items():
+        assert labelled(series, "records_total", task_type=name) == rows
+
+
 def histograms(series: Series) -> dict[tuple[str, frozenset[tuple[str, str]]], list[float]]:
     """Return every histogram's bucket counts in the order of their bounds, +Inf last."""
     found: dict[tuple[str, frozenset[tuple[str, str]]], dict[float, float]] = {}
