@@ -20,7 +20,7 @@ from relay.records.over_time import counts_over_time
 from relay.records.schema import task_done, task_in_doubt
 from relay.records.search import fetch_doubts, fetch_sends, page_of_doubts, page_of_sends, sends_by_id
 from relay.records.sends import InDoubt, Key, Send, SendFilter
-from relay.records.statistics import Statistics, counted, statement_of, whole_hours
+from relay.records.statistics import Statistics, counted, slot_of, statement_of
 from relay.records.store import is_postgres
 
 __all__ = ["PAGE_ROWS", "Queries", "Reader", "open_queries"]
@@ -103,9 +103,9 @@ class Queries:
         or the latest.
         """
         timed = any(each.time for each in by)
-        quarters = timed and not whole_hours(zone, wanted.since, datetime.now(UTC))
+        slot = slot_of(by, zone, wanted.since, datetime.now(UTC)) if timed else "hour"
         # A limit of counts is none of rows, where those of a day's hours make one count.
-        statement = statement_of(wanted, by, detail=detail, quarters=quarters, limit=None if timed else limit)
+        statement = statement_of(wanted, by, detail=detail, slot=slot, limit=None if timed else limit)
 
         def count(connection: sa.Connection) -> Statistics:
             rows = connection.execute(statement, execution_options={"yield_per": ROWS_AT_ONCE})

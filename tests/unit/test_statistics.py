@@ -23,7 +23,7 @@ from relay.records.queries import open_queries
 from relay.records.retention import Retention
 from relay.records.sends import SendFilter
 from relay.records.sqlite.hints import heed_hints
-from relay.records.statistics import Count, Statistics, statement_of
+from relay.records.statistics import Count, Statistics, slot_of, statement_of
 from relay.records.store import open_store
 
 NOW = datetime(2026, 11, 23, 7, 46, 0, 123456, tzinfo=UTC)
@@ -170,7 +170,8 @@ async def test_of_what_has_the_same_time_a_limit_leaves_the_biggest(ask: Any) ->
     assert (found.messages, found.groups) == (5, 3)
 
 
-async def test_a_day_is_whole_however_many_its_hours_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zone", [UTC, ZoneInfo("Europe/London")])  # days as they are, or made of hours
+async def test_a_day_is_whole_however_many_its_hours_have(tmp_path: Path, zone: tzinfo) -> None:
     url = f"sqlite:///{tmp_path / 'records.db'}"
     await (await open_store(url, Retention(None))).close()
     days, clients, types = 4, 1000, 24_001
@@ -185,10 +186,10 @@ async def test_a_day_is_whole_however_many_its_hours_have(tmp_path: Path) -> Non
         )
         raw.commit()
     queries = await open_queries(url)
-    found = await queries.statistics(SendFilter(), [By.DAY, By.CLIENT])
+    found = await queries.statistics(SendFilter(), [By.DAY, By.CLIENT], zone=zone)
     assert found.groups == len(found.counts) == days * clients
     assert {each.messages for each in found.counts} == {24}
-    few = await queries.statistics(SendFilter(), [By.CLIENT, By.DAY], limit=3)
+    few = await queries.statistics(SendFilter(), [By.CLIENT, By.DAY], zone=zone, limit=3)
     assert (few.groups, [each.keys[1] for each in few.counts]) == (days * clients, ["2026-11-23"] * 3)
     found = await queries.statistics(SendFilter(), [By.TYPE])
     assert len(found.counts) == types
@@ -218,6 +219,24 @@ async def test_days_begin_and_end_where_the_zone_says_also_when_clocks_change(as
         "2026-10-25T02:00:00+02:00",
         "2026-10-25T02:00:00+01:00",
     ]
+
+
+@pytest.mark.parametrize(
+    ("by", "zone", "since", "slot"),
+    [
+        ("day", "UTC", None, "day"),
+        ("hour", "UTC", None, "hour"),
+        ("day", "Europe/London", None, "hour"),
+        ("day", "Europe/London", datetime(2026, 11, 1, tzinfo=UTC), "day"),
+        ("day", "Europe/London", datetime(2026, 10, 20, tzinfo=UTC), "hour"),
+        ("day", "Asia/Tokyo", None, "hour"),
+        ("day", "Asia/Kolkata", NOW, "quarter"),
+    ],
+)
+def test_no_more_is_asked_of_the_database_than_the_days_of_the_zone_need(
+    by: str, zone: str, since: datetime | None, slot: str
+) -> None:
+    assert slot_of([By.CLIENT, By(by)], ZoneInfo(zone), since, NOW + timedelta(days=1)) == slot
 
 
 async def test_an_island_that_is_half_an_hour_further_away_in_winter_alone(ask: Any) -> None:
