@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -265,6 +266,24 @@ async def test_charts_show_what_their_tables_say(looked: Looked, upstream: Scrip
     assert box is not None
     await page.mouse.move(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2)
     assert "accepted" in await page.locator("#outcomes .tip").inner_text()
+
+
+async def test_a_bar_that_is_a_day_of_utc_says_so_in_the_readers_zone(
+    browser: Browser, running: Running
+) -> None:
+    looked = await look(browser, running, timezone_id="Pacific/Kiritimati")  # UTC+14, without summer time
+    await send(running, "shop@example.com", ["ann@example.org"])
+    await looked.open("/?span=30d")
+    over = looked.page.locator("#types .u-over")
+    await over.wait_for(timeout=GUARD_MS)
+    await over.scroll_into_view_if_needed()
+    box = await over.bounding_box()
+    assert box is not None
+    await looked.page.mouse.move(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2)
+    told = (await looked.page.locator("#types .tip p").first.inner_text()).split(" to ")
+    begin, end = (datetime.strptime(text, "%Y-%m-%d %H:%M").replace(tzinfo=UTC) for text in told)
+    assert (begin.hour, begin.minute, end - begin) == (14, 0, timedelta(days=1))
+    assert looked.errors == []
 
 
 # -------------------------------------------------------------------------------- what strangers cannot

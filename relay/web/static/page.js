@@ -105,14 +105,15 @@ function tip(plot) {
     box.hidden = true;
     return;
   }
-  const begin = new Date(data.x[at] * 1000);
+  const [begin, end] = [0, data.step].map((after) => localText(new Date((data.x[at] + after) * 1000)).slice(0, -3));
   const rows = data.series
     .map((series) => [series, series.values[at]])
     .filter(([, value]) => value)
     .map(([series, value]) => line(series.label, `c-${series.colour}`, value.toLocaleString("en")));
   const unknown = data.series.every((series) => series.values[at] === null);
   if (rows.length === 0) rows.push(line(unknown ? "not running, or not known" : "nothing"));
-  box.replaceChildren(line(localText(begin).slice(0, -3)), ...rows);
+  // Six hours or a day of UTC: where they begin and end the axis, in the reader's zone, does not show.
+  box.replaceChildren(line(data.step > 3600 ? `${begin} to ${end}` : begin), ...rows);
   box.hidden = false;
   const room = figure.clientWidth - box.offsetWidth;
   const left = plot.cursor.left + 60;
