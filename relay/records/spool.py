@@ -74,6 +74,26 @@ class Batch(NamedTuple):
     corrupt: int
 
 
+class _Spoiled(NamedTuple):
+    """A corrupt line, and its number in its segment."""
+
+    number: int
+    line: bytes
+    error: CorruptLineError
+
+    @property
+    def whole(self) -> bytes:
+        """The line with its end."""
+        return self.line if self.line.endswith(b"\n") else self.line + b"\n"
+
+
+class _Told(NamedTuple):
+    """How many corrupt lines the log has been told of, and how many were moved."""
+
+    told: int
+    moved: int
+
+
 class _Closed(NamedTuple):
     """A segment that nothing is appended to, and where its rows end."""
 
@@ -111,7 +131,10 @@ class Spool:
         self._spare: Segment | None = None
         self._position = 0  # in the oldest segment: rows before it are kept elsewhere
         self._read_to = 0
+        self._lines = 0  # before the position
         self._read_rows = 0
+        self._spoiled: dict[Path, _Told] = {}
+        """Corrupt lines of the oldest segment, by the file that they were moved to."""
         self.shortage: str | None = None
         """Why the reserve was not had when the spool was opened."""
         try:
@@ -192,7 +215,7 @@ class Spool:
             return
         if self.reserve.may_become(spare.free if spare is not None else 0):
             self._segment, self._spare = spare, None
-            self._position = self._read_to = 0
+            self._begin_next(segment.path)
             segment.remove()
             sync_directory(self._directory)
             if self._segment is None:
@@ -252,7 +275,8 @@ class Spool:
         removed, whose rows count as such); `rows` says whether more wait.
         """
         records: list[Entry] = []
-        corrupt = lines = 0
+        corrupt: list[_Spoiled] = []
+        lines = 0
         oldest = self._oldest()
         if oldest is None:
             self._rows = 0
@@ -266,8 +290,7 @@ class Spool:
                     try:
                         records.append(decode(line))
                     except CorruptLineError as error:
-                        corrupt += 1
-                        self._put_by_corrupt(line, error)
+                        corrupt.append(_Spoiled(self._lines + lines, line, error))
                 self._read_to = at
         except FileNotFoundError as error:
             if not self._directory.is_dir():  # all of it is away, and may come back
@@ -276,7 +299,11 @@ class Spool:
         except OSError as error:
             raise self._error(error) from error
         self._read_rows = lines
-        return Batch(records, corrupt)
+        # What another version can read is no rubbish: it can be replayed once that one is back.
+        for unknown, path in ((True, self.rejected_file), (False, self.corrupt_file)):
+            moved = [each for each in corrupt if isinstance(each.error, UnknownRowError) is unknown]
+            self._put_by(oldest.path, moved, path)
+        return Batch(records, len(corrupt))
 
     def _give_up(self, missing: _Closed) -> int:
         """Go on without the oldest segment, which somebody has removed; return how many rows it had."""
@@ -284,7 +311,8 @@ class Spool:
             self._take_spare()
             self._tell_reserve()
         del self._closed[0]
-        self._position = self._read_to = self._read_rows = 0
+        self._read_rows = 0
+        self._begin_next(missing.path)
         left = [each for each in self._closed if each.path.exists()]
         if self._segment is not None and self._segment.path.exists():
             left.append(_Closed(self._segment.path, self._segment.size))
@@ -299,6 +327,7 @@ class Spool:
         if oldest is None:
             return
         self._position = self._read_to
+        self._lines += self._read_rows
         self._rows = max(0, self._rows - self._read_rows)
         self._read_rows = 0
         try:
@@ -307,7 +336,7 @@ class Spool:
             elif self._position >= oldest.end:
                 oldest.path.unlink(missing_ok=True)
                 del self._closed[0]
-                self._position = self._read_to = 0
+                self._begin_next(oldest.path)
                 sync_directory(self._directory)
         except OSError as error:
             raise self._error(error) from error
@@ -335,16 +364,34 @@ class Spool:
     def _error(self, error: OSError) -> SpoolError:
         return SpoolError(f"spool {self._directory}: {error.strerror or error}")
 
-    def _put_by_corrupt(self, line: bytes, error: CorruptLineError) -> None:
-        kept = line if line.endswith(b"\n") else line + b"\n"
-        # What another version can read is no rubbish: it can be replayed once that one is back.
-        path = self.rejected_file if isinstance(error, UnknownRowError) else self.corrupt_file
-        try:
-            self._append_to(path, kept)
-        except SpoolError as failure:  # the log is then the only place left for it
-            _log.error("spool: corrupt line (%s), not kept (%s): %r", error, failure, line)
+    def _put_by(self, segment: Path, lines: Sequence[_Spoiled], path: Path) -> None:
+        """Move corrupt lines to a file of their own; the log is told once for a segment, and at its end."""
+        if not lines:
             return
-        _log.error("spool: corrupt line (%s), moved to %s", error, path)
+        try:
+            self._append_to(path, b"".join(each.whole for each in lines))
+        except SpoolError as failure:  # the log is then the only place left for them
+            for each in lines:
+                _log.error("spool: corrupt line (%s), not kept (%s): %r", each.error, failure, each.line)
+            return
+        known = self._spoiled.get(path)
+        if known is not None:
+            self._spoiled[path] = known._replace(moved=known.moved + len(lines))
+            return
+        self._spoiled[path] = _Told(len(lines), len(lines))
+        first = lines[0]
+        _log.error(
+            "spool: corrupt lines in %s: %d, the first is line %d (%s), moved to %s",
+            *(segment, len(lines), first.number, first.error, path),
+        )
+
+    def _begin_next(self, done: Path) -> None:
+        """The oldest segment has no rows any more: go on with the one behind it."""
+        self._position = self._read_to = self._lines = 0
+        for path, (told, moved) in self._spoiled.items():
+            if moved > told:
+                _log.error("spool: corrupt lines in %s: %d in all, moved to %s", done, moved, path)
+        self._spoiled.clear()
 
     def _append_to(self, path: Path, line: bytes) -> None:
         try:

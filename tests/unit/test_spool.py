@@ -170,7 +170,33 @@ def test_corrupt_lines_are_moved_and_counted(tmp_path: Path, caplog: pytest.LogC
     assert batch == ([rows[0], rows[2]], 2)
     assert spool.rows == 0
     assert spool.corrupt_file.read_bytes() == spoiled + b"\0\0\0\n"
-    assert "checksum differs" in caplog.text
+    told = f"spool: corrupt lines in {segment}: 2, the first is line 2 (checksum differs), moved to "
+    assert caplog.messages == [f"{told}{spool.corrupt_file}"]
+    spool.close()
+
+
+def test_a_file_full_of_corrupt_lines_is_told_in_two(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    segment = tmp_path / "000000000001.jsonl"
+    rubbish = [b"rubbish %d\n" % number for number in range(100)]
+    row, later = make_record(), make_record()
+    segment.write_bytes(encode(row) + b"".join(rubbish))
+    spool = Spool(tmp_path)
+    spool.append([encode(later)])
+    batches = []
+    while spool.rows:
+        batches.append(spool.read(30))
+        spool.forget()
+
+    assert [each for batch in batches for each in batch.records] == [row, later]
+    assert [batch.corrupt for batch in batches] == [29, 30, 30, 11, 0]
+    assert spool.corrupt_file.read_bytes() == b"".join(rubbish)
+    told = f"spool: corrupt lines in {segment}: 29, the first is line 2 (torn, or not a line of a spool)"
+    assert caplog.messages == [
+        f"{told}, moved to {spool.corrupt_file}",
+        f"spool: corrupt lines in {segment}: 100 in all, moved to {spool.corrupt_file}",
+    ]
     spool.close()
 
 
