@@ -92,7 +92,11 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
 
 async def _work(relay: Relay, load: Callable[[], Settings], wanted: asyncio.Event) -> None:
     """Have the relay as it is to be for long, then reload whenever it is wanted."""
-    await relay.answering()
+    try:
+        await relay.answering()
+    except Exception as error:  # ends the relay, which may fail by the same: the log should have the cause
+        maillog.unforeseen("http", None, error)
+        raise
     gc.freeze()  # what was loaded stays: there is nothing to be found among it
     gc.enable()
     await _reloads(relay, load, wanted)

@@ -34,7 +34,7 @@ LAYERS = [
     {"late"},
     {"limits.rule"},
     {"records.bound", "records.identity", "records.line", "records.model", "envelope", "content"},
-    {"reply", "outcome", "credentials", "escaping", "provider", "series"},
+    {"reply", "outcome", "credentials", "escaping", "exhausted", "provider", "series"},
 ]
 """From the top: a module may import from layers below its own, and from its own package."""
 

@@ -19,6 +19,7 @@ import relay
 from relay.cli.commands import app
 from relay.cli.failure import CommandError
 from relay.cli.streams import let_go, not_written, prepare
+from relay.exhausted import exhausted
 
 __all__ = ["main"]
 
@@ -45,6 +46,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as error:  # the last door: whatever it is, people get a line
         if not_written(error):
             return _fail([f"relay: cannot write to standard output: {error.strerror}"])
+        if (limit := exhausted(error)) is not None:
+            return _fail([f"relay: {limit}"])
         return _fail(
             [f"relay: {type(error).__name__}: {error} ({_place(error)}); this is a defect, please report it"]
         )

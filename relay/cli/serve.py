@@ -15,6 +15,7 @@ import typer
 from relay.cli.configuration import ConfigOption, find, loaded, loader
 from relay.cli.failure import CommandError
 from relay.cli.streams import let_go
+from relay.exhausted import exhausted
 
 if TYPE_CHECKING:
     import socket
@@ -73,6 +74,6 @@ def _serve(path: Path | None, upstream: socket.socket | None = None) -> int:
     try:
         return run(settings, load, upstream)
     except (StartError, OSError) as error:
-        raise CommandError([f"relay: cannot start: {error}"]) from None
+        raise CommandError([f"relay: cannot start: {exhausted(error) or error}"]) from None
     finally:
         let_go()  # lines of the log that could not be written are no failure of the command

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+from relay.exhausted import exhausted
 from relay.maillog.destination import configure, current, flush
 from relay.maillog.facts import Facts, Wire
 from relay.maillog.line import message_line
@@ -148,7 +149,15 @@ def warning(text: str) -> None:
 
 
 def unforeseen(where: str, task_id: UUID | str | None, error: BaseException) -> None:
-    """An error that nobody foresaw, with its traceback; `where` names the step that it ended."""
+    """An error that nobody foresaw, with its traceback; `where` names the step that it ended.
+
+    Where it comes of a limit of this process, that is told, and what to raise.
+    """
+    if (limit := exhausted(error)) is not None:
+        current.log.error(
+            "limit reached", where=where, task_id=task_id, reason=limit, error=error_text(error)
+        )
+        return
     current.log.error(
         "unforeseen", where=where, task_id=task_id, error=error_text(error), traceback=traceback_text(error)
     )

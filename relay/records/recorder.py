@@ -34,6 +34,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
+from relay.exhausted import exhausted
 from relay.records.errors import RejectedRecordError, StoreError
 from relay.records.model import Entry, Record, Settled
 from relay.records.spool import Spool, SpoolError
@@ -530,6 +531,8 @@ def _failure(error: BaseException | None) -> StoreError:
     """Return what the store said, or what stands for an error of another kind; None: a cancellation."""
     if isinstance(error, StoreError):
         return error
+    if error is not None and (limit := exhausted(error)) is not None:
+        return StoreError(limit)
     _log.error("unforeseen error of the store", exc_info=error)
     return StoreError(f"unforeseen error: {error!r}")
 

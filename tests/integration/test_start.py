@@ -127,6 +127,40 @@ async def test_without_what_answers_http_the_relay_ends_in_order(tmp_path: Path)
         assert events.index("started") < events.index("draining") < events.index("stopped")
 
 
+async def test_where_memory_is_short_for_what_answers_http_the_log_says_so(tmp_path: Path) -> None:
+    async with trial(tmp_path) as relay:
+        replace_library(relay, "aiohttp", "raise MemoryError\n")
+        await relay.spawn()
+        assert await relay.ended() == 1
+        said = [line for line in relay.errors().splitlines() if not line.startswith("import time:")]
+        line = await relay.event("limit reached")
+        assert (line["where"], line["reason"]) == ("http", NO_MEMORY)
+        assert said[1:] == [f"relay: {NO_MEMORY}"]
+
+
+async def test_where_memory_is_short_for_what_a_page_needs_it_is_no_defect(tmp_path: Path) -> None:
+    async with trial(tmp_path) as relay:
+        replace_library(relay, "sqlalchemy", "raise MemoryError\n")
+        await relay.start()
+        assert (await relay.get("/"))[0] == 500
+        line = await relay.event("limit reached")
+        assert (line["where"], line["reason"], line["error"]) == ("http", NO_MEMORY, "MemoryError")
+        await send(relay)
+        assert await relay.terminate() == 0
+        assert "unforeseen" not in {line["event"] for line in relay.log()}
+
+
+async def test_a_start_without_a_thread_says_which_limit_to_raise(tmp_path: Path) -> None:
+    """Each thread asks for a stack as large as the limit of stacks, which here is more than there may be."""
+    async with trial(tmp_path) as relay:
+        relay.launcher = ("sh", "-c", 'ulimit -Ss 67108864 && ulimit -Sv 33554432 && exec "$@"', "sh")
+        await relay.spawn()
+        assert await relay.ended() == 1
+        said = [line for line in relay.errors().splitlines() if not line.startswith("import time:")]
+        assert len(said) == 1
+        assert said[0].startswith("relay: this process may have no more threads: raise its limit of tasks (")
+
+
 async def test_one_that_cannot_be_loaded_later_is_an_error_of_what_needs_it(tmp_path: Path) -> None:
     async with trial(tmp_path) as relay:
         replace_library(relay, "sqlalchemy", BROKEN)
@@ -138,6 +172,7 @@ async def test_one_that_cannot_be_loaded_later_is_an_error_of_what_needs_it(tmp_
         assert await relay.terminate() == 0
 
 
+NO_MEMORY = "this process may have no more memory: raise its limit (LimitAS, ulimit -v)"
 BROKEN = "raise ImportError('broken on purpose')\n"
 WAITS = """
 import importlib, sys, time
