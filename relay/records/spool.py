@@ -293,7 +293,7 @@ class Spool:
                         corrupt.append(_Spoiled(self._lines + lines, line, error))
                 self._read_to = at
         except FileNotFoundError as error:
-            if not self._directory.is_dir():  # all of it is away, and may come back
+            if not _missing(oldest.path):  # all of it is away, and may come back
                 raise self._error(error) from error
             return Batch([], self._give_up(oldest))
         except OSError as error:
@@ -398,6 +398,22 @@ class Spool:
             append_line(path, line)
         except OSError as error:
             raise SpoolError(f"{path}: {error.strerror or error}") from error
+
+
+def _missing(path: Path) -> bool:
+    """Whether the directory is there without the file; asked of one directory, which may just come back."""
+    try:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.stat(path.name, dir_fd=directory)
+    except FileNotFoundError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(directory)
 
 
 def _make_directory(directory: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from uuid import UUID
 
@@ -172,6 +174,32 @@ def test_corrupt_lines_are_moved_and_counted(tmp_path: Path, caplog: pytest.LogC
     assert spool.corrupt_file.read_bytes() == spoiled + b"\0\0\0\n"
     told = f"spool: corrupt lines in {segment}: 2, the first is line 2 (checksum differs), moved to "
     assert caplog.messages == [f"{told}{spool.corrupt_file}"]
+    spool.close()
+
+
+def test_a_spool_that_goes_and_comes_back_loses_no_file(tmp_path: Path) -> None:
+    directory, elsewhere = tmp_path / "spool", tmp_path / "elsewhere"
+    directory.mkdir()
+    row = make_record()
+    (directory / "000000000001.jsonl").write_bytes(encode(row))
+    spool = Spool(directory)
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            directory.rename(elsewhere)
+            elsewhere.rename(directory)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(5000):
+            with contextlib.suppress(SpoolError):
+                assert spool.read(1).records == [row]
+    finally:
+        ended.set()
+        other.join()
+    assert spool.rows == 1
     spool.close()
 
 
