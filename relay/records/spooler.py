@@ -61,7 +61,11 @@ class Spooler:
         """Why rows could not be appended the last time; None: they could."""
 
     def start(self) -> None:
-        """Show what there is, and see to the reserve. Needs a running loop."""
+        """Show what there is, and see to the reserve. Needs a running loop.
+
+        The thread begins now, not with the first row: it may be that there are no more threads then.
+        """
+        asyncio.get_running_loop().run_in_executor(self._executor, _idle)
         self._metrics.records_spooled(self._spool.rows)
         self._metrics.records_reserve(self._spool.reserve.free)
         if self._spool.shortage is not None:

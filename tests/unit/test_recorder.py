@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -542,6 +543,22 @@ async def test_a_spool_that_cannot_be_read_for_a_while(
     assert list(made.store.rows) == [row.task_id, more.task_id]
     await made.recorder.close(10)
     made.spool.close()
+
+
+async def test_the_spool_takes_rows_where_no_more_threads_are_to_be_had(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        made.store.failure = StoreError("the store is away")
+        usual = threading.stack_size(1 << 45)  # more than there can be: no thread can begin
+        try:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                threading.Thread(target=print).start()
+            row = make_record()
+            await made.recorder.record(row)
+        finally:
+            threading.stack_size(usual)
+        assert made.lost == []
+        made.store.failure = None
+        await until(lambda: row.task_id in made.store.rows)
 
 
 async def test_a_segment_that_somebody_has_removed_holds_nobody_up(
