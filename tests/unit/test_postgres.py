@@ -25,6 +25,7 @@ from relay.records.errors import (
 )
 from relay.records.migrations import upgrade_postgres
 from relay.records.model import Record
+from relay.records.postgres.database import Database
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
 from relay.records.schema import metadata
@@ -420,6 +421,25 @@ async def test_a_session_that_failed_is_not_used_again(postgres_database):
     await store.write([record(1)])
     assert await store.count() == 1
     await store.close()
+
+
+async def test_a_pooler_that_loses_prepared_statements_is_named(postgres_database):
+    """As one in transaction mode does that does not know them: the session is another one meanwhile."""
+    database = await Database.open(postgres_database.url, create=False, later=False)
+    with pytest.raises(StoreError) as caught:
+        async with database.connection() as connection:
+            await connection.fetchval("SELECT $1::int", 1)
+            await connection.execute("DEALLOCATE ALL")
+            await connection.fetchval("SELECT $1::int", 1)
+    with pytest.raises(StoreError) as twice:
+        async with database.connection() as connection:
+            await connection.execute("PREPARE again AS SELECT 1")
+            await connection.execute("PREPARE again AS SELECT 1")
+    await database.close()
+    for error in (caught, twice):
+        text = str(error.value)
+        assert "max_prepared_statements" in text
+        assert "statement_cache_size" not in text, "no setting of the relay"
 
 
 # Many at once

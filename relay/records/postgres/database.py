@@ -260,6 +260,12 @@ def explained(error: Exception, url: str) -> Exception:
 
 
 def _said_by_server(error: Exception, name: str) -> StoreError:
+    if isinstance(error, _FORGOTTEN):
+        # The driver adds what its programmer may do; the operator cannot.
+        return StoreError(
+            f"{name}: {error.args[0]}; the pooler in between loses prepared statements: it must be pgbouncer "
+            "1.21 or later with max_prepared_statements above 0, or have pool_mode = session"
+        )
     said = f"{name}: {_line(error)}"
     if isinstance(error, _NEVER):
         return RejectedRecordError(said)
@@ -297,6 +303,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_FORGOTTEN = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
 _NEVER = (
     asyncpg.exceptions.DataError,
     asyncpg.exceptions.IntegrityConstraintViolationError,
