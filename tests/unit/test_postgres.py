@@ -342,6 +342,27 @@ async def test_one_that_cannot_be_reached_is_opened_later_by_who_needs_it(own_se
     await store.close()
 
 
+async def test_while_all_are_standbys_the_primary_is_awaited(own_server):
+    """`target_session_attrs` is how a failover is followed: in its midst nobody is what it asks for."""
+    database = own_server.database()
+    own_server.stop()
+    standby = own_server.data / "standby.signal"
+    standby.touch()
+    own_server.adopt(standby)
+    own_server.start()
+    url = f"{own_server.url(database)}?target_session_attrs=primary"
+    text, kind = await refusal(url)
+    assert "target_session_attrs" in text
+    assert kind is UnreachableError
+    store = await open_store(url, MONTH, later=True)
+    with pytest.raises(UnreachableError):
+        await store.write([record(1)])
+    own_server.sql("SELECT pg_promote()")
+    await store.write([record(1)])
+    assert await store.count() == 1
+    await store.close()
+
+
 async def test_one_that_is_there_and_wrong_is_refused_also_later(cluster):
     text, _ = await refusal(cluster.server.url("nowhere"), later=True)
     assert "does not exist" in text

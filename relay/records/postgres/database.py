@@ -293,6 +293,8 @@ def _met_on_the_way(error: Exception, name: str) -> Exception:
         )
     if isinstance(error, OSError):
         return UnreachableError(f"{name}: cannot be reached: {_line(error)}; start it, or change records.url")
+    if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
+        return UnreachableError(f"{name}: no server is what target_session_attrs in records.url asks for")
     if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
         # The latter too: it is what a statement meets that is begun as the server ends the session.
         return StoreError(f"{name}: {_line(error)}")
