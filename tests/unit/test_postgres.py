@@ -412,7 +412,7 @@ async def test_whenever_the_server_ends_a_session_the_store_says_that_it_is_away
         for number in itertools.count(begin):
             if over:
                 return
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(UnreachableError):
                 await store.write([record(number)])
 
     writing = [asyncio.create_task(writes(begin * 1_000_000)) for begin in range(1, 3)]
@@ -427,6 +427,14 @@ async def test_whenever_the_server_ends_a_session_the_store_says_that_it_is_away
     await other.close()
     await store.write([record(1)])
     await store.close()
+
+
+async def test_a_transaction_whose_session_is_ended_says_why(postgres_database):
+    database = await Database.open(postgres_database.url, create=False, later=False)
+    with pytest.raises(UnreachableError, match="terminating connection due to administrator command"):
+        async with database.transaction() as connection:
+            await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    await database.close()
 
 
 async def test_a_session_that_failed_is_not_used_again(postgres_database):

@@ -254,6 +254,11 @@ def explained(error: Exception, url: str) -> Exception:
     """Say in one line what an error of asyncpg means for the operator; what is none of its errors stays."""
     if isinstance(error, StoreError):
         return error
+    cause = error.__context__
+    if isinstance(error, asyncpg.InterfaceError) and isinstance(
+        cause, asyncpg.PostgresError | asyncpg.InternalClientError
+    ):
+        error = cause  # the transaction could not be undone, since this had ended its session
     if isinstance(error, asyncpg.PostgresError):
         return _said_by_server(error, shown_url(url))
     return _met_on_the_way(error, shown_url(url))
@@ -295,8 +300,9 @@ def _met_on_the_way(error: Exception, name: str) -> Exception:
         return UnreachableError(f"{name}: cannot be reached: {_line(error)}; start it, or change records.url")
     if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
         return UnreachableError(f"{name}: no server is what target_session_attrs in records.url asks for")
-    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
-        # The latter too: it is what a statement meets that is begun as the server ends the session.
+    if isinstance(error, asyncpg.InternalClientError):
+        return UnreachableError(f"{name}: the session ended as a statement began ({_line(error)})")
+    if isinstance(error, asyncpg.InterfaceError):
         return StoreError(f"{name}: {_line(error)}")
     return error
 
