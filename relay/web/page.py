@@ -120,7 +120,7 @@ class Page:
         span = _span(request)
 
         async def render() -> str:
-            return await self._render("_live.html", live_only=True, **await self._live(span))
+            return await self._render("_live.html", root="./", live_only=True, **await self._live(span))
 
         return _answer(
             request, (await self._kept.get(f"live {span}", render, at_most=_NOW_S)).encode(), "text/html"
@@ -216,7 +216,7 @@ class Page:
         older = None
         if len(found) > ROWS:
             found = found[:ROWS]
-            older = _address(request.path, [*query, ("after", cursor_of(found[-1].key))])
+            older = _address(request, [*query, ("after", cursor_of(found[-1].key))])
         return await self._html(
             request,
             "sends.html",
@@ -228,7 +228,7 @@ class Page:
             rows=[line_of(row) for row in found],
             problem=problem,
             first="after" not in request.query,
-            first_page=_address(request.path, query),
+            first_page=_address(request, query),
             next_page=older,
         )
 
@@ -270,7 +270,7 @@ class Page:
     async def _html(
         self, request: web.Request, template: str, *, status: int = 200, **values: Any
     ) -> web.Response:
-        text = await self._render(template, **values)
+        text = await self._render(template, root=_root(request), **values)
         return _answer(request, text.encode(), "text/html", status)
 
     async def _render(self, template: str, **values: Any) -> str:
@@ -307,6 +307,12 @@ def _sentence(error: StoreError) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _address(path: str, query: Iterable[tuple[str, str]]) -> str:
+def _root(request: web.Request) -> str:
+    """Return where the overview is, seen from this page: a proxy in front may have put a path before it."""
+    return "../" if "task_id" in request.match_info else "./"
+
+
+def _address(request: web.Request, query: Iterable[tuple[str, str]]) -> str:
     text = urlencode(list(query))
-    return f"{path}?{text}" if text else path
+    address = f"{_root(request)}{request.path[1:]}"
+    return f"{address}?{text}" if text else address
