@@ -246,6 +246,22 @@ async def test_it_works_without_scripts(
     assert looked.errors == []
 
 
+async def test_on_paper_a_chart_says_which_colour_is_which(
+    looked: Looked, upstream: ScriptedUpstream
+) -> None:
+    await fill(looked.running, upstream)
+    await looked.open("/")
+    page = looked.page
+    await page.emulate_media(media="print")
+    panels = await page.locator(".panel:visible").evaluate_all(
+        "all => all.map(each => each.innerText.trim())"
+    )
+    assert all(panels), "no empty frame where the search is on the screen"
+    for each in await page.locator(".legend i").all():
+        adjusted = "i => getComputedStyle(i).printColorAdjust"
+        assert await each.evaluate(adjusted) == "exact", "else browsers print no backgrounds"
+
+
 async def test_charts_show_what_their_tables_say(looked: Looked, upstream: ScriptedUpstream) -> None:
     await fill(looked.running, upstream)
     await looked.open("/")
