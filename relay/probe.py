@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from relay import maillog, parts
 from relay.metrics import Metrics
-from relay.records.store import MissingStoreError, OlderStoreError, StoreError, open_store
+from relay.records.store import MissingStoreError, OlderStoreError, StoreError, check_makeable, open_store
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
 
@@ -43,6 +43,10 @@ async def _store(settings: Settings) -> Finding:
         store = await open_store(url, parts.retention(settings), create=False, upgrade=False)
         await store.close()
     except MissingStoreError:
+        try:
+            check_makeable(url)
+        except StoreError as error:
+            return what, False, str(error)
         return what, True, "does not exist yet, the first start makes it"
     except OlderStoreError as older:
         return what, True, f"has schema version {older.version}, the next start brings it up to date"

@@ -30,6 +30,7 @@ __all__ = [
     "RejectedRecordError",
     "Store",
     "StoreError",
+    "check_makeable",
     "is_postgres",
     "open_store",
     "utc_now",
@@ -111,6 +112,14 @@ class Store(Protocol):
 def is_postgres(url: str) -> bool:
     """Whether a `records.url` names a PostgreSQL database, and not a SQLite file."""
     return url.partition(":")[0].partition("+")[0] in {"postgresql", "postgres"}
+
+
+def check_makeable(url: str) -> None:
+    """Raise StoreError unless a start can make the store that is missing, as far as a look tells."""
+    if not is_postgres(url):
+        from relay.records.sqlite import file
+
+        file.check_makeable(file.path_of(url))
 
 
 async def open_store(

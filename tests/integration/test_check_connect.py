@@ -9,6 +9,8 @@ from contextlib import closing
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import pytest
+
 from relay.records.retention import Retention
 from relay.records.store import open_store
 from tests.support.tables import BACK_TO_0001
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-async def check(tmp_path: Path, upstream: str) -> tuple[int, list[str]]:
+async def check(
+    tmp_path: Path, upstream: str, database: str = "rows.db", module: str = "relay"
+) -> tuple[int, list[str]]:
     config = tmp_path / "relay.toml"
     config.write_text(
         f'[[upstreams]]\naddress = "{upstream}"\nname = "primary"\ntls = "none"\n'
-        f'[records]\nurl = "sqlite:///{tmp_path}/rows.db"\nspool = "{tmp_path}/spool"\n'
+        f'[records]\nurl = "sqlite:///{tmp_path}/{database}"\nspool = "{tmp_path}/spool"\n'
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "relay", "check", "--connect", "--config", str(config),
+        sys.executable, "-m", module, "check", "--connect", "--config", str(config),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     said, _ = await asyncio.wait_for(process.communicate(), 30)
@@ -47,6 +51,31 @@ async def test_it_says_what_works_and_makes_nothing(tmp_path: Path, upstream: Sc
     )
     assert not (tmp_path / "rows.db").exists()
     assert upstream.messages == []
+
+
+@pytest.mark.parametrize("where", ["kept/rows.db", "kept/below/rows.db", "link.db"])
+async def test_a_store_that_no_start_can_make_fails_the_check(
+    tmp_path: Path, upstream: ScriptedUpstream, where: str
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept").chmod(0o555)
+    (tmp_path / "link.db").symlink_to("nowhere.db")
+
+    status, said = await check(tmp_path, upstream.address, where, module="tests.support.without_rights")
+
+    assert status == 1
+    assert said[-2].startswith(f"  failed  store sqlite:///{tmp_path}/{where}: {tmp_path}/{where}: ")
+    assert "records.url" in said[-2]
+    assert not (tmp_path / "kept" / "below").exists()
+
+
+async def test_a_link_to_an_empty_file_is_filled_by_the_start(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "link.db").symlink_to("empty.db")
+    status, said = await check(tmp_path, upstream.address, "link.db")
+    assert (status, said[-2][:4]) == (0, "  ok")
 
 
 async def test_an_older_schema_is_left_to_the_start(tmp_path: Path, upstream: ScriptedUpstream) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from relay.records.errors import MissingStoreError, StoreError
 from relay.records.sqlite.errors import NOT_A_DATABASE
 
-__all__ = ["SMALLEST", "Place", "find", "log_of", "no_such_file", "path_of"]
+__all__ = ["SMALLEST", "Place", "check_makeable", "find", "log_of", "no_such_file", "path_of"]
 
 FILE_MODE = 0o640
 """At most: the file holds addresses, so it is not for everyone; a group may read it (for a dashboard)."""
@@ -107,6 +107,22 @@ def _make(path: Path) -> None:
     # on it elsewhere in this process (POSIX locks work so). If it has come up just now, another made it.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE))
+
+
+def check_makeable(path: Path) -> None:
+    """Raise StoreError unless there is a file, or `find` could make one, as far as the file system tells."""
+    if os.path.exists(path):  # noqa: PTH110 - which raises nothing
+        return
+    if path.is_symlink():
+        raise StoreError(f"{path}: is not a file; name a file in records.url")
+    directory = path.parent.absolute()
+    while not os.path.exists(directory):  # noqa: PTH110
+        directory = directory.parent
+    effective = os.access in os.supports_effective_ids
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK, effective_ids=effective):
+        raise StoreError(
+            f"{path}: cannot be made in {directory}; change records.url, or the rights of its path"
+        )
 
 
 def no_such_file(path: Path) -> MissingStoreError:
