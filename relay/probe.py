@@ -44,7 +44,7 @@ async def _store(settings: Settings) -> Finding:
         await store.close()
     except MissingStoreError:
         try:
-            check_makeable(url)
+            await check_makeable(url)
         except StoreError as error:
             return what, False, str(error)
         return what, True, "does not exist yet, the first start makes it"

@@ -114,9 +114,13 @@ def is_postgres(url: str) -> bool:
     return url.partition(":")[0].partition("+")[0] in {"postgresql", "postgres"}
 
 
-def check_makeable(url: str) -> None:
+async def check_makeable(url: str) -> None:
     """Raise StoreError unless a start can make the store that is missing, as far as a look tells."""
-    if not is_postgres(url):
+    if is_postgres(url):
+        from relay.records.postgres import database
+
+        await database.check_makeable(url)
+    else:
         from relay.records.sqlite import file
 
         file.check_makeable(file.path_of(url))

@@ -31,7 +31,7 @@ from relay.records.retention import Retention
 from relay.records.schema import metadata
 from relay.records.search import page_of_sends
 from relay.records.sends import SendFilter
-from relay.records.store import open_store
+from relay.records.store import check_makeable, open_store
 from relay.records.tables import SCHEMA_VERSION, SCHEMA_VERSIONS, VERSION_TABLE
 from tests.support import postgres
 from tests.support.certificates import Certificates
@@ -233,6 +233,9 @@ async def test_a_role_that_may_not_make_tables(cluster, empty):
     cluster.run(cluster.admin("CREATE ROLE nobody_much LOGIN"))
     text, _ = await refusal(cluster.server.url(empty.name, user="nobody_much"))
     assert "permission denied for schema public; GRANT CREATE" in text
+    with pytest.raises(StoreError, match="may not make tables; GRANT CREATE"):
+        await check_makeable(cluster.server.url(empty.name, user="nobody_much"))
+    await check_makeable(empty.url)
 
 
 async def test_a_password(own_server):

@@ -32,7 +32,7 @@ except ImportError as error:  # an optional dependency
         "records.url: PostgreSQL needs the driver asyncpg: pip install 'smtp-relay-record[postgres]'"
     ) from error
 
-__all__ = ["Connection", "Database", "check", "connect", "explained", "version_in"]
+__all__ = ["Connection", "Database", "check", "check_makeable", "connect", "explained", "version_in"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,19 @@ async def connect(url: str) -> Connection:
         return await asyncpg.connect(_dsn(url), **_options(url))
     except Exception as error:
         raise explained(error, url) from error
+
+
+async def check_makeable(url: str) -> None:
+    """Raise StoreError unless tables can be made in the database that `url` names, which has none."""
+    connection = await connect(url)
+    try:
+        allowed = await connection.fetchval("SELECT has_schema_privilege(current_schema(), 'CREATE')")
+    except Exception as error:
+        raise explained(error, url) from error
+    finally:
+        await connection.close(timeout=CLOSE_TIMEOUT_S)
+    if not allowed:
+        raise StoreError(f"{shown_url(url)}: this role may not make tables; {_MAKER}")
 
 
 def _dsn(url: str) -> str:
@@ -331,12 +344,10 @@ _AWAY = (
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
 )
+_MAKER = "GRANT CREATE, USAGE ON SCHEMA ... to the relay's role, or make it the owner"
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (asyncpg.InvalidPasswordError, "change records.password_file"),
     (asyncpg.InvalidAuthorizationSpecificationError, "change records.url, or pg_hba.conf of the server"),
     (asyncpg.InvalidCatalogNameError, "make it (createdb), or change records.url"),
-    (
-        asyncpg.InsufficientPrivilegeError,
-        "GRANT CREATE, USAGE ON SCHEMA ... to the relay's role, or make it the owner",
-    ),
+    (asyncpg.InsufficientPrivilegeError, _MAKER),
 )
