@@ -77,9 +77,11 @@ class Spooler:
 
         To be called behind `provide_no_more`.
         """
-        idle = asyncio.get_running_loop().run_in_executor(self._executor, _idle)
-        await asyncio.wait((idle,), timeout=timeout)
-        self._executor.shutdown(wait=False)
+        try:
+            idle = asyncio.get_running_loop().run_in_executor(self._executor, _idle)
+            await asyncio.wait((idle,), timeout=timeout)
+        finally:
+            self._executor.shutdown(wait=False)
 
     # ---- rows
 
