@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from relay.limits.rule import Patterns, Rule, Unit
+from relay.limits.rule import Aliases, Patterns, Rule, Unit
 from relay.settings import ExceptionSettings, LimitSettings
 
 __all__ = ["rules_of"]
 
 
-Aliases = Callable[[str], tuple[str, ...]]
-
-
 def rules_of(limits: Iterable[LimitSettings], aliases: Aliases) -> Sequence[Rule]:
-    """Return what the limits count; `aliases` gives what else an address may be recorded as."""
+    """Return what the limits count."""
     return [_rule(limit, aliases) for limit in limits]
 
 

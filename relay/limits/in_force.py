@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from relay.limits.rule import Aliases
     from relay.metrics import Metrics
     from relay.records.counts import StoredCounts
     from relay.records.store import Store
@@ -39,12 +40,9 @@ class InForce:
         metrics: Metrics,
         *,
         spooling: Callable[[], bool],
-        aliases: Callable[[str], tuple[str, ...]],
+        aliases: Aliases,
     ) -> None:
-        """`directory` is the spool's; `spooling` says whether rows may be durable and not in the store.
-
-        `aliases` gives what else an address may be recorded as.
-        """
+        """`directory` is the spool's; `spooling` says whether rows may be durable and not in the store."""
         self._store = store
         self._directory = directory
         self._metrics = metrics
@@ -96,7 +94,7 @@ class InForce:
             await self._counts.close()
 
 
-def _load() -> Callable[[str, Callable[[str], tuple[str, ...]]], StoredCounts]:
+def _load() -> Callable[[str, Aliases], StoredCounts]:
     """Load SQLAlchemy, of which a relay without limits has no need."""
     from relay.records.counts import counts_of
 

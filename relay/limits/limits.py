@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from relay import maillog
-from relay.limits.rule import Event, Message, Rule, fold, in_words
+from relay.limits.rule import Aliases, Event, Message, Rule, fold, in_words
 from relay.limits.tally import Tally
 from relay.records.errors import StoreError
 from relay.records.model import Doubt, Record
@@ -82,8 +82,7 @@ class _Asking:
 class Limits:
     """The limits of one relay; `use` says which.
 
-    `clock` gives Unix time. `spooling` says whether rows of this relay wait to get into the store. `aliases`
-    gives what else an address may be recorded as.
+    `clock` gives Unix time. `spooling` says whether rows of this relay wait to get into the store.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Limits:
         *,
         clock: Callable[[], float],
         spooling: Callable[[], bool],
-        aliases: Callable[[str], tuple[str, ...]] = lambda _: (),
+        aliases: Aliases = lambda _: (),
     ) -> None:
         self.rules: tuple[Rule, ...] = ()
         self.shared = False

@@ -10,19 +10,33 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 from uuid import UUID
 
 from relay.envelope import domain_of
 
-__all__ = ["Action", "Event", "Message", "OnError", "Patterns", "Rule", "Scope", "Unit", "fold", "in_words"]
+__all__ = [
+    "Action",
+    "Aliases",
+    "Event",
+    "Message",
+    "OnError",
+    "Patterns",
+    "Rule",
+    "Scope",
+    "Unit",
+    "fold",
+    "in_words",
+]
 
 Scope = Literal["sender", "recipient", "client", "sender_domain", "recipient_domain", "all"]
 Unit = Literal["messages", "recipients", "octets"]
 Action = Literal["defer", "reject", "observe"]
 OnError = Literal["allow", "defer"]
+Aliases = Callable[[str], tuple[str, ...]]
+"""What gives the names, beside its own, under which an address may be recorded."""
 
 _FOLD = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 

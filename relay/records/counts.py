@@ -17,7 +17,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from relay.limits.rule import Event, Message, Patterns, Rule, fold
+from relay.limits.rule import Aliases, Event, Message, Patterns, Rule, fold
 from relay.records.errors import StoreError
 from relay.records.patterns import literal
 from relay.records.queries import Queries, Reader, open_queries
@@ -32,7 +32,6 @@ from relay.records.schema import (
 __all__ = ["MAX_ROWS", "StoredCounts", "counts_of"]
 
 T = TypeVar("T")
-Aliases = Callable[[str], tuple[str, ...]]
 
 MAX_ROWS = 10_000
 """Rows that a look-up reads one by one; more are taken together."""
@@ -50,7 +49,7 @@ _INDEXES = {
 
 
 class StoredCounts:
-    """The counts of one store; `aliases` gives what else an address may be recorded as."""
+    """The counts of one store."""
 
     def __init__(self, reader: Reader, aliases: Aliases) -> None:
         self._reader = reader

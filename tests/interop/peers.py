@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AS_ROOT",
     "AXE",
+    "NGINX_ALONE",
+    "NGINX_FILES",
     "NODEMAILER",
     "Ended",
     "command",
@@ -39,6 +41,20 @@ _HERE = Path(__file__).parent
 NODEMAILER = _HERE / "node_modules" / "nodemailer"
 AXE = _HERE / "node_modules" / "axe-core" / "axe.min.js"
 """Where `npm install` in this directory puts them."""
+
+NGINX_ALONE = """\
+daemon off;
+master_process off;
+pid {directory}/pid;
+error_log stderr error;
+events {{ worker_connections 64; }}
+"""
+NGINX_FILES = """\
+    access_log off;
+    client_body_temp_path {directory}/1; proxy_temp_path {directory}/2; fastcgi_temp_path {directory}/3;
+    uwsgi_temp_path {directory}/4; scgi_temp_path {directory}/5;
+"""
+"""What an nginx of our own has in its configuration, and in the block `http`; to be formatted."""
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="Postfix starts its daemons as root only")
 

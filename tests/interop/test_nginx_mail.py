@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.interop.peers import daemon_directory, free_port, listening, needs
+from tests.interop.peers import NGINX_ALONE, NGINX_FILES, daemon_directory, free_port, listening, needs
 from tests.support.client import Client
 from tests.support.upstream import ScriptedUpstream
 
@@ -31,17 +31,12 @@ BEHIND_NGINX: dict[str, Any] = {
     "clients": {"trusted_proxies": ["127.0.0.1/32"], "allow": [f"{ALLOWED}/32"]},
 }
 
-CONFIGURATION = """\
-load_module {module};
-daemon off;
-master_process off;
-pid {directory}/pid;
-error_log stderr error;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/1; proxy_temp_path {directory}/2; fastcgi_temp_path {directory}/3;
-    uwsgi_temp_path {directory}/4; scgi_temp_path {directory}/5;
+CONFIGURATION = (
+    "load_module {module};\n"
+    + NGINX_ALONE
+    + "http {{\n"
+    + NGINX_FILES
+    + """\
     server {{
         listen unix:{directory}/auth;
         location / {{
@@ -58,6 +53,7 @@ mail {{
     server {{ listen 127.0.0.1:{port}; protocol smtp; smtp_auth none; {directives} }}
 }}
 """
+)
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
-from tests.interop.peers import daemon_directory, free_port, listening, needs
+from tests.interop.peers import NGINX_ALONE, NGINX_FILES, daemon_directory, free_port, listening, needs
 from tests.support.client import Client
 
 if TYPE_CHECKING:
@@ -23,22 +23,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "page.md"
 
 pytestmark = needs("nginx", "nginx")
 
-CONFIGURATION = """\
-daemon off;
-master_process off;
-pid {directory}/pid;
-error_log stderr error;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/1; proxy_temp_path {directory}/2; fastcgi_temp_path {directory}/3;
-    uwsgi_temp_path {directory}/4; scgi_temp_path {directory}/5;
+CONFIGURATION = (
+    NGINX_ALONE
+    + "http {{\n"
+    + NGINX_FILES
+    + """\
     server {{
         listen 127.0.0.1:{port};
         {location}
     }}
 }}
 """
+)
 
 
 @contextlib.asynccontextmanager
