@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Stopping:
 
     def __init__(self, settings: Settings, database: Path) -> None:
         self.relay = Relay(settings)
-        self._database = database
+        self.database = database
         self._stop: asyncio.Task[None] | None = None
         self._before: set[asyncio.Task[Any]] = set()
         self.running: Running
@@ -48,7 +49,7 @@ class Stopping:
         self._before = asyncio.all_tasks()
         self._threads = threads()
         await self.relay.start()
-        self.running = Running(self.relay, self._database)
+        self.running = Running(self.relay, self.database)
         return self.running
 
     async def begin(self) -> None:
@@ -232,6 +233,26 @@ async def test_a_verdict_that_does_not_come_in_time_is_in_doubt(
         await relay.end(upstream)
     assert outcomes(relay.running) == {"in_doubt": 1}
     assert relay.running.rows() == []
+
+
+async def test_a_row_that_is_not_durable_in_time_is_awaited(
+    stopping: Any, upstream: ScriptedUpstream
+) -> None:
+    """The upstream has the message: its client must not be cut off while the row is on its way."""
+    relay = await stopping(server={"drain_timeout": SHORT})
+    async with Client(relay.running.port) as client, Client(relay.running.port) as unfinished:
+        await say(unfinished, MAIL)
+        await say(client, MAIL, RCPT, b"DATA")
+        with contextlib.closing(sqlite3.connect(relay.database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await client.send(CONTENT + b".\r\n")
+            await eventually(lambda: relay.running.metric("records_pending") == 1)
+            await relay.begin()
+            await unfinished.expect_closed()  # the time is over
+            other.execute("ROLLBACK")
+        await client.expect(250)
+        await relay.end(upstream)
+    assert len(relay.running.rows()) == 1
 
 
 @pytest.mark.parametrize("said", range(1, 5), ids=["after_MAIL", "after_RCPT", "after_DATA", "in_the_body"])
