@@ -18,7 +18,7 @@ import re
 import secrets
 import sys
 from random import Random
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from relay import maillog
 from relay.reply import Reply
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool", "UnavailableError"]
 
-BUSY = Reply.own(451, "3.2", "No connection to the upstream server is free now, try again later")
-LOG_IN_AGAIN = Reply.own(530, "7.0", "The upstream server refuses this login now: connect and log in again")
-CLOSE_TIMEOUT = 2.0
+BUSY: Final = Reply.own(451, "3.2", "No connection to the upstream server is free now, try again later")
+LOG_IN_AGAIN: Final = Reply.own(
+    530, "7.0", "The upstream server refuses this login now: connect and log in again"
+)
+CLOSE_TIMEOUT: Final = 2.0
 """Seconds that the upstream gets to answer QUIT when the pool closes."""
-RELAY = ""
+RELAY: Final = ""
 """The client on whose account the relay's own doings go: probes, and logins that are tried."""
 
 
@@ -107,6 +109,8 @@ class Pool:
         metrics.drained(value=False)
         self.on_refused: Callable[[bytes], None] = _ignore
         """Called with the identity whose credentials the upstream has refused."""
+        self.on_drained_use: Callable[[Pool], None] = _ignore
+        """Called when a connection is wanted of it although it is drained."""
 
     # Who is who
 
@@ -211,6 +215,8 @@ class Pool:
         identity = None if credentials is None else self.identity(credentials)
         until = self._loop.time() + self._settings.lease_wait_timeout
         number = self._shares.arrival()
+        if self.draining:
+            self.on_drained_use(self)
         while True:
             if not fresh and (connection := self._take(client, identity)) is not None:
                 return connection, None
@@ -320,16 +326,16 @@ class Pool:
         granted = waiter.granted
         self._shares.wait(waiter)
         try:
-            async with asyncio.timeout_at(until):
-                return await granted
-        except BaseException as error:
-            if granted.done() and not granted.cancelled():
+            await asyncio.wait((granted,), timeout=max(0.0, until - self._loop.time()))
+        except asyncio.CancelledError:
+            if granted.done():
                 self._hand_back(waiter.client, granted.result())
-            if isinstance(error, TimeoutError):
-                raise UnavailableError(BUSY) from error
             raise
         finally:
             self._shares.remove(waiter)
+        if not granted.done():
+            raise UnavailableError(BUSY)
+        return granted.result()
 
     def _grant(self, waiter: Waiter, connection: Connection | None) -> None:
         self._shares.remove(waiter)
@@ -539,5 +545,5 @@ def _mail_max(capabilities: Capabilities) -> int:
     return sys.maxsize
 
 
-def _ignore(_: bytes) -> None:
+def _ignore(_: object) -> None:
     """Take no notice."""

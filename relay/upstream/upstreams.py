@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 from random import Random
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakSet
 
 from relay.envelope import domain_of, text
 from relay.policy import LOCAL, client_address
@@ -92,10 +91,8 @@ class Upstreams:
         self._fixed: Route | None = None
         self._of_logins: Route = Route(())
         self._tasks: set[asyncio.Task[None]] = set()
-        # For as long as a connection or a transaction needs them, and no longer.
-        self._leaving: WeakSet[Pool] = WeakSet()
-        # Of those: until `sweep` has seen them at rest, and so shown and said that nothing is left.
-        self._busy: set[Pool] = set()
+        # Until `sweep` has seen them at rest, and so shown and said that nothing is left.
+        self._leaving: set[Pool] = set()
         self.pools: dict[str, Pool] = {}
         """Those that are configured, by name."""
         self.passthrough: Pool | None = None
@@ -122,7 +119,6 @@ class Upstreams:
         for name, pool in self.pools.items():
             if made.get(name) is not pool:
                 self._leaving.add(pool)
-                self._busy.add(pool)
                 pool.drain(replaced=name in made)
         for pool in self._leaving:
             if pool.name in made:  # taken out before, and now back
@@ -144,7 +140,15 @@ class Upstreams:
         if pool is not None and self._made_from[upstream.name] == _reached(upstream, settings):
             return pool
         dialer = Dialer(upstream, hostname=settings.server.hostname, own_token=self._token)
-        return Pool(upstream, dialer, self._metrics.add_upstream(upstream.name), random=self._random)
+        made = Pool(upstream, dialer, self._metrics.add_upstream(upstream.name), random=self._random)
+        made.on_drained_use = self._still_used
+        return made
+
+    def _still_used(self, pool: Pool) -> None:
+        """Look after a pool that was at rest: a transaction from before has it on its route."""
+        if self.pools.get(pool.name) is not pool:
+            self._leaving.add(pool)
+            pool.drain(replaced=pool.name in self.pools)
 
     def _route_by(self, settings: Settings) -> None:
         self._ways = tuple(Way.of(upstream) for upstream in settings.upstreams)
@@ -227,7 +231,7 @@ class Upstreams:
         leaving = tuple(self._leaving)
         for pool in (*self.pools.values(), *leaving):
             pool.sweep(now)
-        self._busy = {pool for pool in leaving if pool.busy}
+        self._leaving = {pool for pool in leaving if pool.busy}
 
     async def close(self) -> None:
         """Say QUIT on idle connections and cut what is left; no lease is given any more."""
@@ -253,5 +257,4 @@ def _reached(upstream: UpstreamSettings, settings: Settings) -> tuple[str, Upstr
 
 async def _try(pool: Pool) -> None:
     with contextlib.suppress(UnavailableError, TimeoutError):
-        async with asyncio.timeout(pool.connect_timeout):
-            await pool.probe()
+        await asyncio.wait_for(pool.probe(), pool.connect_timeout)

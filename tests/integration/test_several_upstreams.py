@@ -450,6 +450,28 @@ async def test_a_message_under_way_ends_where_it_began(start: Any, changed: Any)
             assert list(running.relay.upstreams._leaving) == [], "nothing is kept of it"
 
 
+async def test_one_that_was_at_rest_is_looked_after_when_a_message_from_before_needs_it(
+    start: Any, changed: Any
+) -> None:
+    async with scripted(2) as (old, new):
+        by_recipient = configured("old", old, match={"recipient_domain": ["example.test"]})
+        both = [by_recipient, configured("new", new)]
+        async with start(0, upstreams=both) as running, Client(running.port) as client:
+            await client.ehlo()
+            await client.command(MAIL, 250)  # its recipients say where it goes
+            running.relay.upstreams.apply(changed(configured("new", new)))
+            await eventually(lambda: not (look(running), running.relay.upstreams._leaving)[1])
+            await client.command(b"RCPT TO:<b@example.test>", 250)
+            assert readiness(running) == {"new": "up", "old": "draining, 1 transactions"}
+            look(running)
+            assert [pool.name for pool in running.relay.upstreams._leaving] == ["old"]
+            await client.command(b"DATA", 354)
+            await client.send(CONTENT + b".\r\n")
+            await client.expect(250)
+            assert running.rows()[-1]["upstream"] == "old"
+            await eventually(lambda: not (look(running), running.relay.upstreams._leaving)[1])
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 async def test_of_an_upstream_that_was_taken_out_the_end_is_told(
     start: Any, changed: Any, capsys: pytest.CaptureFixture[str], under_way: bool
