@@ -420,3 +420,30 @@ def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
     machine.dial_ends("succeeds")
     assert len(machine.holders) == MAX_CONNECTIONS
     machine.teardown()
+
+
+@pytest.mark.parametrize("permit", [False, True])
+def test_what_comes_to_one_that_stops_waiting_goes_to_the_next(permit: bool) -> None:
+    machine = PoolMachine()
+    for _ in range(MAX_CONNECTIONS + 2):
+        machine.begin("a", None, fresh=False)
+    for _ in range(MAX_CONNECTIONS):
+        machine.dial_ends("succeeds")
+    first, second = machine.asked
+    coming = machine.holders.pop().connection
+
+    def act() -> None:
+        if permit:
+            coming.lessee = None
+            coming.abort("content unfinished")
+            machine.loop.call_soon(first.cancel)  # behind the end of the connection
+        else:
+            machine.pool.release(coming, reset=False)
+            first.cancel()
+
+    machine.run(act)
+    assert first.cancelled()
+    if permit:
+        machine.dial_ends("succeeds")
+    assert second.done()
+    machine.teardown()
