@@ -98,6 +98,18 @@ async def test_other_methods_and_paths_get_one_line(
         assert await answer.text() == "404 Not Found\n"
 
 
+@pytest.mark.parametrize("path", ["/" * 90_000, "/a" * 45_000, "/api/" + "%61" * 1000])
+async def test_a_path_that_none_of_ours_comes_near_is_not_looked_for(web: Web, path: str) -> None:
+    # To look for the first two took a second of the event loop.
+    reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 414 ")
+    assert b"\r\nX-Content-Type-Options: nosniff\r\n" in answer
+    assert b"aiohttp" not in answer
+    writer.close()
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/nothing"])
 async def test_no_answer_names_the_server(client: aiohttp.ClientSession, path: str) -> None:
     async with client.get(path) as answer:
