@@ -170,6 +170,7 @@ class Dialogue:
         "_slowed",
         "_smtputf8",
         "_state",
+        "_stranger",
         "_talking",
         "_tls_first",
         "_transaction",
@@ -195,7 +196,7 @@ class Dialogue:
         self._wire = wire
         self._reception = reception
         self._listener = listener
-        self._sender = sender
+        self._sender = self._stranger = sender
         self.may_relay = may_relay
         self._local = local
         self._login = Login(reception.doorkeeper)
@@ -240,6 +241,8 @@ class Dialogue:
         self._last_moved = self._loop.time()
         self._state = COMMANDS
         self._greeted = self._chunking_offered = False
+        self._login.forget()
+        self._sender = self._stranger
         if self._listener.tls == "implicit":
             self.begin(None)
         self.advance()

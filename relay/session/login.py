@@ -94,6 +94,10 @@ class Login:
         elif verdict.outcome == "failed":
             self._failed += 1
 
+    def forget(self) -> None:
+        """Go on with nobody logged in; what has failed counts on."""
+        self._verdict = None
+
     def may_use(self, reverse_path: bytes) -> bool:
         """Whether the user may send from this address; anybody may who relays without AUTH."""
         return self._verdict is None or may_send(self._verdict.senders, reverse_path)

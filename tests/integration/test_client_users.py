@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import smtplib
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 from relay.auth import guard
 from relay.cli import main
 from relay.session import doorkeeper
+from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.several import configured, scripted
 
@@ -60,6 +62,24 @@ def user(file: Path, monkeypatch: pytest.MonkeyPatch) -> User:
 def relay(start: Any, upstream: ScriptedUpstream, file: Path, user: User) -> Callable[[], Any]:
     clients = {"auth": "users", "users_file": str(file), "auth_without_tls": True}
     return lambda: start(upstream.port, clients=clients)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Certificates:
+    return Certificates()
+
+
+@pytest.fixture
+def with_starttls(
+    start: Any, upstream: ScriptedUpstream, file: Path, user: User, authority: Certificates, tmp_path: Path
+) -> Callable[[], Any]:
+    cert, key = authority.write_server(tmp_path)
+    return lambda: start(
+        upstream.port,
+        clients={"auth": "users", "users_file": str(file), "auth_without_tls": True},
+        listeners=[{"address": "127.0.0.1:0", "tls": "starttls"}],
+        tls={"cert": str(cert), "key": str(key)},
+    )
 
 
 @contextlib.asynccontextmanager
@@ -108,6 +128,33 @@ async def test_a_user_logs_in_and_stands_in_the_row(
         (row,) = running.rows()
         assert row["client"] == "app"
         assert running.metric("auth_total", outcome="ok") == 1
+
+
+async def test_a_login_in_clear_does_not_count_within_tls(
+    with_starttls: Callable[[], Any], authority: Certificates
+) -> None:
+    async with with_starttls() as running, session(running.port) as client:
+        await client.command(plain("shop", "orchid"), 235)
+        await client.starttls(authority.client())
+        await client.ehlo()
+        assert client.extensions["AUTH"] == "PLAIN LOGIN"
+        assert (await client.command("MAIL FROM:<a@example.com>")).raw.startswith(b"530 5.7.0 ")
+        await client.command(plain("app", "sesame"), 235)
+        assert (await client.message("a@example.com", ["b@example.org"], MESSAGE))[-1].code == 250
+        (row,) = running.rows()
+        assert row["client"] == "app"
+        assert json.loads(row["data"])["client_address"] == "127.0.0.1"
+
+
+async def test_failures_in_clear_count_within_tls(
+    with_starttls: Callable[[], Any], authority: Certificates
+) -> None:
+    async with with_starttls() as running, session(running.port) as client:
+        for _ in range(3):
+            await client.command(plain("shop", "guess"), 535)
+        await client.starttls(authority.client())
+        await client.ehlo()
+        await client.command(plain("shop", "orchid"), 421)
 
 
 async def test_a_user_sends_as_it_may(relay: Callable[[], Any], upstream: ScriptedUpstream) -> None:
