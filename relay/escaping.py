@@ -1,4 +1,8 @@
-"""Text as people may see it: what does not print, or turns the text round, escaped."""
+"""Text as people may see it: what does not print, or turns the text round, escaped.
+
+Rules: the log comes here with anything, also when the process may open no file. So no codec is used that
+Python loads when it is first asked for, as `unicode_escape`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ def escaped(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        character
-        if character.isprintable() or character in keep
-        else character.encode("unicode_escape").decode("ascii")
+        character if character.isprintable() or character in keep else ascii(character)[1:-1]
         for character in text
     )
