@@ -303,7 +303,8 @@ def _decode_words(run: re.Match[str]) -> str:
                 octets = parts.pop()[1] + octets
             parts.append((charset.lower(), octets))
         return "".join(octets.decode(_known(charset)) for charset, octets in parts)
-    except ValueError:  # of base64, of a charset, or of octets that it does not have
+    except (ValueError, LookupError, OSError):
+        # Of base64, of a charset, of octets that it does not have; or its codec cannot be loaded now.
         return run[0]
 
 

@@ -43,3 +43,17 @@ async def test_a_header_that_does_not_print_is_logged(tmp_path: Path, upstream: 
         messages = [line for line in relay.log() if line["event"] == "message"]
         assert [line.get("message_id") for line in messages] == [None, *2 * [r"<\x1b[31m@example.test>"]]
     assert relay.errors() == ""
+
+
+async def test_a_charset_that_cannot_be_loaded_refuses_no_mail(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    written = "=?gb2312?B?xOO6ww==?="
+    content = f"X-Task-Type: {written}\r\n\r\n".encode()
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        async with without_any_left(relay) as client:
+            for _ in range(2):
+                assert (await client.message("a@example.test", ["b@example.test"], content))[-1].code == 250
+        assert await relay.terminate() == 0
+    assert [row["task_type"] for row in relay.rows()][1:] == 2 * [written]
+    assert relay.errors() == ""
