@@ -51,13 +51,13 @@ class Certificate:
         self._read()
         return True
 
-    def _stamp(self) -> tuple[tuple[int, int, int], ...]:
-        """What tells that a file has changed; a file that is missing for a moment has not yet."""
+    def _stamp(self) -> tuple[tuple[int, int, int, int], ...]:
+        """What tells of a change, of who may read a file too; one that is missing just now has none yet."""
         try:
             stats = [path.stat() for path in self._files]
         except OSError:
             return getattr(self, "_seen", ())
-        return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+        return tuple((stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for stat in stats)
 
     def _read(self) -> None:
         cert, key = self._files

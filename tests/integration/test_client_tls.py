@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import time
@@ -312,6 +313,26 @@ async def test_a_bad_pair_changes_nothing(
         (tmp_path / "key.pem").write_bytes(good)
         running.relay.reread()
         assert await asyncio.to_thread(_serial, running.port, context) == first
+
+
+async def test_a_pair_that_becomes_good_without_a_new_time_is_taken(
+    start: Any, upstream: ScriptedUpstream, authority: Certificates, tls: dict[str, str], tmp_path: Path
+) -> None:
+    """As by chown, where root has written a key that the relay could not read yet."""
+    key = tmp_path / "key.pem"
+    async with start(upstream.port, listeners=listeners("implicit"), tls=tls) as running:
+        context = authority.client()
+        first = await asyncio.to_thread(_serial, running.port, context)
+        authority.write_server(tmp_path)
+        good, written = key.read_bytes(), key.stat().st_mtime_ns
+        key.write_bytes(bytes(len(good)))
+        os.utime(key, ns=(written, written))
+        running.relay.reread()
+        assert await asyncio.to_thread(_serial, running.port, context) == first
+        key.write_bytes(good)
+        os.utime(key, ns=(written, written))
+        running.relay.reread()
+        assert await asyncio.to_thread(_serial, running.port, context) != first
 
 
 # Several listeners, other sockets
