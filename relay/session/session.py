@@ -179,7 +179,7 @@ class Session(smtp.SMTP):
         if self._dialogue is None or self._lingers:
             return False
         self._dialogue.end_of_input()
-        return self.transport is not None and self.transport.get_extra_info("sslcontext") is None
+        return self._securing is None and self.transport is not None  # TLS has no half-closed connections
 
     def connection_lost(self, error: Exception | None) -> None:
         """The connection is gone; called once or, where TLS failed, twice."""

@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from cryptography import x509
@@ -152,19 +152,59 @@ async def test_what_is_sent_inside_tls_at_once_is_not_lost(
         assert said.rstrip().endswith(b"250 2.0.0 OK")
 
 
-async def _handshake_with(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext, octets: bytes
-) -> bytes:
-    """Shake hands, send `octets` in one write with the end of the handshake; return what is said to them."""
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+async def test_who_leaves_with_the_end_of_the_handshake_is_nothing_to_warn_of(
+    start: Any,
+    upstream: ScriptedUpstream,
+    authority: Certificates,
+    tls: dict[str, str],
+    mode: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a health check does."""
+    async with start(upstream.port, listeners=listeners(mode), tls=tls) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        if mode == "starttls":
+            await reader.readline()
+            writer.write(b"STARTTLS\r\n")
+            await reader.readline()
+        shaken = await _shake_hands(reader, writer, authority.client())
+        with contextlib.suppress(ssl.SSLWantReadError):
+            shaken.tls.unwrap()
+        writer.write(shaken.outgoing.read())
+        await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        await eventually(lambda: running.metric("client_sessions") == 0)
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+class _Shaken(NamedTuple):
+    tls: ssl.SSLObject
+    incoming: ssl.MemoryBIO
+    outgoing: ssl.MemoryBIO
+    """Not sent yet: the end of the client's handshake."""
+
+
+async def _shake_hands(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext
+) -> _Shaken:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
     while True:
         try:
             tls.do_handshake()
-            break
         except ssl.SSLWantReadError:
             writer.write(outgoing.read())
             incoming.write(await reader.read(65536))
+        else:
+            return _Shaken(tls, incoming, outgoing)
+
+
+async def _handshake_with(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext, octets: bytes
+) -> bytes:
+    """Shake hands, send `octets` in one write with the end of the handshake; return what is said to them."""
+    tls, incoming, outgoing = await _shake_hands(reader, writer, context)
     tls.write(octets)
     writer.write(outgoing.read())
     said = b""
