@@ -2,17 +2,19 @@
 
 Rules: no timers; a count drains by itself as time passes. What is kept is bounded, the oldest goes first. A
 client is an IPv4 address or an IPv6 /64, which is what one site has to itself (RFC 6177), or whatever else
-names it. What has succeeded from a client may always be tried from there again: an application with an old
-password must not lock out its neighbour on the same host. Nothing is held open for other clients: a guess
-that happened to be right would then get through, however many had been wrong.
+names it. No more are tried at a time than may still fail: sessions that guess together get as many tries as
+one that guesses alone. What has succeeded from a client may always be tried from there again: an application
+with an old password must not lock out its neighbour on the same host. Nothing is held open for other clients:
+a guess that happened to be right would then get through, however many had been wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
@@ -59,14 +61,33 @@ class Guard:
         self._key = secrets.token_bytes(32)
         self._failures: OrderedDict[str, _Failures] = OrderedDict()
         self._succeeded: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._tried: Counter[str] = Counter()
 
     def blocked(self, client: str, credentials: Credentials) -> bool:
         """Whether `client` (its address as text) has failed too often for `credentials` to be tried."""
         key = _key(client)
-        failures = self._failures.get(key)
-        if failures is None or self._count(failures) + 1 <= MAX_FAILURES:
+        if self._so_far(key) + 1 <= MAX_FAILURES:
             return False
         return (key, credentials.fingerprint(self._key)) not in self._succeeded
+
+    def crowded(self, client: str, credentials: Credentials) -> bool:
+        """Whether `credentials` have to wait until others of `client` are decided about: all might fail."""
+        key = _key(client)
+        if not self._tried[key] or self._so_far(key) + self._tried[key] + 1 <= MAX_FAILURES:
+            return False
+        return (key, credentials.fingerprint(self._key)) not in self._succeeded
+
+    @contextlib.contextmanager
+    def trying(self, client: str) -> Iterator[None]:
+        """Count a login of `client` as being tried, until it is noted what came of it."""
+        key = _key(client)
+        self._tried[key] += 1
+        try:
+            yield
+        finally:
+            self._tried[key] -= 1
+            if not self._tried[key]:
+                del self._tried[key]
 
     def failed(self, client: str, credentials: Credentials) -> float:
         """Count a login that failed; return the seconds by which the reply to it is delayed."""
@@ -94,6 +115,10 @@ class Guard:
         now = self._clock()
         if failures is not None and (failures.forgiven_at is None or now - failures.forgiven_at >= FORGIVE_S):
             failures.count, failures.forgiven_at = 0, now
+
+    def _so_far(self, key: str) -> float:
+        failures = self._failures.get(key)
+        return 0.0 if failures is None else self._count(failures)
 
     def _count(self, failures: _Failures) -> float:
         """The failures that have not drained yet."""

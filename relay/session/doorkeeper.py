@@ -1,12 +1,14 @@
 """Who logs in: the authenticator's verdicts, slowed for those who guess (RFC 4954).
 
-Rules: somebody who has failed too often is not even tried, and hears so as late as after a failure. A refusal
-is given late, later each time. Every attempt is counted and logged, without what it held.
+Rules: somebody who has failed too often is not even tried, and hears so as late as after a failure; of very
+many at once some wait for the others. A refusal is given late, later each time. Every attempt is counted and
+logged, without what it held.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 from relay import maillog
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from relay.metrics import Metrics
 
 __all__ = ["Authenticator", "Doorkeeper"]
+
+TURN_S = 10.0
+"""Seconds that a login waits for others of the same client to be decided about."""
 
 
 class Authenticator(Protocol):
@@ -50,6 +55,8 @@ class Doorkeeper:
         self._guard = guard
         self._metrics = metrics
         self._deciding: set[asyncio.Task[None]] = set()
+        self._decided = asyncio.Event()
+        """Set when the next one has been decided about, and another event then."""
 
     @property
     def open(self) -> bool:
@@ -74,20 +81,42 @@ class Doorkeeper:
     async def _decide(
         self, credentials: Credentials, sender: Sender, answer: Callable[[Verdict], None]
     ) -> None:
-        verdict = await self._verdict(credentials, sender)
+        if await self._turn(credentials, sender):
+            try:
+                with self._guard.trying(sender.client):
+                    verdict = await self._verdict(credentials, sender)
+                    delay = self._noted(verdict, credentials, sender)
+            finally:
+                decided, self._decided = self._decided, asyncio.Event()
+                decided.set()
+        else:
+            verdict = Verdict(answers.LOGINS_CROWDED, "unavailable")
+            delay = self._noted(verdict, credentials, sender)
+        if delay:
+            await asyncio.sleep(delay)
+        answer(verdict)
+
+    async def _turn(self, credentials: Credentials, sender: Sender) -> bool:
+        """Wait until these credentials may be tried; False if that takes too long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TURN_S):
+                while self._guard.crowded(sender.client, credentials):
+                    await self._decided.wait()
+                return True
+        return False
+
+    def _noted(self, verdict: Verdict, credentials: Credentials, sender: Sender) -> float:
+        """Count and log what came of a login; return the seconds by which the reply to it is delayed."""
         self._metrics.auth(verdict.outcome)
         if verdict.outcome == "ok":
             maillog.login(verdict.user, sender.client, sender.listener)
-        else:
-            said = without(credentials.secrets, str(verdict.reply))
-            maillog.login_refused(verdict.outcome, credentials.user, sender.client, sender.listener, said)
-        if verdict.outcome == "failed":
-            await asyncio.sleep(self._guard.failed(sender.client, credentials))
-        elif verdict.outcome == "throttled":
-            await asyncio.sleep(MAX_DELAY_S)
-        elif verdict.outcome == "ok":
             self._guard.succeeded(sender.client, credentials)
-        answer(verdict)
+            return 0.0
+        said = without(credentials.secrets, str(verdict.reply))
+        maillog.login_refused(verdict.outcome, credentials.user, sender.client, sender.listener, said)
+        if verdict.outcome == "failed":
+            return self._guard.failed(sender.client, credentials)
+        return MAX_DELAY_S if verdict.outcome == "throttled" else 0.0
 
     async def _verdict(self, credentials: Credentials, sender: Sender) -> Verdict:
         if self._guard.blocked(sender.client, credentials):

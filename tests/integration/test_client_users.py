@@ -11,19 +11,19 @@ import smtplib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from relay.auth import guard
+from relay.auth.hashing import Hasher
 from relay.cli import main
 from relay.session import doorkeeper
 from tests.support.certificates import Certificates
 from tests.support.client import Client
 from tests.support.several import configured, scripted
-
-if TYPE_CHECKING:
-    from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Delay, ScriptedUpstream
+from tests.support.watch import eventually
 
 User = Callable[..., None]
 MESSAGE = b"Subject: mine\r\n\r\nHello\r\n"
@@ -190,6 +190,56 @@ async def test_a_client_that_guesses_is_not_tried_and_its_neighbour_is(relay: Ca
             async with session(running.port) as client:
                 await client.command(login, code)
         assert running.metric("auth_total", outcome="throttled") == 1
+
+
+async def test_many_who_guess_at_once_get_no_more_tries(relay: Callable[[], Any]) -> None:
+    async with relay() as running:
+
+        async def heard(password: str) -> int:
+            async with session(running.port) as client:
+                return (await client.command(plain("app", password))).code
+
+        codes = await asyncio.gather(*(heard(f"guess {number}") for number in range(3 * guard.MAX_FAILURES)))
+        assert codes.count(535) == guard.MAX_FAILURES
+        assert codes.count(421) == 2 * guard.MAX_FAILURES
+        assert running.metric("auth_total", outcome="failed") == guard.MAX_FAILURES
+
+
+async def test_many_who_log_in_at_once_do(relay: Callable[[], Any], file: Path) -> None:
+    names = [f"app{number}" for number in range(2 * guard.MAX_FAILURES)]
+    hashed = Hasher(memory_kib=8, passes=1).hash("sesame")
+    file.write_text("".join(f'[users.{name}]\npassword = "{hashed}"\n' for name in names))
+    async with relay() as running:
+
+        async def heard(name: str) -> int:
+            async with session(running.port) as client:
+                return (await client.command(plain(name, "sesame"))).code
+
+        assert {*await asyncio.gather(*map(heard, 3 * names))} == {235}
+
+
+async def test_who_waits_too_long_for_the_others_hears_454(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorkeeper, "TURN_S", 0.05)
+    verdict = asyncio.Event()
+    clients = {"auth": "passthrough", "auth_without_tls": True}
+    async with (
+        ScriptedUpstream({"AUTH": Delay(verdict)}, users={"app": "sesame"}) as upstream,
+        start(upstream.port, clients=clients) as running,
+        contextlib.AsyncExitStack() as sessions,
+    ):
+        several = [await sessions.enter_async_context(session(running.port)) for _ in range(11)]
+        first = [
+            asyncio.create_task(client.command(plain("app", f"guess {number}"), 535))
+            for number, client in enumerate(several[:10])
+        ]
+        dialing = {"upstream": "primary", "state": "connecting"}
+        await eventually(lambda: running.metric("upstream_connections", **dialing) == 10)
+        reply = await several[10].command(plain("app", "guess"))
+        assert reply.raw.startswith(b"454 4.7.0 Too many logins at the same time")
+        verdict.set()
+        await asyncio.gather(*first)
 
 
 async def test_changes_are_in_force_at_once(relay: Callable[[], Any], user: User) -> None:

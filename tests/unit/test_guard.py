@@ -55,6 +55,22 @@ def test_delays_grow_to_a_bound_and_then_nothing_is_tried(guard: Guard) -> None:
     assert not guard.blocked("192.0.2.2", WRONG)
 
 
+def test_no_more_are_tried_at_a_time_than_may_still_fail(guard: Guard) -> None:
+    client = "192.0.2.1"
+    fail(guard, client, MAX_FAILURES - 2)
+    with guard.trying(client):
+        assert not guard.crowded(client, WRONG)
+        with guard.trying(client):
+            assert guard.crowded(client, WRONG)
+            assert not guard.crowded("192.0.2.2", WRONG)
+            guard.succeeded(client, GOOD)
+            fail(guard, client, MAX_FAILURES - 1)
+            assert not guard.crowded(client, GOOD)
+            assert guard.crowded(client, WRONG)
+    assert not guard.crowded(client, WRONG)
+    assert not guard.blocked(client, WRONG)
+
+
 def test_a_client_that_waits_is_tried_again(guard: Guard, clock: Clock) -> None:
     fail(guard, "192.0.2.1")
 
