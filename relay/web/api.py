@@ -2,8 +2,8 @@
 
 Rules. GET and HEAD alone. A parameter that is unknown, comes twice or has no meaning is refused with a
 problem document that names it: an answer to another question than the one asked is worse than none. Pages
-go on by a cursor, the place of the last row, so that a page costs the same however far back it is. `openapi`
-describes all of it.
+go on by a cursor, the place of the last row, so that a page costs the same however far back it is; they end
+where they get large, since they are written on the event loop. `openapi` describes all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -23,7 +23,7 @@ from aiohttp import web
 from relay.asking import AskedError, filter_of, zone_of
 from relay.records.by import By
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.sends import Key
+from relay.records.sends import InDoubt, Key, Send
 from relay.web import openapi
 from relay.web.cursor import cursor_of, place_of
 from relay.web.openapi import DEFAULT_LIMIT, FILTERS, MAX_LIMIT, TASK_ID
@@ -38,6 +38,12 @@ Limits = Callable[[], Awaitable[list[dict[str, Any]]]]
 """Gives the rate limits and how near their edge each is."""
 
 _FIELDS: Final = tuple(FILTERS)
+_MAX_OCTETS: Final = 4 * 1024 * 1024
+"""Octets of a page's rows after which it ends, though it might have more rows."""
+_FIRST: Final = 50
+_GROWS: Final = 4
+"""Rows that are read first for a page; by how much more are read each time."""
+_Search = Callable[..., Awaitable[Sequence[Send | InDoubt]]]
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -91,22 +97,10 @@ class Api:
         return answer
 
     async def _sends(self, request: web.Request) -> Any:
-        wanted, rows, after = self._asked(request)
-        found = await self._reading.search(wanted, rows=rows, after=after)
-        last = found[-1] if len(found) == rows else None
-        return {
-            "sends": [document(each) for each in found],
-            **_next(request, None if last is None else last.key),
-        }
+        return await _page(request, "sends", self._reading.search, *self._asked(request))
 
     async def _doubts(self, request: web.Request) -> Any:
-        wanted, rows, after = self._asked(request)
-        found = await self._reading.in_doubt(wanted, rows=rows, after=after)
-        last = found[-1] if len(found) == rows else None
-        return {
-            "in_doubt": [document(each) for each in found],
-            **_next(request, None if last is None else last.key),
-        }
+        return await _page(request, "in_doubt", self._reading.in_doubt, *self._asked(request))
 
     def _asked(self, request: web.Request) -> tuple[Any, int, Key | None]:
         rows = _number(request.query.get("limit"), DEFAULT_LIMIT)
@@ -169,6 +163,29 @@ class Api:
 
     async def _openapi(self, _request: web.Request) -> Any:
         return await asyncio.to_thread(openapi.description)
+
+
+async def _page(request: web.Request, name: str, search: _Search, wanted: Any, rows: int, after: Any) -> Any:
+    """Return the next `rows` rows, or as many as make a page.
+
+    Each may have a thousand recipients, so few are read at first, then as many as would still go in.
+    """
+    shown: list[orjson.Fragment] = []
+    octets, more = 0, True
+    while more and len(shown) < rows and octets < _MAX_OCTETS:
+        fits = (_MAX_OCTETS - octets) * len(shown) // max(octets, 1)
+        asked = min(rows - len(shown), max(1, min(fits, _GROWS * len(shown))) if shown else _FIRST)
+        found = await search(wanted, rows=asked, after=after)
+        more = len(found) == asked
+        for each in found:
+            if octets >= _MAX_OCTETS:
+                more = True
+                break
+            row = orjson.dumps(document(each))
+            shown.append(orjson.Fragment(row))
+            octets += len(row)
+            after = each.key
+    return {name: shown, **_next(request, after if more else None)}
 
 
 def _json(document: Any) -> web.Response:

@@ -211,7 +211,11 @@ def description() -> dict[str, Any]:
         {"type": "string", "pattern": f"^{CURSOR}$"},
         "`cursor` of the answer that this one follows.",
     )
-    pages = [*filters, _limit(DEFAULT_LIMIT, "Rows of a page at most."), cursor]
+    pages = [
+        *filters,
+        _limit(DEFAULT_LIMIT, "Rows of a page at most; one of more than 4 MiB ends sooner."),
+        cursor,
+    ]
     by = {
         "name": "by",
         "in": "query",

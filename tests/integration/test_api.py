@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -85,6 +86,32 @@ async def get(client: aiohttp.ClientSession, path: str, status: int = 200, **opt
             assert document["status"] == status
             assert document["title"]
         return document
+
+
+@pytest.mark.parametrize(("path", "rows"), [("/api/sends", 120), ("/api/in-doubt", 60)])
+async def test_a_page_of_large_rows_ends_before_it_holds_up_mail(
+    running: Any, client: aiohttp.ClientSession, path: str, rows: int
+) -> None:
+    recipients = tuple(f"{'r' * 60}{number}@example.org" for number in range(1000))
+    for number in range(1000, 1000 + rows):
+        entry = replace(
+            ROW if path == "/api/sends" else DOUBT, task_id=UUID(int=number), recipients=recipients
+        )
+        await running.relay.records.recorder.record(entry)
+    name = "sends" if path == "/api/sends" else "in_doubt"
+    found, next_page, pages = [], f"{path}?limit=1000", 0
+    while next_page:
+        async with client.get(next_page) as answer:
+            body = await answer.read()
+        assert len(body) < 5 * 1024 * 1024
+        page = json.loads(body)
+        found += [(row["task_id"], len(row["recipients"])) for row in page[name]]
+        next_page, pages = page["next"], pages + 1
+    every = [entry for entry in (*ROWS, DOUBT) if isinstance(entry, Record) is (name == "sends")]
+    large = {(str(UUID(int=number)), 1000) for number in range(1000, 1000 + rows)}
+    assert len(found) == rows + len(every)
+    assert set(found) == large | {(str(entry.task_id), 2) for entry in every}
+    assert pages == rows // 60 + 1
 
 
 async def test_a_send_is_told_whole(client: aiohttp.ClientSession) -> None:
