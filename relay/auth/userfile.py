@@ -22,10 +22,14 @@ MAX_NAME = 255
 
 
 class UsersError(Exception):
-    """The file of users cannot be used. `problems` has one line for each mistake, for the operator."""
+    """The file of users cannot be used. `problems` has one line for each mistake, for the operator.
 
-    def __init__(self, problems: list[str]) -> None:
+    `unread`: what it says is not known.
+    """
+
+    def __init__(self, problems: list[str], *, unread: bool = False) -> None:
         self.problems = [escaped(problem) for problem in problems]  # names come from the file as they are
+        self.unread = unread
         super().__init__("\n".join(self.problems))
 
 
@@ -49,7 +53,7 @@ def read(path: Path) -> dict[str, User]:
     except FileNotFoundError:
         raise UsersError([f"{path}: no such file: relay user add makes it"]) from None
     except OSError as error:
-        raise UsersError([f"{path}: cannot be read: {error.strerror}"]) from None
+        raise UsersError([f"{path}: cannot be read: {error.strerror}"], unread=True) from None
 
 
 def parse(octets: bytes, path: Path) -> dict[str, User]:

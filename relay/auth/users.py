@@ -4,7 +4,8 @@ Rules: whoever fails hears the same words after the same work, whether the user 
 beside the event loop in two threads; what may wait for them is bounded, and so is the memory that they take.
 A success is remembered as a keyed hash until the user's own entry changes, since applications that connect
 for every message would else cost as much CPU in hashing as in all the rest. A file with a mistake leaves the
-users that were: a slip of an editor must not stop the mail.
+users that were: a slip of an editor must not stop the mail. One that cannot be read is tried again: it may
+say that somebody is a user no more.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Users:
         self._hasher = hasher or Hasher()
         self._key = secrets.token_bytes(32)
         self._signature = _signature(path)
+        self._refused: tuple[_Signature | None, list[str]] | None = None
         self._users = read(path)
         self._hashes = [user.hashed for user in self._users.values()]
         # The fingerprint of what each user logged in with; bounded, as only users of the file can succeed.
@@ -71,12 +73,16 @@ class Users:
         signature = _signature(self._path)
         if signature == self._signature:
             return False
-        self._signature = signature
         try:
             users = read(self._path)
         except UsersError as error:
-            maillog.users_not_read(str(self._path), error.problems)
+            if (signature, error.problems) != self._refused:
+                self._refused = signature, error.problems
+                maillog.users_not_read(str(self._path), error.problems)
+            if not error.unread:
+                self._signature = signature
             return False
+        self._signature, self._refused = signature, None
         if users == self._users:
             return False
         before, self._users = self._users, users
