@@ -21,9 +21,18 @@ __all__ = ["HANDSHAKE_TIMEOUT", "Certificate", "CertificateError", "shake_hands"
 HANDSHAKE_TIMEOUT = 30.0
 """Seconds that a client gets for its handshake."""
 
+_Stamp = tuple[tuple[int, int, int, int], ...]
+
 
 class CertificateError(Exception):
-    """The certificate or its key cannot be used; the text is one line that names the files."""
+    """The certificate or its key cannot be used; the text is one line that names the files.
+
+    `unread`: what they hold is not known.
+    """
+
+    def __init__(self, text: str, *, unread: bool = False) -> None:
+        super().__init__(text)
+        self.unread = unread
 
 
 class Certificate:
@@ -33,6 +42,7 @@ class Certificate:
         """Read both; raises CertificateError."""
         self._files = cert, key
         self._seen = self._stamp()
+        self._refused: tuple[_Stamp, str] | None = None
         self.context: ssl.SSLContext
         """For the next handshake."""
         self.not_after: float
@@ -42,16 +52,25 @@ class Certificate:
     def refresh(self) -> bool:
         """Read the files again if they have changed; return whether they were read.
 
-        Raises CertificateError when they cannot be used; what was in use stays in use.
+        Raises CertificateError when they cannot be used; what was in use stays in use. A bad pair is tried
+        once, files that cannot be read again and again; either is reported once.
         """
         stamp = self._stamp()
         if stamp == self._seen:
             return False
-        self._seen = stamp  # a bad pair is tried, and reported, once
-        self._read()
+        try:
+            self._read()
+        except CertificateError as error:
+            if not error.unread:
+                self._seen = stamp
+            if (stamp, str(error)) == self._refused:
+                return False
+            self._refused = stamp, str(error)
+            raise
+        self._seen, self._refused = stamp, None
         return True
 
-    def _stamp(self) -> tuple[tuple[int, int, int, int], ...]:
+    def _stamp(self) -> _Stamp:
         """What tells of a change, of who may read a file too; one that is missing just now has none yet."""
         try:
             stats = [path.stat() for path in self._files]
@@ -70,7 +89,8 @@ class Certificate:
             context.load_cert_chain(cert, key, password=_no_passphrase)
             chain = x509.load_pem_x509_certificates(cert.read_bytes())
         except OSError as error:  # also what ssl raises
-            raise CertificateError(f"{cert} and {key} cannot be used: {error.strerror or error}") from error
+            text = f"{cert} and {key} cannot be used: {error.strerror or error}"
+            raise CertificateError(text, unread=not isinstance(error, ssl.SSLError)) from error
         except ValueError as error:
             raise CertificateError(f"{cert} and {key} cannot be used: {error}") from error
         self.context = context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 import ssl
 import time
@@ -373,6 +374,31 @@ async def test_a_pair_that_becomes_good_without_a_new_time_is_taken(
         os.utime(key, ns=(written, written))
         running.relay.reread()
         assert await asyncio.to_thread(_serial, running.port, context) != first
+
+
+async def test_a_pair_that_could_not_be_read_is_read_again(
+    start: Any,
+    upstream: ScriptedUpstream,
+    authority: Certificates,
+    tls: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with start(upstream.port, listeners=listeners("implicit"), tls=tls) as running:
+        context = authority.client()
+        first = await asyncio.to_thread(_serial, running.port, context)
+        authority.write_server(tmp_path)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            running.relay.reread()
+            running.relay.reread()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await asyncio.to_thread(_serial, running.port, context) == first
+        running.relay.reread()
+        assert await asyncio.to_thread(_serial, running.port, context) != first
+    assert capsys.readouterr().out.count("certificate refused") == 1
 
 
 # Several listeners, other sockets
