@@ -5,8 +5,8 @@ Rules, in force for every way in which TCP may cut the octets:
 - The end of data is CRLF "." CRLF and nothing else (RFC 5321 4.1.1.4), also after a fault.
 - A message without stray CR, LF or NUL passes without one octet changed, its transparency
   (dot-stuffing, RFC 5321 4.5.2) included.
-- A bare LF becomes CRLF and the line after it is stuffed if it begins with a dot; a bare CR becomes a
-  space; or, with `normalize` off, either is a fault. NUL is always a fault.
+- A bare LF becomes CRLF and the line after it is stuffed if it begins with a single dot; a bare CR becomes
+  a space; or, with `normalize` off, either is a fault. NUL is always a fault.
 - Octets that could be the beginning of the end of data are held back until that is known, so what is
   returned never contains the terminator, nor ever completes one.
 """
@@ -24,7 +24,8 @@ _DOT: Final = b"\r\n."
 _END_OF_DATA: Final = b"\r\n.\r\n"
 _BARE_CR: Final = re.compile(rb"\r(?!\n)")
 _LONE_DOT: Final = re.compile(rb"\r\n\.(?=\n)")
-_BARE_LF: Final = re.compile(rb"(?<!\r)\n(\.?)")
+_BARE_LF: Final = re.compile(rb"(?<!\r)\n(\.(?!\.))?")
+_UNDECIDED: Final = re.compile(rb"(?<!\r)\n\.?\Z")
 
 
 class Body:
@@ -36,12 +37,12 @@ class Body:
     """
 
     __slots__ = (
-        "_after_stray_lf",
         "_begun",
         "_header",
         "_held",
         "_max_size",
         "_normalize",
+        "_undecided",
         "ended",
         "fault",
         "received",
@@ -57,7 +58,7 @@ class Body:
         # looked at as if it began with one, which is not sent.
         self._held = b"\r\n"
         self._begun = False
-        self._after_stray_lf = False
+        self._undecided = b""  # a bare LF at the end of what came, with a dot or not
         self._header = Header()
         self.ended = False
         self.rest = b""
@@ -105,7 +106,7 @@ class Body:
 
     def _pass(self, content: bytes, dotted: bool) -> bytes:
         """Return what may go up of `content`; `dotted`: whether lines of it may begin with a dot."""
-        if self._after_stray_lf or not clean(content):
+        if self._undecided or not clean(content):
             if b"\0" in content:
                 return self._fail(Fault.NUL)
             if not self._normalize:
@@ -130,18 +131,20 @@ class Body:
     def _mended(self, content: bytes) -> bytes:
         """Return `content` with CRLF line ends only, each line stuffed as transparency asks.
 
-        The lines that the client ended with CRLF carry its own stuffing; the parts that a bare LF cuts out
-        of them do not, and get theirs here. A lone stuffing dot before a bare LF stands for an empty part.
+        The lines that the client ended with CRLF carry its own stuffing. Whether those that it ended with a
+        bare LF do, the client alone knows: smtplib, given bytes, stuffs them, curl does not. A single dot was
+        not stuffed, and is; of two one was (so do servers take it that know a bare LF for a line end). A lone
+        stuffing dot before a bare LF stands for an empty part.
         """
-        starts_line = self._after_stray_lf and content.startswith(b".")
-        self._after_stray_lf = content.endswith(b"\n") and not content.endswith(b"\r\n")
-        content = _BARE_CR.sub(b" ", content)
+        content = _BARE_CR.sub(b" ", self._undecided + content)
         content = _LONE_DOT.sub(b"\r\n", content)
-        content = _BARE_LF.sub(_stuffed, content)
-        if starts_line:
-            self.size -= 1  # counted with the content below, but a stuffing dot is not content
-            content = b"." + content
-        return content
+        undecided = _UNDECIDED.search(content)
+        if undecided is None:
+            self._undecided = b""
+        else:  # something follows, the end of data at least
+            self._undecided = undecided[0]
+            content = content[: undecided.start()]
+        return _BARE_LF.sub(_stuffed, content)
 
     def _fail(self, fault: Fault) -> bytes:
         self.fault = fault

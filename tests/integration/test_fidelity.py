@@ -248,5 +248,9 @@ def pieces(octets: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
 
 
 def mended(content: bytes) -> bytes:
-    """What `bare_newlines = "normalize"` promises: a bare CR becomes a space, a bare LF a CRLF."""
-    return re.sub(rb"(?<!\r)\n", b"\r\n", re.sub(rb"\r(?!\n)", b" ", content))
+    """What `bare_newlines = "normalize"` promises: a bare CR becomes a space, a bare LF a CRLF.
+
+    Of two dots behind a bare LF one is the client's stuffing.
+    """
+    content = re.sub(rb"(?<!\r)\n\.(?=\.)", b"\n", re.sub(rb"\r(?!\n)", b" ", content))
+    return re.sub(rb"(?<!\r)\n", b"\r\n", content)

@@ -6,8 +6,10 @@ sent. The model of Postfix that the exhaustive test uses (`tests/support/receive
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import smtplib
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,6 +124,24 @@ async def test_through_the_relay_one_is_one(bare_newlines: str, postfix: Postfix
     clean = [code for content, code in zip(contents, told, strict=True) if is_clean(content)]
     mended = [code for content, code in zip(contents, told, strict=True) if b"\0" not in content]
     assert told.count(250) == len(mended if bare_newlines == "normalize" else clean)
+
+
+async def test_bytes_arrive_as_when_smtplib_sends_them_directly(postfix: Postfix, start: Any) -> None:
+    """Given bytes, smtplib leaves their LF alone, and stuffs the lines that those end all the same."""
+    content = (
+        b"Subject: x\nMessage-ID: <1@example.test>\nDate: x\nFrom: a@example.test\n\n.one\n..two\n...\n.\nx\n"
+    )
+
+    def send(port: int) -> None:
+        with smtplib.SMTP("127.0.0.1", port, local_hostname="client.test", timeout=30) as server:
+            server.sendmail("a@example.test", "u@example.test", content)
+
+    async with start(postfix.plain) as running:
+        for port in (postfix.plain, running.port):
+            await asyncio.to_thread(send, port)
+    direct, relayed = [postfix.message(message["queue_id"]) for message in postfix.queue()]
+    assert direct.endswith(b"\r\n\r\n.one\r\n..two\r\n...\r\n.\r\nx\r\n\r\n")
+    assert relayed == direct
 
 
 def is_clean(content: bytes) -> bool:

@@ -264,7 +264,10 @@ class Play:
             assert message.rcpts == [b"RCPT " + rcpt for rcpt in sent.rcpts]
             if STRAY.search(sent.content):
                 assert b"\0" not in sent.content
-                mended = re.sub(rb"(?<!\r)\n", b"\r\n", re.sub(rb"\r(?!\n)", b" ", unstuff(sent.content)))
+                meant = re.sub(
+                    rb"(?<!\r)\n\.(?=\.)", b"\n", re.sub(rb"\r(?!\n)", b" ", unstuff(sent.content))
+                )
+                mended = re.sub(rb"(?<!\r)\n", b"\r\n", meant)
                 assert message.content == mended
                 assert self._running.relay.settings.server.bare_newlines == "normalize"
             else:

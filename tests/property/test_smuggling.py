@@ -29,6 +29,7 @@ TERMINATOR = b".\r\n"
 
 STRAY = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
 BARE_LF = re.compile(rb"(?<!\r)\n")
+STUFFED_AFTER_LF = re.compile(rb"(?<!\r)\n\.(?=\.)")
 BARE_CR = re.compile(rb"\r(?!\n)")
 
 
@@ -60,7 +61,7 @@ def carried(blocks: tuple[bytes, ...], *, normalize: bool) -> tuple[Body, bytes]
 
 def mended(own: bytes) -> bytes:
     """Return what a message with stray newlines is to stand for at the receiver, transparency undone."""
-    return BARE_LF.sub(b"\r\n", BARE_CR.sub(b" ", unstuff(own)))
+    return BARE_LF.sub(b"\r\n", STUFFED_AFTER_LF.sub(b"\n", BARE_CR.sub(b" ", unstuff(own))))
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "refuse"])

@@ -88,6 +88,7 @@ def test_nothing_but_crlf_dot_crlf_ends_the_message(false_end: bytes) -> None:
         (b"a\nb\r\n", b"a\r\nb\r\n"),
         (b"a\n.b\r\n", b"a\r\n..b\r\n"),
         (b"a\n.\r\nb\r\n", b"a\r\n..\r\nb\r\n"),
+        (b"a\n..b\n...\n.\n..\r\n", b"a\r\n..b\r\n...\r\n..\r\n..\r\n"),
         (b"a\rb\r\n", b"a b\r\n"),
         (b"a\r\r\nb\r\n", b"a \r\nb\r\n"),
         (b".\nb\r\n", b"\r\nb\r\n"),
