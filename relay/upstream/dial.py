@@ -251,11 +251,14 @@ class _Watch(asyncio.Protocol):
 
 
 async def _greet(client: aiosmtplib.SMTP, watch: _Watch) -> None:
-    """Say EHLO; to a server that does not know the command, HELO (RFC 5321 3.2)."""
+    """Say EHLO; to a server that does not know the command, HELO (RFC 5321 3.2).
+
+    Which of these codes it has for that depends on its age (RFC 5321 4.1.4 and 4.3.2, RFC 1869 4.5).
+    """
     try:
         await watch.ask(client.ehlo())
     except aiosmtplib.SMTPHeloError as error:
-        if error.code not in (500, 502):
+        if not 500 <= error.code <= 504:
             raise
         await watch.ask(client.helo())
 

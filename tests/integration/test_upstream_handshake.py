@@ -72,6 +72,30 @@ async def is_refused(running: Running, upstream: ScriptedUpstream, stage: str) -
     assert running.metric("upstream_up", upstream="primary") == 0
 
 
+# EHLO
+
+
+@pytest.mark.parametrize("code", [500, 501, 502, 503, 504])
+async def test_where_ehlo_is_not_understood_helo_follows(code: int, start: Any) -> None:
+    script: Any = {"EHLO": [b"%d not here\r\n" % code, b"250 upstream.test\r\n"]}
+    async with ScriptedUpstream(script) as upstream, start(upstream.port) as running:
+        await passes(running, upstream)
+        assert [line.partition(b" ")[0] for line in upstream.connections[0].lines][:3] == [
+            b"EHLO",
+            b"HELO",
+            b"MAIL",
+        ]
+
+
+async def test_where_ehlo_is_refused_nothing_follows(start: Any) -> None:
+    async with (
+        ScriptedUpstream({"EHLO": b"550 5.7.1 not you\r\n"}) as upstream,
+        start(upstream.port) as running,
+    ):
+        assert (await send(running))[0].raw.startswith(b"451 4.4.1 ")
+        assert not any(b"HELO" in line for each in upstream.connections for line in each.lines)
+
+
 # TLS
 
 
