@@ -423,7 +423,9 @@ class Dialogue:
         return not transaction.takes_ahead(self._input.peek(command.size))
 
     def _not_known(self, verb: bytes) -> None:
-        if verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
+        if verb == b"*":  # Go's net/smtp cancels an AUTH exchange (RFC 4954 4) that has ended with a refusal
+            self._error(answers.UNKNOWN)
+        elif verb in _FOREIGN_VERBS or (verb and not (verb.isalpha() and verb.isascii() and len(verb) <= 16)):
             self._end(answers.NOT_SMTP, "out_of_step")
         else:
             self._error(answers.UNKNOWN)

@@ -179,6 +179,15 @@ async def test_who_fails_hears_the_same_and_in_the_end_421(relay: Callable[[], A
         assert running.metric("auth_total", outcome="failed") == 3
 
 
+async def test_an_exchange_is_cancelled_behind_its_refusal(relay: Callable[[], Any]) -> None:
+    """Go's net/smtp says so to every refused login, and QUIT behind it."""
+    async with relay() as running, session(running.port) as client:
+        await client.command(plain("app", "wrong"), 535)
+        await client.command("*", 500)
+        await client.command("QUIT", 221)
+        assert running.metric("client_rejects_total", reason="out_of_step") == 0
+
+
 async def test_a_client_that_guesses_is_not_tried_and_its_neighbour_is(relay: Callable[[], Any]) -> None:
     async with relay() as running:
         async with session(running.port) as client:
