@@ -133,11 +133,14 @@ class Lease:
             connection.lessee = None
         return connection
 
-    def release(self, *, reset: bool) -> None:
-        """Let another transaction have the connection; `reset`: this one is still open on it."""
+    def release(self, *, reset: bool, ahead: bool = False) -> None:
+        """Let another transaction have the connection; `reset`: this one may still be open on it.
+
+        `ahead`: that is unlikely, and nobody waits for the reply to RSET.
+        """
         connection, self.connection = self.connection, None
         if connection is not None:
-            self.pool.release(connection, reset=reset)
+            self.pool.release(connection, reset=reset, ahead=ahead)
 
     def cut(self, reason: str) -> Connection | None:
         """Abort the connection: something is unfinished on it. Returns it, if there is one."""

@@ -141,10 +141,9 @@ class Settlement:
             self._doubt(verdict.reason)
             _behind(self._doubted, partial(self._end, Outcome.IN_DOUBT, verdict.reason))
             return
-        # After DATA the transaction is over, whatever the verdict (RFC 5321 4.1.1.4); after a chunk that was
-        # refused that is not certain (RFC 3030 2).
-        reset = self._chunked and not verdict.positive
-        self._lease.release(reset=reset)
+        # Accepted, the transaction is over (RFC 5321 4.1.1.4). Refused, that is not certain after a chunk
+        # (RFC 3030 2), nor where it is Postfix's smtpd_end_of_data_restrictions that say no.
+        self._lease.release(reset=not verdict.positive, ahead=not self._chunked)
         if verdict.positive:
             self._record(verdict)
             return

@@ -595,6 +595,8 @@ class Transaction:
             return False
         if connection.reused and self._account.began - connection.idle_since > PROVEN:
             return False
+        if connection.resetting:  # refused, the connection is given up
+            return False
         chunk = Chunks(max_size=self._max_size(), binary=self.binary)
         chunk.begin(len(octets), last=True)
         chunk.feed(octets)

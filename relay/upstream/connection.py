@@ -118,6 +118,8 @@ class Connection(asyncio.Protocol):
         """After how many it is not used again; set by the pool."""
         self.leased_to: str | None = None
         """The client that has it on lease, by its name in the record; kept by the pool."""
+        self.resetting = False
+        """Whether the reply to a RSET is still to come, and whoever has it on lease has not said it."""
         self.reused = False
         """Whether it has been in the pool: it may have died there, and only the reply to MAIL will tell."""
 

@@ -230,14 +230,21 @@ class Pool:
             elif granted.usable:
                 return granted, None
 
-    def release(self, connection: Connection, *, reset: bool) -> None:
-        """Take a connection back after its transaction; `reset`: a transaction is still open on it."""
+    def release(self, connection: Connection, *, reset: bool, ahead: bool = False) -> None:
+        """Take a connection back after its transaction; `reset`: a transaction may still be open on it.
+
+        `ahead`: that is unlikely, and the next one need not wait for the reply to RSET.
+        """
         connection.lessee = None
         self._end_lease(connection)
         if not connection.usable:
             connection.abort("not clean")
         elif connection.stained:
             connection.quit()
+        elif reset and ahead and connection.pipelining:
+            connection.resetting = True
+            connection.send(b"RSET\r\n", "rset", lambda reply: _was_reset_in_use(connection, reply))
+            self._back(connection)
         elif reset:
             connection.send(b"RSET\r\n", "rset", lambda reply: self._was_reset(connection, reply))
         else:
@@ -543,6 +550,12 @@ def _mail_max(capabilities: Capabilities) -> int:
         if name == "MAILMAX" and re.fullmatch(r"[1-9][0-9]{0,5}", value):
             return int(value)
     return sys.maxsize
+
+
+def _was_reset_in_use(connection: Connection, reply: Reply) -> None:
+    connection.resetting = False
+    if not reply.positive:  # whoever has it by now gets another
+        connection.abort(f"{reply.code} to RSET")
 
 
 def _ignore(_: object) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.client import Client
-from tests.support.upstream import Close, Delay, Garbage, HalfReply, Reset, ScriptedUpstream
+from tests.support.client import Client, bdat
+from tests.support.upstream import CHUNKING, Close, Delay, Garbage, HalfReply, Reset, ScriptedUpstream
 from tests.support.watch import counted, eventually, nothing_left, outcomes
 
 if TYPE_CHECKING:
@@ -342,12 +342,12 @@ async def test_accepted_means_accepted_whatever_comes_behind(
         assert len(upstream.messages) == 2
 
 
-# RSET: only where a transaction is open on the connection
+# RSET: only where a transaction is open on the connection, or may be
 
 #            | what the client says                                  | script                          | RSET
 ENDS = {
     "accepted": ((MAIL, RCPT, b"DATA", CONTENT + b"."),                {},                               0),
-    "verdict":  ((MAIL, RCPT, b"DATA", CONTENT + b"."),                {"end_of_data": b"550 no\r\n"},   0),
+    "verdict":  ((MAIL, RCPT, b"DATA", CONTENT + b"."),                {"end_of_data": b"550 no\r\n"},   1),
     "MAIL":     ((MAIL,),                                              {"MAIL": b"550 no\r\n"},          0),
     "RCPT":     ((MAIL, RCPT, b"RSET"),                                {"RCPT": b"550 no\r\n"},          1),
     "DATA":     ((MAIL, RCPT, b"DATA", b"RSET"),                       {"DATA": b"450 no\r\n"},          1),
@@ -388,6 +388,39 @@ async def test_a_connection_that_fails_at_rset_is_given_up_unseen(
         await send(running)
         assert messages(upstream) == [0, 1]
         assert outcomes(running) == {"aborted": 1, "accepted": 1}
+
+
+REFUSED_RESETS = {**DEATHS, "451": b"451 4.3.0 no\r\n", "502": b"502 5.5.1 no\r\n"}
+
+
+@pytest.mark.parametrize("way", ["DATA", "BDAT"])
+@pytest.mark.parametrize("answer", [None, *REFUSED_RESETS])
+async def test_who_comes_behind_a_refused_message_waits_for_no_rset(
+    answer: str | None, way: str, start: Any, upstream: ScriptedUpstream
+) -> None:
+    """The next message has the connection before RSET is answered; if that fails, another one, unseen."""
+    seen = asyncio.Event()
+    upstream.extensions += CHUNKING
+    async with start(upstream.port) as running, Client(running.port) as client:
+        upstream.script = {
+            "end_of_data": [b"550 5.7.1 no\r\n"],
+            "RSET": [Delay(seen, REFUSED_RESETS.get(answer or ""))],
+        }
+        await client.ehlo()
+        refused = await client.message("a@example.test", ["b@example.test"], CONTENT)
+        assert [reply.code for reply in refused] == [250, 250, 354, 550]
+        await client.send(MAIL + b"\r\n" + RCPT + b"\r\n")
+        if way == "BDAT":
+            await client.send(bdat(CONTENT, last=True))
+        await eventually(lambda: ": 1 active, 0 idle, 0 connecting" in repr(running.pool))
+        seen.set()
+        assert [reply.code for reply in await client.replies(2)] == [250, 250]
+        if way == "DATA":
+            await client.command(b"DATA", 354)
+            await client.send(CONTENT + b".\r\n")
+        await client.expect(250)
+        assert messages(upstream) == ([1] if answer is None else [0, 1])
+        assert outcomes(running) == {"rejected": 1, "accepted": 1}
 
 
 # What the upstream refuses, and may count

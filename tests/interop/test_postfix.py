@@ -142,6 +142,21 @@ async def test_a_message_that_postfix_refuses_after_its_content(postfix: Postfix
         assert len(running.rows()) == len(postfix.queue()) == 1
 
 
+async def test_what_postfix_refuses_at_the_end_of_data_is_not_the_next_clients(
+    postfix: Postfix, start: Any
+) -> None:
+    """By `smtpd_end_of_data_restrictions`: Postfix keeps that transaction open, and 503 would be for MAIL."""
+    async with start(postfix.plain) as running:
+        for sender, code in [("full@example.test", 452), ("a@example.test", 250), ("full@example.test", 452)]:
+            async with Client(running.port) as client:
+                await client.ehlo()
+                replies = await client.message(sender, ["u@example.test"], content(1))
+                assert [reply.code for reply in replies] == [250, 250, 354, code]
+        (row,) = running.rows()
+        assert row["sender"] == "a@example.test"
+        assert running.metric("upstream_connects_total", upstream="primary", outcome="ok") == 1
+
+
 async def test_a_declared_size_that_postfix_refuses(postfix: Postfix, start: Any) -> None:
     async with start(postfix.plain) as running, Client(running.port) as client:
         await client.ehlo()
