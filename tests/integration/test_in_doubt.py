@@ -366,6 +366,7 @@ async def test_without_room_in_the_journal_nothing_goes_up(
             assert "No space left on device" in lines[0]
             assert outcomes(running) == {"refused": 2}
             assert running.metric("client_rejects_total", reason="records") == 2
+            assert running.relay.records.spool.reserve.promised == 0  # no row comes to take its place
         journal.free(taken[0] or 0)
         assert running.relay.readiness()[0]
         replies = await client.message("a@example.test", ["b@example.test"], CONTENT)
@@ -377,6 +378,24 @@ async def test_without_room_in_the_journal_nothing_goes_up(
         False,
         True,
     ]
+
+
+async def test_more_recipients_than_a_slot_holds(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the relay were killed with two such messages under way: neither spoils the other's slot."""
+    recipients = [f"{number}.{'r' * 40}@example.test" for number in range(400)]
+    async with start(upstream.port) as running, Client(running.port) as client:
+        monkeypatch.setattr(running.relay.records.journal, "free", lambda _: None)
+        await client.ehlo()
+        for sender in ("a@example.test", "b@example.test"):
+            assert (await client.message(sender, recipients, CONTENT))[-1].code == 250
+    async with start(upstream.port) as running:
+        found = [each.doubt for each in running.relay.records.journal.found]
+        assert [each.sender for each in found] == ["a@example.test", "b@example.test"]
+        for each in found:
+            assert each.data["recipient_count"] == len(recipients)
+            assert each.recipients == tuple(recipients[: len(each.recipients)])
 
 
 async def test_what_the_store_has_already_makes_no_entry(
