@@ -342,6 +342,23 @@ async def test_accepted_means_accepted_whatever_comes_behind(
         assert len(upstream.messages) == 2
 
 
+async def test_what_comes_behind_a_verdict_answers_no_mail_that_waits_behind_it(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """The client has sent its next MAIL already: a connection that runs ahead of it does not get that."""
+    upstream.script = {
+        "end_of_data": [b"550 5.7.1 no\r\n250 2.1.0 ahead of you\r\n"],
+        "MAIL": [None, b"450 4.7.1 later\r\n"],
+    }
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        for command in (MAIL, RCPT, b"DATA"):
+            await client.command(command)
+        await client.send(CONTENT + b".\r\n" + MAIL + b"\r\n")
+        assert [reply.code for reply in await client.replies(2)] == [550, 450]
+        assert len(upstream.connections) == 2
+
+
 # RSET: only where a transaction is open on the connection, or may be
 
 #            | what the client says                                  | script                          | RSET
