@@ -322,6 +322,22 @@ async def test_between_chunks_rset_clears_them_and_the_connection_is_kept(
         assert upstream.messages[0].chunks == [len(FIRST), len(SECOND + THIRD)]
 
 
+async def test_behind_a_last_chunk_that_was_refused_rset_goes_up(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """What a server makes of its transaction then is not certain (RFC 3030 2)."""
+    upstream.script = {"end_of_data": [b"452 4.3.1 no room\r\n"]}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await begun(client)
+        await client.send(bdat(CONTENT, last=True))
+        await client.expect(452)
+        await counted(running, deferred=1)
+        await eventually(lambda: "1 idle" in repr(running.pool))
+        assert upstream.connections[-1].lines[-1] == b"RSET"
+        await next_message_passes(client, running, upstream)
+        assert len(upstream.open_connections) == 1
+
+
 async def test_a_connection_that_says_no_to_that_rset_is_not_kept(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
@@ -584,8 +600,13 @@ async def ahead(client: Client, running: Running, gate: asyncio.Event, wire: byt
             ["250 2.1.0 ok", "550 5.1.1 no such user", "554 5.5.1 No valid recipients"],
             "rejected",
         ),
+        (
+            {"RCPT": REFUSED, "end_of_data": Silence()},
+            ["250 2.1.0 ok", "550 5.1.1 no such user", "554 5.5.1 No valid recipients"],
+            "rejected",
+        ),
     ],
-    ids=["rejected", "deferred", "MAIL", "accepted all the same", "lost"],
+    ids=["rejected", "deferred", "MAIL", "accepted all the same", "lost", "silent"],
 )
 async def test_ahead_with_nobody_to_send_to(
     script: dict[str, Any], told: list[str], outcome: str, start: Any, pipelining: ScriptedUpstream
@@ -593,7 +614,8 @@ async def test_ahead_with_nobody_to_send_to(
     """Each reply as it came; neither a row nor a doubt, whatever the upstream says to the chunk."""
     gate, held = gated(script.get("MAIL"))
     pipelining.script = script | {"MAIL": held}
-    async with start(pipelining.port) as running, Client(running.port) as client:
+    short = {"end_of_data_timeout": "200ms"} if script.get("end_of_data") == Silence() else {}
+    async with start(pipelining.port, upstream=short) as running, Client(running.port) as client:
         await client.ehlo()
         wire = MAIL + RCPT + bdat(CONTENT, last=True)
         assert await ahead(client, running, gate, wire) == told

@@ -260,6 +260,33 @@ async def test_a_verdict_that_came_in_time_is_given_although_its_commit_takes_lo
         assert in_use(running) == 0
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["doubt", "late_refusal"])
+async def test_a_message_is_under_way_until_what_becomes_of_its_entry_is_durable(
+    late: bool, start: Any, upstream: ScriptedUpstream
+) -> None:
+    """So long its place in the spool is kept: the entry, or its end, may have to go there."""
+    answer = asyncio.Event()
+    upstream.script = {"end_of_data": [Delay(answer, b"550 5.0.0 late\r\n" if late else Close())]}
+    async with start(upstream.port, records={"commit_timeout": "30s"}) as running:
+        async with Client(running.port) as client:
+            await send(running, client, upstream)
+            if late:
+                overdue(running)
+                await client.expect(451)
+                await eventually(lambda: in_use(running) == 0)
+            with locked(running.database):
+                answer.set()
+                if not late:
+                    await client.expect(451)
+                await eventually(lambda: running.metric("records_pending") == 1)
+                assert "1 settling" in repr(running.relay.reception)
+                assert running.relay.records.spool.reserve.promised > 0
+                assert outcomes(running) == {}
+            await counted(running, **{"rejected" if late else "in_doubt": 1})
+        await nothing_left(running)
+        assert len(doubts(running)) == (not late)
+
+
 @stays
 @away
 async def test_a_stop_that_does_not_wait_any_longer_leaves_the_entry(

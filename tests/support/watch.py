@@ -51,14 +51,16 @@ async def counted(running: Running, **expected: int) -> None:
 
 
 async def nothing_left(running: Running) -> None:
-    """Wait until no session, no transaction and no task of one is left, and no connection is leased."""
+    """Wait until no session, no transaction and no task of one is left, and nothing is kept for one."""
     reception, pool = running.relay.reception, running.pool
+    reserve = running.relay.records.spool.reserve
     await eventually(
         lambda: (
             repr(reception) == "<Reception: 0 sessions, 0 settling>"
             and not reception.services.running
             and " 0 active" in repr(pool)
             and " 0 connecting, 0 waiting" in repr(pool)
+            and reserve.promised == 0
         ),
-        lambda: f"{reception!r} {pool!r} {reception.services.running}",
+        lambda: f"{reception!r} {pool!r} {reception.services.running} {reserve.promised} octets promised",
     )
