@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 
 from relay.cli import main
+from relay.records import forgetting
 from relay.records.forgetting import GONE, forget, mentions, open_eraser
 from relay.records.model import Doubt, Record
 from relay.records.queries import open_queries
@@ -57,7 +58,7 @@ DOUBT = Doubt(
 DOUBTS = [
     replace(DOUBT, task_id=UUID(int=101)),
     replace(DOUBT, task_id=UUID(int=102), recipients=(ANN,), reason="closed"),
-    replace(DOUBT, task_id=UUID(int=103), recipients=(ANN, "bob@example.net"), reason="closed"),
+    replace(DOUBT, task_id=UUID(int=103), recipients=("Ann@Example.org", "bob@example.net"), reason="closed"),
     replace(DOUBT, task_id=UUID(int=104), reason="closed"),
 ]
 
@@ -128,6 +129,18 @@ async def test_many_rows_go_in_batches(database: Any) -> None:
         )
     await store.close()
     assert await erase(database.url, ANN) == (1500, 0, 0)
+
+
+async def test_a_mention_is_found_wherever_a_stretch_begins_and_ends(
+    database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgetting, "STRETCH", 2)
+    store = await open_store(database.url, Retention(None))
+    await store.write(
+        [replace(ROW, task_id=UUID(int=n), upstream_reply=f"250 <{ANN}> ok") for n in range(1, 7)]
+    )
+    await store.close()
+    assert await erase(database.url, ANN) == (0, 6, 0)
 
 
 async def test_what_is_deleted_is_not_left_in_the_file(tmp_path: Path) -> None:
