@@ -46,6 +46,7 @@ ROWS = [
     replace(ROW, sender="bounce+ann=example.org@shop.example"),
     replace(ROW, client=ANN),
     replace(ROW, recipients=("joann@example.org", "ann@example.org.uk", "ann@other")),
+    replace(ROW, data={"headers": {"To": 'bob, "cat o"@example.org'}}),
 ]
 DOUBT = Doubt(
     since=NOW,
@@ -102,7 +103,7 @@ async def test_a_person_is_gone_and_the_others_stay(url: str) -> None:
     assert await erase(url, ANN) == (3, 4, 3)
 
     sends, doubts = await contents(url)
-    assert sorted(sends) == [3, 4, 5, 6, 8]
+    assert sorted(sends) == [3, 4, 5, 6, 8, 9]
     assert sends[3].recipients == ("bob@example.net", "cat@example.net")
     assert sends[3].upstream_reply == f"250 <{GONE}> ok"
     assert sends[4].data == {"refused": [{"recipient": "z@x", "reply": "550"}]}
@@ -114,6 +115,11 @@ async def test_a_person_is_gone_and_the_others_stay(url: str) -> None:
     assert doubts[103].recipients == ("bob@example.net",)
     assert doubts[104] == before[1][104]
     assert await erase(url, ANN) == (0, 0, 0)
+
+
+async def test_an_address_that_json_escapes(url: str) -> None:
+    assert await erase(url, '"cat o"@example.org') == (0, 1, 0)
+    assert (await contents(url))[0][9].data == {"headers": {"To": f"bob, {GONE}"}}
 
 
 async def test_a_pseudonym_is_a_name_too(url: str) -> None:
