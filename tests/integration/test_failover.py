@@ -313,6 +313,19 @@ async def test_new_connections_that_are_dropped_at_mail_open_it_too(start: Any) 
         assert len(spare.accepted) == THRESHOLD + 3
 
 
+async def test_a_mail_that_is_answered_in_between_keeps_it_shut(start: Any) -> None:
+    async with scripted(2) as (primary, spare):
+        async with start(0, upstreams=pair(primary, spare)) as running:
+            for _ in range(2):
+                primary.script = {"MAIL": Close()}
+                for _ in range(THRESHOLD - 1):
+                    await send(running)
+                assert not running.pool.avoided
+                primary.script = {}
+                await send(running)
+        assert [len(primary.accepted), len(spare.accepted)] == [2, 2 * (THRESHOLD - 1)]
+
+
 async def test_connections_that_stand_are_used_while_new_ones_are_refused(start: Any) -> None:
     async with scripted(2) as (primary, spare):
         async with start(0, upstreams=pair(primary, spare)) as running, Client(running.port) as holder:
