@@ -96,6 +96,23 @@ async def test_a_dripping_command_does_not_put_the_deadline_off(
         await client.expect_eof()
 
 
+@pytest.mark.parametrize("commands", [1, 2], ids=["alone", "pipelined"])
+async def test_behind_many_errors_a_command_waits(
+    commands: int, start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialogue_module, "ERROR_WAIT", 3600.0)
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        dialogue = the_session(running)._dialogue
+        for _ in range(dialogue_module.ERRORS_SLOW):
+            await client.command("WHAT", 500)
+        await client.send(b"NOOP\r\n" * commands)
+        await eventually(lambda: dialogue._input.size == 6 * commands)
+        look(running, IDLE + SOON)  # it is not the client that is waited for
+        dialogue._resume()
+        assert [reply.code for reply in await client.replies(commands)] == [250] * commands
+
+
 async def test_a_client_silent_in_a_transaction_loses_its_lease_not_its_session(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
