@@ -322,6 +322,18 @@ async def test_between_chunks_rset_clears_them_and_the_connection_is_kept(
         assert upstream.messages[0].chunks == [len(FIRST), len(SECOND + THIRD)]
 
 
+async def test_the_first_chunk_that_was_refused_decides(start: Any, upstream: ScriptedUpstream) -> None:
+    """What is said to those behind it only follows from that (RFC 3030 2)."""
+    wrong = b"503 5.5.1 no transaction\r\n"
+    upstream.script = {"BDAT": [b"452 4.3.1 no room\r\n", wrong], "end_of_data": [wrong]}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await begun(client)
+        for chunk, code in ((FIRST, 452), (SECOND, 503), (THIRD, 503)):
+            await client.send(bdat(chunk, last=chunk is THIRD))
+            await client.expect(code)
+        await counted(running, deferred=1)
+
+
 async def test_behind_a_last_chunk_that_was_refused_rset_goes_up(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
