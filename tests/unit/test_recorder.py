@@ -163,6 +163,11 @@ async def bench(
     finally:
         await made.recorder.close(10)
         made.spool.close()
+    assert not {task.get_name() for task in asyncio.all_tasks()} & {
+        "recorder",
+        "spool replay",
+        "spool reserve",
+    }
     assert made.store.most_in_flight <= 1
     assert made.store.longest <= MAX_BATCH
 
