@@ -225,6 +225,32 @@ async def test_a_client_that_never_reads_is_cut_off(
 # The upstream
 
 
+async def test_to_a_client_that_does_not_read_nothing_more_is_said(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """Also where each command comes alone, and no reply is owed before it."""
+    upstream.script = {"RCPT": (b"550-5.1.1 " + b"x" * 4000 + b"\r\n") * 15 + b"550 5.1.1 no\r\n"}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.command(MAIL, 250)
+        client.wire.pause()
+        session, command = the_session(running), RCPT + b"\r\n"
+        dialogue = session._dialogue
+
+        async def say(count: int) -> None:
+            client.send_unread(command)
+            await eventually(lambda: len(upstream.log) == 2 + count and not dialogue._replies.owed)
+
+        sent = 0
+        while not session.choked:
+            sent += 1
+            await say(sent)
+        client.send_unread(command)
+        await eventually(lambda: dialogue._input.size == len(command))
+        client.wire.resume()
+        assert {reply.code for reply in await client.replies(sent + 1)} == {550}
+
+
 @pytest.mark.parametrize(("stage", "command"), [("MAIL", MAIL), ("RCPT", RCPT), ("DATA", b"DATA")])
 async def test_a_silent_upstream_costs_the_transaction_not_the_session(
     stage: str, command: bytes, start: Any, upstream: ScriptedUpstream
