@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.app import Relay
+from relay.limits import presence
 from tests.support.codes import send
 from tests.support.process import RelayProcess
 from tests.support.upstream import Delay, ScriptedUpstream
+from tests.support.watch import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,6 +87,28 @@ async def test_who_is_left_alone_counts_what_others_had_sent(
     await fleet[2].terminate()
     ends = [(await send(fleet[1].port, "a@example.com", ["b@example.org"]))[-1] for _ in range(6)]
     assert ends == [250] * 4 + [451] * 2
+    assert len(upstream.accepted) == MAXIMUM
+
+
+async def test_what_others_had_sent_is_asked_for_once_they_have_gone(
+    start: Any, settings_for: Any, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is left knows a count of its own, from before they sent."""
+    monkeypatch.setattr(presence, "LOOK_S", 0.05)
+    limits = [{"scope": "sender", "max": MAXIMUM, "per": "1d"}]
+    other = Relay(settings_for(upstream.port, records={"spool": str(tmp_path / "other")}, limits=limits))
+    async with start(upstream.port, limits=limits) as running:
+        in_force = running.relay.reception.services.limits
+        await other.start()
+        try:
+            await eventually(lambda: in_force.shared)
+            port = int(other.reception.addresses[0].rpartition(":")[2])
+            for each in (running.port, *[port] * (MAXIMUM - 1)):
+                assert (await send(each, "a@example.com", ["b@example.org"]))[-1] == 250
+        finally:
+            await other.stop()
+        await eventually(lambda: not in_force.shared)
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
     assert len(upstream.accepted) == MAXIMUM
 
 
