@@ -285,6 +285,17 @@ async def test_the_lease_of_a_clock_that_was_ahead_keeps_nobody_away(store, data
         assert lease(database) == []
 
 
+async def test_what_is_to_follow_other_settings_is_not_deleted_before_it_does(store, database):
+    await store.write([record(1, NOW)])
+    state = '{"policy": "another", "done_to": 0, "doubts_to": null}'
+    database.execute(f"INSERT INTO task_done_state (name, value) VALUES ('retention', '{state}')")
+    with pytest.raises(ExpiryBusyError, match="are being applied"):
+        await store.expire(NOW, 5000)
+    assert left(database) == [1]
+    await store.follow_retention()
+    assert await store.expire(NOW, 5000) == 1
+
+
 async def test_a_cancelled_run_gives_its_lease_back(store, database):
     await store.write([record(number, NOW) for number in range(1000)])
     begun = asyncio.Event()
