@@ -679,3 +679,26 @@ def test_more_than_usual_is_not_to_be_had(tmp_path: Path, monkeypatch: pytest.Mo
     assert spool.reserve.free == spool_module.RESERVE
     assert spool.complete
     spool.close()
+
+
+def test_a_spare_that_cannot_keep_what_is_promised_takes_nothing_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "SEGMENT_SIZE", 1)
+    spool = Spool(tmp_path)
+    fallocate = os.posix_fallocate
+
+    def the_last(file: int, offset: int, length: int) -> None:
+        fallocate(file, offset, length)
+        disk.setattr(os, "posix_fallocate", failing)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "posix_fallocate", the_last)
+        with pytest.raises(SpoolError):
+            spool.provide(4 * spool_module.RESERVE)
+    assert spool.reserve.promise(3 * spool_module.RESERVE)
+    for _ in range(2):
+        spool.append([encode(make_record())])
+
+    assert spool.reserve.free >= spool.reserve.promised
+    spool.close()
