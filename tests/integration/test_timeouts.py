@@ -225,6 +225,18 @@ async def test_a_client_that_never_reads_is_cut_off(
 # The upstream
 
 
+async def test_only_so_many_replies_are_owed_at_a_time(start: Any, upstream: ScriptedUpstream) -> None:
+    """What is behind them waits as the octets that came, of which there is a bound too."""
+    upstream.script = {"RCPT": Silence()}
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.command(MAIL, 250)
+        client.send_unread((RCPT + b"\r\n") * 2 * dialogue_module.MAX_OWED)
+        dialogue = the_session(running)._dialogue
+        await eventually(lambda: dialogue._input.size >= (len(RCPT) + 2) * dialogue_module.MAX_OWED)
+        assert len(dialogue._replies.owed) == dialogue_module.MAX_OWED
+
+
 async def test_to_a_client_that_does_not_read_nothing_more_is_said(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
