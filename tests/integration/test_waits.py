@@ -10,7 +10,7 @@ import pytest
 from tests.support.client import Client
 from tests.support.several import configured
 from tests.support.upstream import Close, Delay, ScriptedUpstream
-from tests.support.watch import counted
+from tests.support.watch import counted, eventually
 
 WAIT_S = 0.2
 
@@ -107,6 +107,30 @@ async def test_a_connection_that_cannot_be_had_was_waited_for(start: Any) -> Non
 
     assert found["connection"] >= WAIT_S * 0.99
     assert sum(found.values()) == pytest.approx(total)
+
+
+async def test_a_wait_that_ends_with_a_connection_is_seen_in_both_metrics(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with (
+        start(upstream.port, upstream={"max_connections": 1}) as running,
+        Client(running.port) as first,
+    ):
+        await first.ehlo()
+        await first.command("MAIL FROM:<a@example.test>", 250)
+        async with Client(running.port) as second:
+            await second.ehlo()
+            second.send_unread(b"MAIL FROM:<a@example.test>\r\n")
+            await eventually(lambda: "1 waiting" in repr(running.pool))
+            await first.command("RSET", 250)
+            await second.expect(250)
+            await second.command("RSET", 250)
+        await counted(running, aborted=2)
+        found = waits(running)
+        waited = running.metric("upstream_wait_seconds_sum", upstream="primary")
+
+    assert waited > 0
+    assert found["connection"] == pytest.approx(waited)
 
 
 async def test_a_client_that_has_not_named_a_recipient_yet_does_not_wait_for_a_connection(start: Any) -> None:
