@@ -136,6 +136,24 @@ def test_segments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     spool.close()
 
 
+def test_a_close_within_a_replay_keeps_what_is_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [make_record() for _ in range(3)]
+    spool = Spool(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "SEGMENT_SIZE", 1)
+        spool.append([encode(row) for row in rows[:2]])
+    spool.append([encode(rows[2])])
+    assert spool.read(1).records == rows[:1]
+    spool.forget()
+    spool.close()
+    spool = Spool(tmp_path)
+
+    assert drain(spool) == rows
+    spool.close()
+
+
 @pytest.mark.parametrize("cut", [1, 2, 30])
 def test_a_torn_last_line_does_not_stop_the_rest(tmp_path: Path, cut: int) -> None:
     """Cut by one octet only the newline is missing: the row is whole and is kept."""
