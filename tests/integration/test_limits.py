@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import re
 import socket
+import sqlite3
 from collections import Counter
 from typing import Any
 
 import pytest
 
 from relay import maillog
+from relay.limits import limits as limits_module
 from relay.records.counts import StoredCounts
 from relay.records.errors import StoreError
 from relay.records.sqlite.store import SqliteStore
@@ -20,6 +23,7 @@ from relay.reload import reload
 from tests.support.client import Client
 from tests.support.codes import OTHER, send, send_on
 from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream, StopReading
+from tests.support.watch import eventually
 
 MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
 MENTIONS = {"name": "mentions", "scope": "sender", "task_type": "mention", "max": 100, "per": "1d"}
@@ -431,6 +435,24 @@ async def test_while_the_store_cannot_be_asked(
         assert last == codes
         last = [(await send(running.port, "known@example.com", ["b@example.org"]))[-1] for _ in range(2)]
         assert last == [250, 451]
+
+
+async def test_a_count_that_is_known_is_asked_for_again_now_and_then(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the store has by another way counts in the end, and holds up nobody before."""
+    monkeypatch.setattr(limits_module, "REFRESH_S", -1.0)
+    async with start(upstream.port, limits=[limit(max=3)]) as running:
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+        in_force = running.relay.reception.services.limits
+        with contextlib.closing(sqlite3.connect(running.database)) as other, other:
+            other.execute("CREATE TEMP TABLE more AS SELECT * FROM task_done")
+            other.execute("UPDATE more SET id = id + 1, task_id = 'f' || substr(task_id, 2)")
+            other.execute("INSERT INTO task_done SELECT * FROM more")
+        for code in (250, 451):
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == code
+            await eventually(lambda: not in_force._asking)
+    assert len(upstream.messages) == 2
 
 
 async def test_rows_in_the_spool_count_also_after_a_restart(
