@@ -508,6 +508,28 @@ async def test_a_backup_that_is_put_in_place_under_the_relay_is_not_spoiled(tmp_
             assert raw.execute("SELECT * FROM later").fetchall() == []
 
 
+async def test_a_backup_is_not_spoiled_where_a_reader_was_in_the_way_at_first(tmp_path):
+    path, backup, old = tmp_path / "t.db", tmp_path / "backup.db", tmp_path / "old.db"
+    database = await Database.open(path, create=True, busy_timeout=0.01)
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("VACUUM INTO ?", (str(backup),))
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM task_done").fetchone()
+        await database.transaction(lambda raw: raw.execute("CREATE TABLE later (x)"))
+        path.rename(old)
+        backup.rename(path)
+        with pytest.raises(StoreError, match="was removed or replaced"):
+            await database.transaction(lambda raw: raw.execute("DELETE FROM later"))
+        assert (tmp_path / "t.db-wal").stat().st_size > 0
+        reader.execute("ROLLBACK")
+        await database.close()
+    await (await Database.open(path, create=False, busy_timeout=1)).close()
+    for file, found in ((path, []), (old, [("later",)])):
+        with closing(sqlite3.connect(file)) as raw:
+            assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert raw.execute("SELECT name FROM sqlite_schema WHERE name = 'later'").fetchall() == found
+
+
 async def test_rows_in_a_write_ahead_log_that_was_removed_are_there_after_a_stop_in_order(tmp_path):
     path = tmp_path / "t.db"
     database = await Database.open(path, create=True, busy_timeout=1)
