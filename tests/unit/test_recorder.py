@@ -676,6 +676,25 @@ async def test_a_store_that_fails_between_rejections(tmp_path: Path, monkeypatch
         assert it.set_aside() == [rows[0].task_id, rows[7].task_id]
 
 
+async def test_a_store_that_hangs_behind_a_rejection_holds_nobody(tmp_path: Path) -> None:
+    class Hanging(MemoryStore):
+        async def write(self, records: Sequence[Entry]) -> None:
+            try:
+                await super().write(records)
+            except RejectedRecordError:
+                self.open.clear()
+                raise
+
+    async with bench(tmp_path, Hanging(), commit_timeout=SHORT) as it:
+        rows = [make_record() for _ in range(3)]
+        it.store.rejected.add(rows[0].task_id)
+        async with asyncio.timeout(30):
+            await asyncio.gather(*[it.recorder.record(row) for row in rows])
+
+        assert it.spool.rows == 3
+        assert it.lost == []
+
+
 async def test_a_rejected_row_that_cannot_be_set_aside_is_logged(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.spool.rejected_file.mkdir()
