@@ -164,6 +164,20 @@ async def test_a_connection_is_retired_by_count(start: Any, upstream: ScriptedUp
     assert all(verbs(connection)[-1] == "QUIT" for connection in upstream.connections)
 
 
+async def test_a_worn_connection_is_not_handed_to_who_waits(start: Any, upstream: ScriptedUpstream) -> None:
+    limits = {"max_connections": 1, "max_messages": 1}
+    async with start(upstream.port, upstream=limits) as running, Client(running.port) as first:
+        await first.ehlo()
+        await first.command(MAIL, 250)
+        async with Client(running.port) as second:
+            await second.ehlo()
+            second.send_unread(MAIL + b"\r\n")
+            await eventually(lambda: "1 waiting" in repr(running.pool))
+            await first.command("RSET", 250)
+            await second.expect(250)
+    assert [verbs(each).count("MAIL") for each in upstream.connections] == [1, 1]
+
+
 async def test_a_connection_is_retired_by_age(start: Any, upstream: ScriptedUpstream) -> None:
     settings = {"max_age": "5m", "idle_timeout": "1h"}
     async with start(upstream.port, upstream=settings) as running:
