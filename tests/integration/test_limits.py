@@ -480,6 +480,22 @@ async def test_rows_in_the_spool_count_also_after_a_restart(
     assert len(upstream.accepted) == 3
 
 
+async def test_what_the_spool_alone_has_counts_behind_another_look_at_the_store(
+    start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked(*_: object) -> None:
+        raise StoreError("locked")
+
+    monkeypatch.setattr(limits_module, "REFRESH_S", -1.0)
+    monkeypatch.setattr(SqliteStore, "write", locked)
+    async with start(upstream.port, limits=[limit()]) as running:
+        in_force = running.relay.reception.services.limits
+        for code in (250, 250, 451):
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == code
+            await eventually(lambda: not in_force._asking)
+    assert len(upstream.accepted) == 2
+
+
 async def test_a_type_that_a_limit_names_is_counted_by_its_name(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
