@@ -498,9 +498,10 @@ class Recorder:
     async def _replay_batch(self, seconds: float) -> bool:
         """Carry the oldest rows to the store; return whether it took them."""
         if not self._carried and not self._spooler.rows:
-            held, self._held = self._held, []
-            self._held = await self._commit(held, seconds, first_time=True) + self._held
-            return not self._held
+            held, self._held = self._held[:MAX_BATCH], self._held[MAX_BATCH:]
+            left = await self._commit(held, seconds, first_time=True)
+            self._held = left + self._held
+            return not left
         if not self._carried:
             batch = await self._spooler.read(MAX_BATCH)
             for _ in range(batch.corrupt):

@@ -730,6 +730,20 @@ async def test_neither_store_nor_spool(tmp_path: Path) -> None:
     assert spooled(tmp_path) == [kept.task_id]
 
 
+async def test_of_what_only_the_log_has_so_many_rows_are_tried_again(tmp_path: Path) -> None:
+    """Memory has a bound, however long nothing takes rows."""
+    async with bench(tmp_path) as it:
+        it.store.failure = StoreError("gone")
+        rows = [make_record() for _ in range(1200)]
+        with broken_disk(tmp_path):
+            await asyncio.gather(*[it.recorder.record(row) for row in rows])
+            assert it.lost == rows
+        it.store.failure = None
+        await until(lambda: it.recorder.away() is None)
+
+        assert list(it.store.rows) == [row.task_id for row in rows[:1000]]
+
+
 async def test_the_spool_is_probed_with_the_row_that_was_lost(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.failure = StoreError("gone")
