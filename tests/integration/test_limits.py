@@ -455,6 +455,35 @@ async def test_a_count_that_is_known_is_asked_for_again_now_and_then(
     assert len(upstream.messages) == 2
 
 
+@pytest.mark.parametrize("asking", [False, True], ids=["held", "being asked for"])
+async def test_a_count_that_a_message_waits_in_is_not_forgotten(
+    asking: bool, start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many others there are, and must be, beyond what is kept."""
+    answer = asyncio.Event()
+    look_up = StoredCounts.look_up
+
+    async def slowly(self: StoredCounts, rule: Any, key: str, *others: Any) -> Any:
+        if asking and key == "a@example.com":
+            await answer.wait()
+        return await look_up(self, rule, key, *others)
+
+    monkeypatch.setattr(StoredCounts, "look_up", slowly)
+    monkeypatch.setattr(limits_module, "ASK_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(limits_module, "MAX_TALLIES", 1)
+    async with start(upstream.port, limits=[limit(max=1)]) as running, Client(running.port) as client:
+        await client.ehlo()
+        client.send_unread(b"MAIL FROM:<a@example.com>\r\n")
+        if not asking:
+            await client.expect(250)
+        for number in range(3):
+            assert (await send(running.port, f"{number}@example.com", ["b@example.org"]))[-1] == 250
+        answer.set()
+        if asking:
+            await client.expect(250)
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+
+
 async def test_rows_in_the_spool_count_also_after_a_restart(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
