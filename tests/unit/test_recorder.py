@@ -385,6 +385,7 @@ async def test_the_store_comes_back(tmp_path: Path) -> None:
         it.store.failure = None
         await until(lambda: len(it.store.rows) == 5)
         await until(lambda: it.counts.spooled == 0)
+        await until(lambda: it.spool.complete)  # the file that was replayed has gone, and there is another
         last = make_record()
         await it.recorder.record(last)
         await until(lambda: last.task_id in it.store.rows)
