@@ -450,6 +450,22 @@ async def test_chunks_that_come_too_slowly(
             await nothing_left(running)
 
 
+async def test_another_chunk_does_not_begin_the_time_of_the_message_anew(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        await begun(client)
+        await client.send(bdat(FIRST))
+        await client.expect(250)
+        (session,) = running.relay.reception._sessions
+        session._dialogue._content._began -= content_module.DATA_RATE_GRACE  # as if it had been sent then
+        await client.send(bdat(SECOND))
+        await client.expect(250)
+        running.relay.reception.sweep(asyncio.get_running_loop().time() + 1, 0.0)
+        assert str(await client.reply()) == "421 4.4.2 The message comes too slowly; closing"
+        await client.expect_eof()
+
+
 async def test_a_client_silent_between_chunks_loses_the_connection(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
