@@ -106,7 +106,9 @@ def passes_421_on(self: Reply, code: int, *, original: Original) -> Reply:
     return self if self.code == 421 else original(self, code)
 
 
-def resets_nothing(self: Pool, connection: Connection, *, reset: bool, original: Original) -> None:
+def resets_nothing(
+    self: Pool, connection: Connection, *, reset: bool, ahead: bool = False, original: Original
+) -> None:
     original(self, connection, reset=False)
 
 

@@ -181,8 +181,10 @@ class Line(asyncio.Transport):
 
     @property
     def clean(self) -> bool:
-        """Whether another client's transaction may begin on it."""
-        return not (self.asked or self.open or self.spoiled or self._input or self._mode != "commands")
+        """Whether another client's transaction may begin on it: none is open, whatever RSET is answered."""
+        if self.open or self.spoiled or self._input or self._mode != "commands":
+            return False
+        return not self.asked or tuple(self.asked) == ("RSET",)
 
     @property
     def usable(self) -> bool:
