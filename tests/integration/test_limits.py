@@ -415,6 +415,20 @@ async def test_a_reload_changes_limits_and_keeps_what_was_counted(
         assert [await last(), await last(content=MENTION), await last(content=MENTION)] == [250, 250, 451]
 
 
+async def test_a_higher_maximum_counts_what_it_took_no_look_at_before(
+    start: Any, settings_for: Any, upstream: ScriptedUpstream
+) -> None:
+    """Of what the store has, a maximum asks for as much as reaches it."""
+    async with start(upstream.port) as running:
+        for _ in range(5):
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+    async with start(upstream.port, limits=[limit(max=2)]) as running:
+        codes = [(await send(running.port, "a@example.com", ["b@example.org"]))[-1]]
+        await reload(running.relay, lambda: settings_for(upstream.port, limits=[limit(max=6)]))
+        codes += [(await send(running.port, "a@example.com", ["b@example.org"]))[-1] for _ in range(2)]
+        assert codes == [451, 250, 451]
+
+
 @pytest.mark.parametrize(("on_error", "codes"), [("allow", [250, 250, 451]), ("defer", [451, 451, 451])])
 async def test_while_the_store_cannot_be_asked(
     start: Any,
