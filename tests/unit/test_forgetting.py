@@ -149,17 +149,22 @@ async def test_a_mention_is_found_wherever_a_stretch_begins_and_ends(
     assert await erase(database.url, ANN) == (0, 6, 0)
 
 
-async def test_what_is_deleted_is_not_left_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "t.db"
-    store = await open_store(f"sqlite:///{path}", Retention(None))
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a relay"])
+async def test_what_is_deleted_is_not_left_in_the_file(beside: bool, tmp_path: Path) -> None:
+    def left() -> bytes:
+        return b"".join(each.read_bytes() for each in tmp_path.iterdir())
+
+    url = f"sqlite:///{tmp_path / 't.db'}"
+    store = await open_store(url, Retention(None))
     await store.write(
         [replace(ROW, task_id=UUID(int=1), recipients=(ANN,)), replace(ROW, task_id=UUID(int=2))]
     )
+    if not beside:
+        await store.close()
+    assert ANN.encode() in left()
+    await erase(url, ANN)
+    assert ANN.encode() not in left()
     await store.close()
-    assert ANN.encode() in path.read_bytes()
-    await erase(f"sqlite:///{path}", ANN)
-    left = b"".join(each.read_bytes() for each in tmp_path.iterdir())
-    assert ANN.encode() not in left
 
 
 def test_a_mention_anywhere_is_found() -> None:
