@@ -7,6 +7,7 @@ so the limits are the real defaults and no test depends on the speed of the mach
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ LARGE = b"Subject: large\r\n\r\n" + (b"x" * 998 + b"\r\n") * 20_000
 
 IDLE = 300.0
 LEASE_IDLE = 30.0
+CROWDED_IDLE = 10.0
 REPLY = 300.0
 END_OF_DATA = 600.0
 GRACE = 30.0
@@ -153,6 +155,37 @@ async def test_a_client_silent_in_its_content_loses_its_lease_not_its_session(
         assert replies[-1].code == 250
         await counted(running, aborted=1, accepted=1)
         assert len(running.rows()) == 1
+
+
+async def turned_away(port: int) -> None:
+    async with Client(port) as client:
+        await client.expect(421)
+
+
+async def test_who_is_idle_longest_makes_room_for_who_is_turned_away(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        running = await stack.enter_async_context(start(upstream.port, server={"max_connections": 3}))
+        busy, first, second = [await stack.enter_async_context(Client(running.port)) for _ in range(3)]
+        for client in (busy, first, second):
+            await client.ehlo()
+        await busy.command(MAIL, 250)
+        await first.command("NOOP", 250)  # so the second has been idle longer
+        look(running, CROWDED_IDLE + SOON)  # nobody has been turned away
+        await turned_away(running.port)
+        look(running, CROWDED_IDLE - SOON)
+        assert rejects(running, "crowded") == 0
+        for _ in range(5):  # in between, the relay may have looked of itself
+            if not rejects(running, "crowded"):
+                await turned_away(running.port)
+                look(running, CROWDED_IDLE + SOON)
+        look(running, CROWDED_IDLE + SOON)
+        assert rejects(running, "crowded") == 1
+        assert (await second.expect(421)).text.startswith("4.4.2 ")
+        await second.expect_eof()
+        await first.command("NOOP", 250)
+        await busy.command(RCPT, 250)
 
 
 async def test_a_body_that_comes_too_slowly_is_aborted(start: Any, upstream: ScriptedUpstream) -> None:
