@@ -162,9 +162,11 @@ async def test_what_is_deleted_is_not_left_in_the_file(beside: bool, tmp_path: P
     if not beside:
         await store.close()
     assert ANN.encode() in left()
-    await erase(url, ANN)
-    assert ANN.encode() not in left()
-    await store.close()
+    try:
+        await erase(url, ANN)
+        assert ANN.encode() not in left()
+    finally:
+        await store.close()
 
 
 def test_a_mention_anywhere_is_found() -> None:
