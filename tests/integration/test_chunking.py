@@ -416,6 +416,17 @@ async def test_one_that_is_far_too_large_ends_the_session(start: Any, upstream: 
         assert upstream.messages == []
 
 
+async def test_one_that_belongs_to_no_message_has_the_same_bound(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    server = {"max_message_size": "1KiB"}
+    async with start(upstream.port, server=server) as running, Client(running.port) as client:
+        await client.ehlo()
+        await client.send(b"BDAT 100000000 LAST\r\nxxxxx")
+        assert str(await client.reply()).startswith("552 5.3.4 ")
+        await client.expect_closed()
+
+
 async def test_empty_chunks_without_end_finish_the_session(start: Any, upstream: ScriptedUpstream) -> None:
     async with start(upstream.port) as running, Client(running.port) as client:
         await begun(client)
