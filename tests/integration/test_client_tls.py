@@ -142,11 +142,7 @@ async def test_what_is_sent_inside_tls_at_once_is_not_lost(
 ) -> None:
     """A client's first commands can come in one segment with the end of its handshake."""
     async with start(upstream.port, listeners=listeners(mode), tls=tls) as running:
-        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-        if mode == "starttls":
-            await reader.readline()
-            writer.write(b"STARTTLS\r\n")
-            await reader.readline()
+        reader, writer = await _before_the_handshake(running.port, mode)
         said = await _handshake_with(reader, writer, authority.client(), b"EHLO client.test\r\nNOOP\r\n")
         writer.close()
         assert said.count(b"250 ") == 2
@@ -164,11 +160,7 @@ async def test_who_leaves_with_the_end_of_the_handshake_is_nothing_to_warn_of(
 ) -> None:
     """As a health check does."""
     async with start(upstream.port, listeners=listeners(mode), tls=tls) as running:
-        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-        if mode == "starttls":
-            await reader.readline()
-            writer.write(b"STARTTLS\r\n")
-            await reader.readline()
+        reader, writer = await _before_the_handshake(running.port, mode)
         shaken = await _shake_hands(reader, writer, authority.client())
         with contextlib.suppress(ssl.SSLWantReadError):
             shaken.tls.unwrap()
@@ -177,6 +169,16 @@ async def test_who_leaves_with_the_end_of_the_handshake_is_nothing_to_warn_of(
         writer.close()
         await eventually(lambda: running.metric("client_sessions") == 0)
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def _before_the_handshake(port: int, mode: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect; return the streams where the client's handshake comes next."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    if mode == "starttls":
+        await reader.readline()
+        writer.write(b"STARTTLS\r\n")
+        await reader.readline()
+    return reader, writer
 
 
 class _Shaken(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -446,7 +445,6 @@ async def test_a_message_under_way_ends_where_it_began(start: Any, changed: Any)
             replies = await client.message("a@x.test", ["b@x.test"], CONTENT)
             assert codes(replies) == [250, 250, 354, 250], "the session goes on"
             look(running)
-            gc.collect()
             assert list(running.relay.upstreams._leaving) == [], "nothing is kept of it"
 
 
@@ -492,7 +490,6 @@ async def test_of_an_upstream_that_was_taken_out_the_end_is_told(
             await eventually(lambda: not old.open_connections)
 
             def none_left() -> bool:
-                gc.collect()  # what nobody holds is gone before the next look
                 look(running)
                 states = ("idle", "active", "connecting")
                 return not any(
