@@ -21,6 +21,10 @@ class Recipient:
         self.refused_here = False
         """Whether the reply is a refusal of the relay's own policy."""
 
+    def answered(self, reply: Reply) -> None:
+        """Keep the upstream's reply, or the relay's instead of it; of a long one the beginning."""
+        self.reply = reply.brief()
+
     @property
     def negative(self) -> bool:
         """Whether this recipient got a negative reply."""

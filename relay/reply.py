@@ -76,6 +76,23 @@ class Reply:
         lines = self.wire.split(b"\r\n")[:-1]
         return Reply(code, b"".join(b"%d%s\r\n" % (code, line[3:]) for line in lines))
 
+    def brief(self) -> Reply:
+        """Return this reply, or the first lines of one that is longer than a line may be.
+
+        For keeping: a message may have a thousand of them, one for each recipient.
+        """
+        if len(self.wire) <= MAX_LINE:
+            return self
+        lines: list[bytes] = []
+        size = 0
+        for line in self.wire.split(b"\r\n"):
+            size += len(line) + 2
+            if lines and size > MAX_LINE:
+                break
+            lines.append(line + b"\r\n")
+        lines[-1] = b"%b %b ...\r\n" % (lines[-1][:3], lines[-1][4:-2])
+        return Reply(self.code, b"".join(lines))
+
     @property
     def transient(self) -> bool:
         """Transient negative completion (4yz)."""

@@ -222,7 +222,7 @@ class Transaction:
     def _give(self, command: Command) -> None:
         if self.course.broken is not None:
             if command.recipient is not None:
-                command.recipient.reply = self.course.broken
+                command.recipient.answered(self.course.broken)
             command.answer(self.course.broken)
             return
         if self._account.upstream is None:  # DATA, and no recipient had a route
@@ -349,7 +349,7 @@ class Transaction:
         if command.recipient is not None:
             if self.course.mail_refused and self._route.by_recipient:
                 reply = cast("Reply", self.course.mail_reply)  # the client has not heard it
-            command.recipient.reply = reply
+            command.recipient.answered(reply)
         elif command.verb == "mail":
             self._mail_answered(reply)
         elif command.verb == "data":
@@ -383,7 +383,7 @@ class Transaction:
         else:
             command = self._sent.popleft()
             if command.recipient is not None:
-                command.recipient.reply = heard
+                command.recipient.answered(heard)
             command.answer(heard)
         settlement.verdict_came(Failure("upstream said 421", reply))
 
@@ -408,7 +408,7 @@ class Transaction:
         while self._queued:
             command = self._queued.popleft()
             if held and command.recipient is not None:
-                command.recipient.reply = reply
+                command.recipient.answered(reply)
             command.answer(reply if held else NO_MAIL)
 
     def _data_answered(self, reply: Reply) -> Reply:
@@ -486,7 +486,7 @@ class Transaction:
                 self.course.mail_reply = reply
                 self.course.mail_refused = not reply.positive
             elif command.recipient is not None:
-                command.recipient.reply = reply
+                command.recipient.answered(reply)
         self.over = self.refused and self.body is None
         for command in waiting:
             command.answer(reply)
@@ -756,7 +756,7 @@ def refused_at_mail(metrics: Metrics, sender: Sender, reverse_path: bytes, reply
 
 def _refuse_recipient(command: Command, reply: Reply) -> None:
     """Answer a RCPT that goes up to no upstream."""
-    cast("Recipient", command.recipient).reply = reply
+    cast("Recipient", command.recipient).answered(reply)
     command.answer(reply)
 
 

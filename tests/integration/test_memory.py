@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from relay.records.bound import MAX_VERDICT
 from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.upstream import CHUNKING, ScriptedUpstream, StopReading
@@ -22,6 +24,7 @@ GROWTH = 8 * MIB
 SESSIONS = 1000
 SESSION = 20 * 1024
 IN_A_BODY = 100
+REFUSED = 100
 HALTED = 96 * 1024
 """Octets of a session in a body, with its connection to the upstream: a block, and what the two cost idle."""
 PATIENCE_S = 120.0
@@ -143,6 +146,34 @@ async def test_many_in_a_body_that_the_upstream_does_not_take(
 
     print(f"\n{IN_A_BODY} sessions in a body: {each / 1024:.1f} KiB each")
     assert each < HALTED
+
+
+async def test_what_is_said_of_many_refused_recipients(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """The client hears it all; row and log line hold the beginning, as of a verdict."""
+    long = b"550-%b\r\n" % (b"x" * 1000) * 60 + b"550 end\r\n"
+    upstream.script = {"RCPT": {"no": long}}
+    async with RelayProcess(tmp_path, upstream.port) as relay:
+        await relay.start()
+        await relay.get("/healthz")  # all that a start loads is loaded
+        await send(relay, b"From: a@example.test\r\n\r\nwarms up\r\n")
+        relay.forget_peak()
+        before = relay.memory("VmHWM")
+        async with Client(relay.port, deadline_s=PATIENCE_S) as client:
+            await client.ehlo()
+            to = [f"no{number}@example.test" for number in range(REFUSED)]
+            replies = await client.message("a@example.test", [*to, "b@example.test"], b"\r\n")
+            assert [reply.code for reply in replies] == [250, *[550] * REFUSED, 250, 354, 250]
+            assert {len(reply.lines) for reply in replies[1:-3]} == {61}
+            await client.quit()
+
+        growth = relay.memory("VmHWM") - before
+        print(f"\n{REFUSED} refused recipients: peak + {growth / MIB:.1f} MiB")
+        refused = json.loads(relay.rows()[1]["data"])["refused"]
+        assert [each["recipient"] for each in refused] == to
+        (said,) = {each["reply"] for each in refused}
+        assert len(said) <= MAX_VERDICT
+        assert said.endswith("x ...")
+        assert growth <= REFUSED * len(long) / 2
 
 
 @pytest.fixture

@@ -114,6 +114,17 @@ def test_a_421_becomes_451_on_every_line() -> None:
     assert reply.recoded(451).code == 451
 
 
+def test_what_is_kept_of_a_long_reply_are_its_first_lines() -> None:
+    usual = parse(b"550-5.1.1 no\r\n550 5.1.1 such user\r\n")[0]
+    assert usual.brief() is usual
+    lines = [b"550-%02d %b\r\n" % (number, b"x" * 193) for number in range(99)]
+    (long,) = parse(b"".join(lines) + b"550 end\r\n")
+    brief = long.brief()
+    assert brief.wire == b"".join(lines[:19]) + b"550 19 " + b"x" * 193 + b" ...\r\n"
+    assert (brief.code, brief.positive) == (550, False)
+    assert parse(brief.wire) == [brief]
+
+
 TEXT = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60)
 
 
