@@ -1,4 +1,4 @@
-"""Tries what `relay check --connect` names to an operator: the store and the upstreams. Sends no mail."""
+"""Tries what `relay check --connect` names to an operator: store, spool and upstreams. Sends no mail."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from relay import maillog, parts
 from relay.metrics import Metrics
+from relay.records.inspection import check_usable, survey
+from relay.records.spool import SpoolError
 from relay.records.store import MissingStoreError, OlderStoreError, StoreError, check_makeable, open_store
 from relay.upstream.dial import Dialer
 from relay.upstream.pool import Pool, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from relay.settings import Settings, UpstreamSettings
 
@@ -24,7 +27,7 @@ Finding = tuple[str, bool, str]
 
 
 def probe(settings: Settings) -> Sequence[Finding]:
-    """Try the store and all upstreams."""
+    """Try the store, the spool and all upstreams."""
     maillog.configure("console", "critical")  # what goes wrong is in the findings
     return asyncio.run(_all(settings))
 
@@ -32,7 +35,7 @@ def probe(settings: Settings) -> Sequence[Finding]:
 async def _all(settings: Settings) -> Sequence[Finding]:
     found = await _store(settings)
     tried = await asyncio.gather(*(_upstream(settings, upstream) for upstream in settings.upstreams))
-    return [found, *tried]
+    return [found, _spool(settings.records.spool), *tried]
 
 
 async def _store(settings: Settings) -> Finding:
@@ -53,6 +56,19 @@ async def _store(settings: Settings) -> Finding:
     except StoreError as error:
         return what, False, str(error)
     return what, True, "opens, its schema is current"
+
+
+def _spool(directory: Path) -> Finding:
+    """Look whether rows can wait there. A relay that runs holds the spool, so nothing is opened."""
+    what = f"spool {directory}"
+    try:
+        check_usable(directory)
+        if not directory.exists():
+            return what, True, "does not exist yet, the first start makes it"
+        rows = survey(directory).rows
+    except SpoolError as error:
+        return what, False, str(error).removeprefix(f"{what}: ")
+    return what, True, f"can be written, {rows:,} {'row waits' if rows == 1 else 'rows wait'}"
 
 
 async def _upstream(settings: Settings, upstream: UpstreamSettings) -> Finding:

@@ -21,7 +21,9 @@ __all__ = ["check"]
 
 def check(
     config: ConfigOption = None,
-    connect: Annotated[bool, typer.Option("--connect", help="Try the upstreams and the store too.")] = False,
+    connect: Annotated[
+        bool, typer.Option("--connect", help="Try the upstreams, the store and the spool too.")
+    ] = False,
 ) -> int:
     """Validate the configuration and say what it means."""
     path = find(config, os.environ)

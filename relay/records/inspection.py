@@ -7,6 +7,7 @@ finished is one that is being written, and a file that is gone is one that is do
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import NamedTuple
 
 from relay.records.model import Doubt, Json, Record, Settled
 from relay.records.segment import end_of_rows
-from relay.records.spool import CORRUPT, REJECTED, REPLAYED, SEGMENT_NAME, SpoolError
+from relay.records.spool import CORRUPT, LOCK, REJECTED, REPLAYED, SEGMENT_NAME, SpoolError
 from relay.records.spool_line import CorruptLineError, contents, decode
 
-__all__ = ["Found", "Survey", "Waiting", "entries_waiting", "survey", "waiting"]
+__all__ = ["Found", "Survey", "Waiting", "check_usable", "entries_waiting", "survey", "waiting"]
 
 
 @dataclass(slots=True)
@@ -74,6 +75,23 @@ def survey(directory: Path) -> Survey:
         return Survey([_found(path) for path in segments], [_found(path) for path in rejected], lines)
     except OSError as error:
         raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
+
+
+def check_usable(directory: Path) -> None:
+    """Raise SpoolError unless the spool can be used, or made, as far as the file system tells."""
+    effective = os.access in os.supports_effective_ids
+    there = directory.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise SpoolError(f"spool {directory}: {there} is not a directory; change records.spool")
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective):
+        raise SpoolError(
+            f"spool {directory}: {there} cannot be written; change records.spool, or the rights of its path"
+        )
+    lock = directory / LOCK
+    if lock.exists() and not os.access(lock, os.R_OK | os.W_OK, effective_ids=effective):
+        raise SpoolError(f"spool {directory}: {lock} cannot be written; give the relay's user the file")
 
 
 def waiting(directory: Path) -> Iterator[Waiting]:

@@ -34,6 +34,7 @@ from relay.records.spool_line import CorruptLineError, UnknownRowError, decode
 
 __all__ = [
     "CORRUPT",
+    "LOCK",
     "REJECTED",
     "REPLAYED",
     "RESERVE",
@@ -55,6 +56,8 @@ REJECTED = "rejected.jsonl"
 REPLAYED = "rejected.replayed.jsonl"
 """What was `rejected.jsonl` and is being offered to the store again."""
 CORRUPT = "corrupt.jsonl"
+LOCK = "lock"
+"""Held by the process whose spool it is."""
 
 _log = logging.getLogger(__name__)
 
@@ -425,7 +428,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _lock(directory: Path) -> int:
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.records.retention import Retention
+from relay.records.spool import Spool
+from relay.records.spool_line import encode
 from relay.records.store import open_store
+from tests.support.rows import make_record
 from tests.support.tables import BACK_TO_0001
 from tests.support.upstream import ScriptedUpstream
 
@@ -21,12 +24,16 @@ if TYPE_CHECKING:
 
 
 async def check(
-    tmp_path: Path, upstream: str, database: str = "rows.db", module: str = "relay"
+    tmp_path: Path,
+    upstream: str,
+    database: str = "rows.db",
+    module: str = "relay",
+    spool: str = "spool",
 ) -> tuple[int, list[str]]:
     config = tmp_path / "relay.toml"
     config.write_text(
         f'[[upstreams]]\naddress = "{upstream}"\nname = "primary"\ntls = "none"\n'
-        f'[records]\nurl = "sqlite:///{tmp_path}/{database}"\nspool = "{tmp_path}/spool"\n'
+        f'[records]\nurl = "sqlite:///{tmp_path}/{database}"\nspool = "{tmp_path}/{spool}"\n'
     )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, "check", "--connect", "--config", str(config),
@@ -40,16 +47,18 @@ async def test_it_says_what_works_and_makes_nothing(tmp_path: Path, upstream: Sc
     status, said = await check(tmp_path, upstream.address)
 
     assert status == 0
-    store, connected = said[-2:]
+    store, spool, connected = said[-3:]
     assert store.split() == [
         "ok",
         "store",
         *f"sqlite:///{tmp_path}/rows.db: does not exist yet, the first start makes it".split(),
     ]
+    assert spool == f"  ok  spool {tmp_path}/spool: does not exist yet, the first start makes it"
     assert connected.startswith(
         f"  ok  upstream primary {upstream.address}: connected, TLS none, offers 8BITMIME "
     )
     assert not (tmp_path / "rows.db").exists()
+    assert not (tmp_path / "spool").exists()
     assert upstream.messages == []
 
 
@@ -64,9 +73,49 @@ async def test_a_store_that_no_start_can_make_fails_the_check(
     status, said = await check(tmp_path, upstream.address, where, module="tests.support.without_rights")
 
     assert status == 1
-    assert said[-2].startswith(f"  failed  store sqlite:///{tmp_path}/{where}: {tmp_path}/{where}: ")
-    assert "records.url" in said[-2]
+    assert said[-3].startswith(f"  failed  store sqlite:///{tmp_path}/{where}: {tmp_path}/{where}: ")
+    assert "records.url" in said[-3]
     assert not (tmp_path / "kept" / "below").exists()
+
+
+@pytest.mark.parametrize(
+    ("spool", "reason"),
+    [
+        ("kept/spool", "kept cannot be written; change records.spool, or the rights of its path"),
+        ("kept", "kept cannot be written; change records.spool, or the rights of its path"),
+        ("file/spool", "file is not a directory; change records.spool"),
+        ("link", "link is not a directory; change records.spool"),
+        ("locked", "lock cannot be written; give the relay's user the file"),
+    ],
+)
+async def test_a_spool_that_no_start_can_use_fails_the_check(
+    tmp_path: Path, upstream: ScriptedUpstream, spool: str, reason: str
+) -> None:
+    (tmp_path / "kept").mkdir(0o555)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "lock").touch(0o400)
+    before = sorted(tmp_path.rglob("*"))
+
+    status, said = await check(tmp_path, upstream.address, "rows.db", "tests.support.without_rights", spool)
+
+    assert status == 1
+    assert said[-2].startswith(f"  failed  spool {tmp_path}/{spool}: {tmp_path}/")
+    assert said[-2].endswith(reason)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "relay.toml"])
+
+
+async def test_a_spool_in_use_is_looked_at_beside_its_relay(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.append([encode(make_record())])
+    try:
+        status, said = await check(tmp_path, upstream.address)
+    finally:
+        spool.close()
+    assert (status, said[-2]) == (0, f"  ok  spool {tmp_path}/spool: can be written, 1 row waits")
 
 
 async def test_a_link_to_an_empty_file_is_filled_by_the_start(
@@ -75,7 +124,7 @@ async def test_a_link_to_an_empty_file_is_filled_by_the_start(
     (tmp_path / "empty.db").touch()
     (tmp_path / "link.db").symlink_to("empty.db")
     status, said = await check(tmp_path, upstream.address, "link.db")
-    assert (status, said[-2][:4]) == (0, "  ok")
+    assert (status, said[-3][:4]) == (0, "  ok")
 
 
 async def test_an_older_schema_is_left_to_the_start(tmp_path: Path, upstream: ScriptedUpstream) -> None:
@@ -89,7 +138,7 @@ async def test_an_older_schema_is_left_to_the_start(tmp_path: Path, upstream: Sc
     status, said = await check(tmp_path, upstream.address)
 
     assert status == 0
-    assert "has schema version 0001, the next start brings it up to date" in said[-2]
+    assert "has schema version 0001, the next start brings it up to date" in said[-3]
     assert path.read_bytes() == before
 
 
@@ -112,7 +161,7 @@ async def test_a_foreign_file_fails_the_check_and_is_left_alone(
     status, said = await check(tmp_path, upstream.address)
 
     assert status == 1
-    assert "rows.db" in said[-2]
+    assert "rows.db" in said[-3]
     assert (tmp_path / "rows.db").read_bytes() == before
 
 
