@@ -88,7 +88,7 @@ class UpstreamSettings(Endpoint):
     name: str = ""
     """Its name in records, metrics and log. Default: the host of the address."""
     tls: Literal["none", "opportunistic", "starttls", "implicit"] = "starttls"
-    """starttls: never go on without it. implicit: TLS from the first octet. opportunistic: TLS if offered."""
+    """starttls: never go on without it. implicit: from the first octet. opportunistic: if it can be had."""
     tls_verify: Flag = True
     """Whether the upstream's certificate must be valid for its name."""
     ca_file: FileName | None = None

@@ -123,14 +123,14 @@ class Dialer:
             stage = "protocol"
             watch = _Watch(client)
             await _greet(client, watch)
-            if upstream.tls == "starttls" or (
-                upstream.tls == "opportunistic" and client.supports_extension("starttls")
-            ):
+            optional = upstream.tls == "opportunistic"
+            if upstream.tls == "starttls" or (optional and client.supports_extension("starttls")):
                 stage = "tls"
-                await watch.ask(client.starttls(tls_context=self._context, server_hostname=upstream.host))
+                secured = await self._secured(client, watch, optional=optional)
                 stage = "protocol"
-                watch = _Watch(client)
-                await watch.ask(client.ehlo())
+                if secured:
+                    watch = _Watch(client)
+                    await watch.ask(client.ehlo())
             welcome = None
             if login is not None:
                 stage = "auth"
@@ -145,6 +145,16 @@ class Dialer:
         except BaseException:
             client.close()
             raise
+
+    async def _secured(self, client: aiosmtplib.SMTP, watch: _Watch, *, optional: bool) -> bool:
+        """Go over to TLS; False: the upstream refuses it, for now (RFC 3207 4), and it is optional."""
+        try:
+            await watch.ask(client.starttls(tls_context=self._context, server_hostname=self._upstream.host))
+        except aiosmtplib.SMTPResponseException as error:
+            if not optional or not 400 <= error.code < 600 or error.code == 421:
+                raise
+            return False
+        return True
 
 
 async def _obedient(opening: Coroutine[None, None, Dialed]) -> Dialed:

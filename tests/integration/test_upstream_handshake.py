@@ -15,7 +15,7 @@ import pytest
 from relay import maillog
 from tests.support.certificates import Certificates
 from tests.support.client import Client
-from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+from tests.support.upstream import EXTENSIONS, Close, ScriptedUpstream
 from tests.support.watch import DEADLINE_S, counted
 
 if TYPE_CHECKING:
@@ -140,6 +140,31 @@ async def test_opportunistic_goes_on_without_tls_where_none_is_offered(
 ) -> None:
     async with start(upstream.port, upstream={"tls": "opportunistic", **trusting}) as running:
         await passes(running, upstream)
+
+
+@pytest.mark.parametrize("refusal", [b"454 4.7.0 TLS not available now\r\n", b"502 no\r\n"])
+@pytest.mark.parametrize("tls", ["opportunistic", "starttls"])
+async def test_where_tls_is_offered_and_refused_only_opportunistic_goes_on(
+    tls: str, refusal: bytes, certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    server = ScriptedUpstream({"STARTTLS": [refusal] * 4}, tls=certificates.server())
+    async with server as upstream, start(upstream.port, upstream={"tls": tls, **trusting}) as running:
+        if tls == "starttls":
+            await is_refused(running, upstream, "tls")
+            return
+        await passes(running, upstream)
+        assert not upstream.connections[-1].wire.secured
+        said = [line.split()[0] for line in upstream.connections[-1].lines[:3]]
+        assert said == [b"EHLO", b"STARTTLS", b"MAIL"]
+
+
+async def test_an_upstream_that_closes_instead_of_tls_is_left(
+    certificates: Certificates, trusting: dict[str, str], start: Any
+) -> None:
+    server = ScriptedUpstream({"STARTTLS": [Close(b"421 4.3.2 closing\r\n")] * 4}, tls=certificates.server())
+    opportunistic = {"tls": "opportunistic", **trusting}
+    async with server as upstream, start(upstream.port, upstream=opportunistic) as running:
+        await is_refused(running, upstream, "tls")
 
 
 async def test_none_does_not_ask_for_tls(certificates: Certificates, start: Any) -> None:
