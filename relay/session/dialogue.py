@@ -335,8 +335,8 @@ class Dialogue:
                 self._close()
             elif self._transaction is None:
                 self._end(answers.DRAINING, "draining")
-        elif self._eof and (self._state is CONTENT or self._state is CHUNK):
-            self._close()  # FIN came before the 354, or while BDAT waited: the content is not complete
+        elif self._eof and self._state in (CONTENT, CHUNK, CHALLENGED):
+            self._close()  # FIN came before the 354, or while BDAT waited; or no answer to a challenge comes
 
     def _step(self) -> bool:
         """Take one command line or block of content; False when nothing can be taken now."""

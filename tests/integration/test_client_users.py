@@ -188,6 +188,28 @@ async def test_an_exchange_is_cancelled_behind_its_refusal(relay: Callable[[], A
         assert running.metric("client_rejects_total", reason="out_of_step") == 0
 
 
+@pytest.mark.parametrize("said", [b"", b"c2Vz"], ids=["nothing", "half_a_line"])
+async def test_who_leaves_in_the_midst_of_an_exchange_is_not_waited_for(
+    said: bytes, relay: Callable[[], Any]
+) -> None:
+    async with relay() as running, session(running.port) as client:
+        await client.command("AUTH LOGIN", 334)
+        await client.send(said)
+        client.half_close()
+        await client.expect_eof()
+        await eventually(lambda: running.metric("client_sessions") == 0)
+
+
+async def test_an_answer_that_comes_with_the_end_of_input_is_heard(relay: Callable[[], Any]) -> None:
+    async with relay() as running, session(running.port) as client:
+        await client.command("AUTH PLAIN", 334)
+        await client.send(plain("app", "sesame").removeprefix("AUTH PLAIN ").encode() + b"\r\n")
+        client.half_close()
+        await client.expect(235)
+        await client.expect_eof()
+        assert running.metric("auth_total", outcome="ok") == 1
+
+
 async def test_a_client_that_guesses_is_not_tried_and_its_neighbour_is(relay: Callable[[], Any]) -> None:
     async with relay() as running:
         async with session(running.port) as client:
