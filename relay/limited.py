@@ -274,6 +274,7 @@ class LimitedTransaction(Transaction):
         answer, self._finish_later = self._finish_later, None
         if answer is None:
             return
+        self.on_flow(False)  # what was held may be more than the upstream takes, and nothing comes behind it
         go_on = partial(super().finish, answer)
         if self.course.broken is not None or self._lease.connection is None or self.body is None:
             go_on()

@@ -673,6 +673,7 @@ class Transaction:
         if self._sent:
             self._waited_for_upstream()
         self._settlement = settlement
+        self.on_flow = _ignore  # no more comes of this one, and the next goes over another connection
         connection.expect("end_of_data", settlement.verdict_came)
         if chunked:
             self._write_content()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -362,6 +363,44 @@ async def test_the_verdict_has_the_longest_limit(start: Any, upstream: ScriptedU
         assert running.rows() == []
         await client.quit()
         await nothing_left(running)
+
+
+async def test_what_an_overdue_message_waits_for_says_nothing_of_the_next_one(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """When the upstream takes the rest of the first, the second still waits, on its own connection."""
+    upstream.script = {"body": StopReading()}
+    assert upstream._server is not None
+    upstream._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    limits = {"end_of_data_timeout": "60s"}  # shorter than that of a write
+    async with start(upstream.port, upstream=limits) as running, Client(running.port) as client:
+        await client.ehlo()
+        for command in (MAIL, RCPT, b"DATA"):
+            await client.command(command)
+        dialogue = the_session(running)._dialogue
+        (first,) = running.pool._open
+        wire = first._transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        text = (b"x" * 998 + b"\r\n") * 40  # less than is read at once, more than the two buffers hold
+        await client.send(text + b".\r\n")
+        await eventually(lambda: not dialogue.unfinished)
+        assert first._paused_since is not None
+        look(running, 60.0 + SOON)
+        await client.expect(451)
+        for command in (MAIL, RCPT, b"DATA"):
+            await client.command(command)
+        sending = asyncio.create_task(client.send(stuff(LARGE) + b".\r\n"))
+        await eventually(lambda: dialogue._flow_paused)
+        upstream.connections[0].wire.resume()
+        await upstream.message()
+        assert first._paused_since is None
+        assert dialogue._flow_paused
+        assert dialogue._holding
+        upstream.connections[1].wire.resume()
+        await sending
+        await client.expect(250)
+        assert [message.content for message in upstream.messages] == [text, LARGE]
+        await counted(running, accepted=2)
 
 
 async def test_a_verdict_within_its_limit_is_given_to_the_client(
