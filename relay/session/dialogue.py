@@ -93,7 +93,7 @@ class State(Enum):
     DECIDING = "deciding"
     """Keeps it: the doorkeeper has the credentials; `_decided` ends it."""
     AWAITS_354 = "awaits_354"
-    """Ends the session: the client has said DATA and must wait. The reply to that ends it (`_give_data`)."""
+    """Ends the session: the client has said DATA and must wait. The reply to that ends it (`_moved`)."""
     CONTENT = "content"
     """Gives it to the transaction as text, up to the end of data (`_take_content`)."""
     CHUNK = "chunk"
@@ -544,27 +544,29 @@ class Dialogue:
             # client has not waited for the 354 that it needs (RFC 2920 3.1).
             self._out_of_step()
         elif argument:
-            self._error(answers.NO_ARGUMENT)
+            self._refuse_data(answers.NO_ARGUMENT)
         elif transaction is None:
-            self._error(answers.NO_TRANSACTION)
+            self._refuse_data(answers.NO_TRANSACTION)
         elif not transaction.envelope.recipients:
-            self._error(answers.NO_RCPT)
+            self._refuse_data(answers.NO_RCPT)
         elif transaction.chunking or transaction.binary:
-            self._error(answers.MIXED)
+            self._refuse_data(answers.MIXED)
         else:
-            self._give_data(transaction)
+            self._state = AWAITS_354
+            self._answer_data = self._replies.owe()
+            transaction.data(self._answer_data)
 
-    def _give_data(self, transaction: Transaction) -> None:
-        self._state = AWAITS_354
-        self._answer_data = answer = self._replies.owe()
+    def _refuse_data(self, reply: Reply) -> None:
+        """Answer DATA instead of the upstream; what comes before that is given was not meant as commands."""
+        self._error(reply)
+        if self._replies.owed and not self.over:
+            self._state = AWAITS_354
 
-        def answered(reply: Reply) -> None:
-            if self._state is AWAITS_354:
-                self._state = COMMANDS if transaction.body is None else CONTENT
-                self._content.begin_text(self._loop.time())
-            answer(reply)
-
-        transaction.data(answered)
+    def _data_answered(self) -> None:
+        """The reply to DATA is given, which may have been known for longer than those before it."""
+        transaction = self._transaction
+        self._state = COMMANDS if transaction is None or transaction.body is None else CONTENT
+        self._content.begin_text(self._loop.time())
 
     def _bdat(self, argument: bytes) -> None:
         """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
@@ -781,6 +783,8 @@ class Dialogue:
     def _moved(self) -> None:
         """A reply has been given: the client's turn begins, and what waited for the reply may go on."""
         self._last_moved = self._loop.time()
+        if self._state is AWAITS_354 and not self._replies.owed:
+            self._data_answered()
         transaction = self._transaction
         if transaction is not None and transaction.over:
             self._reset()
@@ -823,7 +827,8 @@ class Dialogue:
             return
         self._reception.metrics.rejected(reason)
         maillog.session_refused(self._sender.client, self._sender.listener, reason)
-        answer = self._answer_data if self._state is AWAITS_354 else self._replies.say
+        unanswered = self._state is AWAITS_354 and not self._replies.last_known
+        answer = self._answer_data if unanswered else self._replies.say
         self._state = ENDING
         self._talking = reason in _TALKING
         self._input.clear()

@@ -25,6 +25,11 @@ class Replies:
         self.owed: list[_Owed] = []
         """The places that are kept, those whose reply is known and waits for another among them."""
 
+    @property
+    def last_known(self) -> bool:
+        """Whether the last command has its reply, though that may wait for those before it."""
+        return not self.owed or self.owed[-1].reply is not None
+
     def say(self, reply: Reply) -> None:
         """Give a reply that is known at once; it still waits for those before it."""
         if self.owed or self.bursting:

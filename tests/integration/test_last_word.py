@@ -17,13 +17,14 @@ from relay import maillog
 from relay.session import session as session_module
 from tests.support.certificates import Certificates
 from tests.support.client import Client
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Delay, ScriptedUpstream
 from tests.support.watch import eventually, nothing_left
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MAIL, RCPT = b"MAIL FROM:<a@example.test>\r\n", b"RCPT TO:<b@example.test>\r\n"
+DATA = b"DATA\r\n"
 LARGE = b"x" * 998 + b"\r\n"
 LARGE *= 20_000
 """More octets than all socket buffers on the way take."""
@@ -61,6 +62,51 @@ async def test_who_is_out_of_step_hears_it(
         lines = await asyncio.to_thread(all_then_read, running.port, octets)
         assert [line[:9] for line in lines] == said
         await nothing_left(running)
+
+
+BY_TYPE = {"limits": [{"scope": "sender", "task_type": "mention", "max": 100, "per": "1d"}]}
+BY_RECIPIENT = {"upstream": {"match": {"recipient_domain": ["example.test"]}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "waits", "groups", "codes"),
+    [
+        ({}, "RCPT", [MAIL + RCPT, DATA], [550, 503, 503, 554]),
+        (BY_TYPE, "RCPT", [MAIL + RCPT + DATA], [550, 503, 503, 554]),
+        (BY_RECIPIENT, "RCPT", [MAIL + RCPT, DATA], [250, 550, 550, 554]),
+        ({}, "MAIL", [MAIL, DATA], [550, 503, 554]),
+    ],
+    ids=["MAIL refused", "the relay's own 354", "a route by recipient", "no RCPT"],
+)
+async def test_what_comes_before_the_reply_to_data_is_never_taken_for_commands(
+    settings: Any,
+    waits: str,
+    groups: list[bytes],
+    codes: list[int],
+    start: Any,
+    upstream: ScriptedUpstream,
+) -> None:
+    """Also where it is known already what DATA is answered, while replies before that are waited for."""
+    answer = asyncio.Event()
+    replies = {"MAIL": b"550 5.1.0 not you\r\n", "RCPT": b"503 5.5.1 MAIL first\r\n"}
+    upstream.script = replies | {waits: Delay(answer, replies[waits])}
+    async with start(upstream.port, **settings) as running, Client(running.port) as client:
+        await client.ehlo()
+        (session,) = running.relay.reception._sessions
+        dialogue = session._dialogue
+        for group in groups:
+            await client.send(group)
+            await eventually(lambda: dialogue._transaction is not None)
+            course = dialogue._transaction.course
+            await eventually(lambda: course.mail_refused or waits == "MAIL")  # noqa: B023  awaited here
+        await eventually(lambda: len(dialogue._replies.owed) == 2)
+        await client.send(MAIL.replace(b"<a@", b"<text@") + b"QUIT\r\n.\r\n")
+        await eventually(lambda: dialogue.over)
+        answer.set()
+        assert [(await client.reply()).code for _ in codes] == codes
+        await client.expect_eof()
+        await nothing_left(running)
+    assert "text@" not in upstream.transcript()
 
 
 @pytest.mark.parametrize("mode", ["none", "implicit"])
