@@ -112,13 +112,18 @@ class Limits:
 
     def use(self, rules: Sequence[Rule]) -> None:
         """Go on with other limits; one that counts what one before did goes on with its counts."""
-        heirs = {old: new for old in self.rules for new in rules if new.counts_like(old)}
+        self.rules = tuple(rules)
         tallies, self._tallies = self._tallies, OrderedDict()
         for (rule, key), tally in tallies.items():
-            if rule in heirs:
-                tally.inherit(heirs[rule])
-                self._tallies[tally.rule, key] = tally
-        self.rules = tuple(rules)
+            if (heir := self._heir(rule)) is not None:
+                tally.inherit(heir)
+                self._tallies[heir, key] = tally
+
+    def _heir(self, rule: Rule) -> Rule | None:
+        """Return the limit that counts now what this one does or did: itself, if it is still in force."""
+        if rule in self.rules:
+            return rule
+        return next((each for each in self.rules if each.counts_like(rule)), None)
 
     def share(self, shared: bool) -> None:
         """Hear whether other relays use the store: what is known may be older than what they have sent."""
@@ -133,7 +138,8 @@ class Limits:
         return any(rule.needs_header and rule.action != "observe" for rule in self.rules)
 
     def tally(self, rule: Rule, key: str) -> Tally:
-        """Return the count of a key."""
+        """Return the count of a key; a message that began under other settings counts by those in force."""
+        rule = self._heir(rule) or rule
         tallies, place = self._tallies, (rule, key)
         tally = tallies.get(place)
         if tally is None:

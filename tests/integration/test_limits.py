@@ -22,7 +22,7 @@ from relay.records.sqlite.store import SqliteStore
 from relay.reload import reload
 from tests.support.client import Client
 from tests.support.codes import OTHER, send, send_on
-from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, ScriptedUpstream, StopReading
+from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, Delay, ScriptedUpstream, StopReading
 from tests.support.watch import eventually
 
 MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
@@ -413,6 +413,38 @@ async def test_a_reload_changes_limits_and_keeps_what_was_counted(
         assert await last() == 550
         await limited(MENTIONS | {"max": 1})
         assert [await last(), await last(content=MENTION), await last(content=MENTION)] == [250, 250, 451]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([{"max": 2}], [{"max": 1}]),
+        ([{"max": 1}, {"max": 9, "name": "far", "action": "observe"}], None),
+    ],
+    ids=["another maximum", "two of a kind"],
+)
+@pytest.mark.parametrize("reached", ["RCPT", "end_of_data"])
+async def test_a_message_that_is_under_way_at_a_reload_counts(
+    reached: str, before: list[Any], after: list[Any] | None, start: Any, settings_for: Any
+) -> None:
+    go_on = asyncio.Event()
+    limits, changed = ([limit(**each) for each in given] for given in (before, after or before))
+    async with (
+        ScriptedUpstream({reached: [Delay(go_on)]}) as upstream,
+        start(upstream.port, limits=limits) as running,
+        Client(running.port) as client,
+    ):
+        await client.ehlo()
+        sending = asyncio.create_task(send_on(client, "a@example.com", ["b@example.org"]))
+        if reached == "RCPT":
+            await upstream.wait_for(lambda: "RCPT" in verbs(upstream))
+        else:
+            await upstream.message()
+        await reload(running.relay, lambda: settings_for(upstream.port, limits=changed))
+        assert await send(running.port, "a@example.com", ["b@example.org"]) == [451]
+        go_on.set()
+        assert (await sending)[-1] == 250
+        assert await send(running.port, "a@example.com", ["b@example.org"]) == [451]
 
 
 async def test_a_higher_maximum_counts_what_it_took_no_look_at_before(
