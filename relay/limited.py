@@ -57,6 +57,7 @@ class LimitedTransaction(Transaction):
         self._claim = Claim(limits, self.task_id, text(reverse_path), sender.client, size or 0)
         self._refused_here = False  # at MAIL
         self._deciding = False
+        self._asked_about: Command | None = None  # a recipient that is being decided about
         self._gate: deque[tuple[Callable[[], None], Answer]] = deque()  # what came meanwhile
         self._waits_for_header = self._claim.waits_for_header
         self._to_go_ahead: Answer | None = None  # DATA came, and replies before it are owed
@@ -133,6 +134,7 @@ class LimitedTransaction(Transaction):
             answer(reply)
 
         def then(refusal: Reply | None) -> None:
+            self._asked_about = None
             if refusal is None:
                 command.answer = heard
                 go_on(command)
@@ -142,6 +144,7 @@ class LimitedTransaction(Transaction):
                 recipient.refused_here = True
                 answer(refusal)
 
+        self._asked_about = command
         self._decide(partial(self._claim.at_rcpt, name), then)
 
     def _counted_as(self, recipient: Recipient) -> str:
@@ -263,6 +266,15 @@ class LimitedTransaction(Transaction):
             super().resume_content()
 
     # The end
+
+    def abandon(self) -> None:
+        """End; what waits for a decision, when MAIL turns out not to be accepted, has its answer by that."""
+        asked_about, self._asked_about = self._asked_about, None
+        waiting, self._gate = self._gate, deque()
+        super().abandon()
+        answers = [] if asked_about is None else [asked_about.answer]
+        for answer in (*answers, *(owed for _, owed in waiting)):
+            answer(self.course.broken or NO_MAIL)
 
     def finish(self, answer: Answer) -> None:
         """Decide about the message as it is, then send the end of data up."""

@@ -23,9 +23,10 @@ from relay.reload import reload
 from tests.support.client import Client
 from tests.support.codes import OTHER, send, send_on
 from tests.support.upstream import CHUNKING, EXTENSIONS, Close, Command, Delay, ScriptedUpstream, StopReading
-from tests.support.watch import eventually
+from tests.support.watch import eventually, outcomes
 
 MENTION = b"From: a@example.com\r\nX-Task-Type: mention\r\n\r\ntext\r\n"
+MAIL = b"MAIL FROM:<a@example.com>"
 MENTIONS = {"name": "mentions", "scope": "sender", "task_type": "mention", "max": 100, "per": "1d"}
 
 
@@ -103,6 +104,35 @@ async def test_commands_behind_a_refused_mail_get_their_replies(
             assert [each.code for each in replies] == [550, 503, 503, 503]
             await client.command("NOOP", 250)
         assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize("by_type", [False, True])
+@pytest.mark.parametrize("way", ["refused", "lost"])
+async def test_commands_that_wait_for_the_store_get_their_replies_when_mail_is_refused(
+    way: str, by_type: bool, start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upstream answers MAIL while the relay still asks whether the recipient may be sent to."""
+    answer, look_up = asyncio.Event(), StoredCounts.look_up
+
+    async def slowly(self: StoredCounts, *asked: Any) -> Any:
+        await answer.wait()
+        return await look_up(self, *asked)
+
+    monkeypatch.setattr(StoredCounts, "look_up", slowly)
+    monkeypatch.setattr(limits_module, "ASK_TIMEOUT_S", 3600.0)
+    upstream.script = {"MAIL": b"550 5.1.0 not you\r\n" if way == "refused" else Close()}
+    limits = [limit(scope="recipient"), *([MENTIONS] if by_type else [])]
+    async with start(upstream.port, limits=limits) as running, Client(running.port) as client:
+        await client.ehlo()
+        group = (MAIL, b"RCPT TO:<b@example.org>", b"RCPT TO:<c@example.org>", b"DATA")
+        await client.send(b"".join(line + b"\r\n" for line in group))
+        codes = [reply.code for reply in await client.replies(4)]
+        assert codes == ([550, 503, 503, 503] if way == "refused" else [451] * 4)
+        await client.command("NOOP", 250)
+        upstream.script = {}
+        answer.set()
+        assert (await send_on(client, "a@example.com", ["b@example.org", "c@example.org"]))[-1] == 250
+        assert outcomes(running) == {"accepted": 1, ("rejected" if way == "refused" else "unavailable"): 1}
 
 
 async def test_recipients_behind_a_refused_mail_are_refused_too(
