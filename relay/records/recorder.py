@@ -453,8 +453,10 @@ class Recorder:
             probed = True
             if self._spooler.rows <= MAX_BATCH and not self._held:
                 break
-        if self._commit_seconds >= self._commit_timeout:
-            return False  # it works, but too slowly for those who wait; rows that come show when it is quick
+        if self._commit_seconds >= self._commit_timeout and (probed or not self._refuse_while_away):
+            # It works, but too slowly for those who wait; rows that come show when it is quick. Where mail is
+            # refused meanwhile none come: then the next message shows it.
+            return False
         await self._take_turn()
         try:
             while self._rows_wait():  # those that came meanwhile: no more than two batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,6 +101,44 @@ async def test_refuse_turns_new_mail_away_before_anything_is_sent(
         assert await send(client) == 250
         assert running.relay.readiness()[0] is True
     assert len(upstream.accepted) == len(running.rows()) == 2
+
+
+SLOW = """
+    CREATE TRIGGER slow AFTER INSERT ON task_done BEGIN
+        SELECT count(*) FROM (
+            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n
+        );
+    END
+"""
+
+
+async def test_refuse_ends_though_the_last_commit_was_too_slow(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """No row comes that would show that the store is quick again, since all mail is refused."""
+    records = {"commit_timeout": "100ms", "when_unavailable": "refuse"}
+    async with (
+        start(upstream.port, records=records) as running,
+        Client(running.port) as client,
+        Client(running.port) as other,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for each in (client, other):
+            await each.greeting()
+            await each.ehlo()
+        raw = stack.enter_context(contextlib.closing(sqlite3.connect(running.database)))
+        raw.execute(SLOW)
+        assert (await other.command(b"MAIL FROM:<a@example.test>")).code == 250
+        assert await send(client) == 250
+        assert (await other.command(b"RCPT TO:<b@example.test>")).code == 250
+        assert (await other.command(b"DATA")).code == 354
+        assert (await other.command(CONTENT + b".")).code == 250  # its row is the replay's, and slow
+        await until_rows(running, 2)
+        raw.execute("DROP TRIGGER slow")
+        await eventually(lambda: running.relay.records.recorder.refusal() is None)
+        assert await send(client) == 250
+        assert running.relay.records.recorder.away() is None
+    assert len(upstream.accepted) == 3
 
 
 @pytest.mark.parametrize("chunks", [False, True])
