@@ -194,6 +194,8 @@ class Bookkeeping:
 
     async def _follow_retention(self) -> bool:
         """Return whether the rows that exist follow the retention that holds."""
+        if self._retention is None:
+            return False  # others may keep rows longer, and what is deleted meanwhile is gone
         try:
             changed = await self.store.follow_retention(on_due=maillog.retention_shortened)
         except StoreError as error:

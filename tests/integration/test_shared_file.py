@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.records.agreement import Agreement
 from relay.records.retention import Retention
-from relay.records.store import open_store
+from relay.records.store import open_store, utc_now
 from tests.support.client import Client
-from tests.support.databases import SqliteDatabase
+from tests.support.databases import SqliteDatabase, locked
 from tests.support.process import RelayProcess
 from tests.support.rows import make_record
+from tests.support.watch import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -114,3 +116,22 @@ async def test_a_spool_belongs_to_one_relay(pair: Pair) -> None:
     assert said.startswith("relay: cannot start: ")
     assert f"{first.spool} is in use by another process: give each its own" in said
     assert (await first.get("/readyz"))[0] == 200
+
+
+async def test_no_row_is_deleted_before_the_others_are_heard(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The store answers only once the relay has started; another one keeps rows for ever."""
+    database = SqliteDatabase(tmp_path / "rows.db")
+    store = await open_store(database.url, Retention(None))
+    other = Agreement(store, "other", Retention(None), clock=utc_now, on_differ=lambda _: None)
+    await other.reach()
+    await store.write([make_record(sent_at=datetime.now(UTC) - timedelta(days=2))])
+    await store.follow_retention()
+    await store.close()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(database.path))
+        async with start(upstream.port, retention={"default": "1d"}) as running:
+            stack.close()
+            await eventually(lambda: running.metric("expiry_last_run_timestamp_seconds"))
+            assert len(running.rows()) == 1
