@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import postgres
 from tests.support.client import Client
 from tests.support.databases import Cluster, PostgresDatabase
-from tests.support.process import RelayProcess
+from tests.support.process import ROOT, RelayProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from tests.support.upstream import ScriptedUpstream
 
 BOUND_S = 40.0
+LIMIT = {"SCOPE": "sender", "MAX": "100", "PER": "1h"}
 RULES = "host all keeper 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
 
 
@@ -36,6 +40,13 @@ def own_database() -> Iterator[PostgresDatabase]:
 async def send(client: Client, number: int) -> None:
     replies = await client.message(f"{number}@example.com", ["b@example.test"], b"Subject: x\r\n\r\nx\r\n")
     assert replies[-1].code == 250
+
+
+def waiting(relay: RelayProcess) -> list[dict[str, Any]]:
+    """Return what `relay spool list` says of the rows that wait."""
+    command = [sys.executable, "-m", "relay", "spool", "list", "--rows", "--format", "json"]
+    done = subprocess.run([*command, "--config", str(relay.config)], cwd=ROOT, capture_output=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 async def ready_says(relay: RelayProcess, text: str) -> None:
@@ -86,6 +97,25 @@ async def test_away_at_the_start_and_then_a_wrong_password(
     assert "sesame" not in said
     rows = server.sql("SELECT sender FROM task_done ORDER BY id", own_database.name, user="keeper")
     assert rows == [[f"{number}@example.com"] for number in range(7)]
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_does_not_answer_holds_no_stop_up(
+    tmp_path: Path, upstream: ScriptedUpstream, own_database: PostgresDatabase
+) -> None:
+    """Much would be said there at the end: that the relay is gone, and what it has kept others from."""
+    relay = RelayProcess(tmp_path, upstream.port, records={"url": own_database.url, "commit_timeout": "1s"})
+    relay.environment = {f"RELAY__LIMITS__0__{key}": value for key, value in LIMIT.items()}
+    async with relay:
+        await relay.start()
+        async with Client(relay.port) as client:
+            await client.greeting()
+            await client.ehlo()
+            await send(client, 1)
+            with own_database.server.frozen():
+                await send(client, 2)
+                assert await relay.terminate() == 0
+        assert [row["kind"] for row in waiting(relay)] == ["record"]
 
 
 async def test_a_home_that_is_not_its_own_is_no_server_that_is_away(tmp_path: Path) -> None:

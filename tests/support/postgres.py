@@ -136,6 +136,20 @@ class Server:
             return
         self.stop(signal.SIGQUIT)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have all of its processes stand still: connections are taken, and nothing is answered."""
+        assert self._process is not None
+        found = [self._process.pid]
+        for pid in found:
+            os.kill(pid, signal.SIGSTOP)
+            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        try:
+            yield
+        finally:
+            for pid in found:
+                os.kill(pid, signal.SIGCONT)
+
     def database(self) -> str:
         """Make a database; return its name."""
         name = f"t{next(self._names)}"

@@ -238,6 +238,23 @@ async def test_a_role_that_may_not_make_tables(cluster, empty):
     await check_makeable(empty.url)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("ask", ["say_retention", "count"])
+async def test_a_cancelled_wait_for_a_server_that_does_not_answer_is_cancelled(own_server, ask):
+    """Whoever ends a loop of such questions would have to wait for the loop for ever, else."""
+    store = await open_store(own_server.url(own_server.database()), MONTH)
+    arguments = ("one", MONTH.to_text(), NOW) if ask == "say_retention" else ()
+    await getattr(store, ask)(*arguments)
+    with own_server.frozen():
+        asking = asyncio.ensure_future(getattr(store, ask)(*arguments))
+        await asyncio.wait((asking,), timeout=0.5)
+        asking.cancel()
+        await asyncio.wait((asking,), timeout=30)
+        assert asking.cancelled()
+    await getattr(store, ask)(*arguments)
+    await store.close()
+
+
 async def test_a_password(own_server):
     own_server.sql("CREATE ROLE secretive LOGIN SUPERUSER PASSWORD 'sesame'")
     database = own_server.database()

@@ -32,7 +32,17 @@ except ImportError as error:  # an optional dependency
         "records.url: PostgreSQL needs the driver asyncpg: pip install 'smtp-relay-record[postgres]'"
     ) from error
 
-__all__ = ["Connection", "Database", "check", "check_makeable", "connect", "explained", "version_in"]
+__all__ = [
+    "GOODBYE_TIMEOUT_S",
+    "Connection",
+    "Database",
+    "check",
+    "check_makeable",
+    "connect",
+    "explained",
+    "leave",
+    "version_in",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +53,8 @@ CONNECT_TIMEOUT_S = 10.0
 STATEMENT_TIMEOUT_S = 60.0
 """How long a statement may take, here and, as `statement_timeout`, in the transactions of long work."""
 CLOSE_TIMEOUT_S = 5.0
+GOODBYE_TIMEOUT_S = 2.0
+"""How long a server is waited for that is told of an end: of a statement, of a connection, of a relay."""
 POOL_SIZE = 4
 """Connections of one relay: a commit, a late one, a step of long work, a look."""
 
@@ -69,6 +81,12 @@ async def connect(url: str) -> Connection:
         raise explained(error, url) from error
 
 
+async def leave(connection: Connection) -> None:
+    """Close a connection, also one to a server that does not answer."""
+    with contextlib.suppress(*_BREAK):  # it is closed by that
+        await connection.close(timeout=CLOSE_TIMEOUT_S)
+
+
 async def check_makeable(url: str) -> None:
     """Raise StoreError unless tables can be made in the database that `url` names, which has none."""
     connection = await connect(url)
@@ -77,7 +95,7 @@ async def check_makeable(url: str) -> None:
     except Exception as error:
         raise explained(error, url) from error
     finally:
-        await connection.close(timeout=CLOSE_TIMEOUT_S)
+        await leave(connection)
     if not allowed:
         raise StoreError(f"{shown_url(url)}: this role may not make tables; {_MAKER}")
 
@@ -134,16 +152,20 @@ class Database:
         try:
             if self._pool is None:
                 await self._open()
-            async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
-                try:
-                    yield connection
-                except _BREAK as error:
-                    if not isinstance(error, _NEVER):
-                        # Nobody knows what it is about; and what a session was given as it began (a limit,
-                        # read-only) it keeps, whatever was changed since.
-                        with contextlib.suppress(asyncpg.InterfaceError):  # it is closed already
-                            connection.terminate()
-                    raise
+            connection = await self._pool.acquire(timeout=CONNECT_TIMEOUT_S)
+            try:
+                yield connection
+            except _BREAK as error:
+                if not isinstance(error, _NEVER):
+                    # Nobody knows what it is about; and what a session was given as it began (a limit,
+                    # read-only) it keeps, whatever was changed since.
+                    _terminate(connection)
+                raise
+            finally:
+                # Behind a cancellation the pool waits until the server has ended the statement; where that
+                # takes too long it closes the connection, and the cancellation must not become an error.
+                with contextlib.suppress(*_BREAK):
+                    await self._pool.release(connection, timeout=GOODBYE_TIMEOUT_S)
         except Exception as error:
             raise explained(error, self.url) from error
         finally:
@@ -154,13 +176,19 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Lend a connection within one short transaction: durable at the end, undone whole on any error."""
-        async with self.connection() as connection, connection.transaction():
-            milliseconds = round(STATEMENT_TIMEOUT_S * 1000)
-            await connection.execute(
-                f"SET LOCAL statement_timeout = {milliseconds}; "
-                f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}"
-            )
-            yield connection
+        milliseconds = round(STATEMENT_TIMEOUT_S * 1000)
+        async with self.connection() as connection:
+            try:
+                await connection.execute(
+                    f"BEGIN; SET LOCAL statement_timeout = {milliseconds}; "
+                    f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}"
+                )
+                yield connection
+                await connection.execute("COMMIT")
+            except BaseException:
+                # The end of the session undoes it: a ROLLBACK would wait for a server that does not answer.
+                _terminate(connection)
+                raise
 
     async def close(self) -> None:
         """Finish what was asked for, then close. Again: nothing happens."""
@@ -203,7 +231,7 @@ class Database:
             except Exception as error:
                 raise explained(error, self.url) from error
             finally:
-                await connection.close(timeout=CLOSE_TIMEOUT_S)
+                await leave(connection)
             self._pool = await asyncpg.create_pool(
                 _dsn(self.url),
                 min_size=0,
@@ -211,6 +239,11 @@ class Database:
                 reset=_leave_as_it_is,
                 **_options(self.url),
             )
+
+
+def _terminate(connection: Connection) -> None:
+    with contextlib.suppress(asyncpg.InterfaceError):  # it is closed already
+        connection.terminate()
 
 
 async def _leave_as_it_is(_connection: Connection) -> None:

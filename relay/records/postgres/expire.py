@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from relay.records.deletion import Due
 from relay.records.errors import ExpiryBusyError
-from relay.records.postgres.database import Connection, Database
+from relay.records.postgres.database import GOODBYE_TIMEOUT_S, Connection, Database
 from relay.records.postgres.follow import retention_state
 from relay.records.steps import PLANNED_ROWS
 from relay.records.store import LEASE, LEASE_RENEWAL_S, LONGEST_LEASE
@@ -60,7 +60,7 @@ class Lease:
     async def drop(self) -> None:
         """Let others be the one at once."""
         async with self._database.connection() as connection:
-            await connection.execute(_DROP_LEASE, self.owner)
+            await connection.execute(_DROP_LEASE, self.owner, timeout=GOODBYE_TIMEOUT_S)
 
 
 async def next_due(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,7 +11,15 @@ import asyncpg
 import sqlalchemy as sa
 
 from relay.records.errors import MissingStoreError, SlowReadError, StoreError
-from relay.records.postgres.database import STATEMENT_TIMEOUT_S, check, connect, explained, version_in
+from relay.records.postgres.database import (
+    GOODBYE_TIMEOUT_S,
+    STATEMENT_TIMEOUT_S,
+    check,
+    connect,
+    explained,
+    leave,
+    version_in,
+)
 from relay.records.postgres.engine import cause_of, explaining, make_engine
 from relay.records.tables import SCHEMA_VERSION
 from relay.settings.dsn import shown_url
@@ -57,7 +67,7 @@ class PostgresReader:
         except Exception as error:
             raise explained(error, url) from error
         finally:
-            await connection.close()
+            await leave(connection)
         return cls(url, time_limit)
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
@@ -76,4 +86,5 @@ class PostgresReader:
 
     async def close(self) -> None:
         """Close the connections that are kept open."""
-        await self._engine.dispose()
+        with contextlib.suppress(TimeoutError):  # cut short, it closes them all the same
+            await asyncio.wait_for(self._engine.dispose(), GOODBYE_TIMEOUT_S)

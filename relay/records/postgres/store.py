@@ -14,7 +14,7 @@ from functools import partial
 from relay.records.deletion import Due, delete_expired
 from relay.records.model import Entry
 from relay.records.pacing import Commits
-from relay.records.postgres.database import Connection, Database
+from relay.records.postgres.database import GOODBYE_TIMEOUT_S, Connection, Database
 from relay.records.postgres.expire import (
     Behind,
     Lease,
@@ -93,7 +93,9 @@ class PostgresStore:
     async def say_gone(self, name: str) -> None:
         """Delete the row."""
         async with self._database.connection() as connection:
-            await connection.execute("DELETE FROM task_done_state WHERE name = $1", name)
+            await connection.execute(
+                "DELETE FROM task_done_state WHERE name = $1", name, timeout=GOODBYE_TIMEOUT_S
+            )
 
     # Retention
 
