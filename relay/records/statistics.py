@@ -111,19 +111,20 @@ def _sqlite_quarter(element: Any, compiler: Any, **options: Any) -> str:
 @compiles(_Day, "postgresql")
 def _postgresql_day(element: Any, compiler: Any, **options: Any) -> str:
     moment = compiler.process(element.clauses, **options)
-    return f"CAST(date_trunc('day', {moment} AT TIME ZONE 'UTC') AS text)"
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
 
 
 @compiles(_Hour, "postgresql")
 def _postgresql_hour(element: Any, compiler: Any, **options: Any) -> str:
     moment = compiler.process(element.clauses, **options)
-    return f"CAST(date_trunc('hour', {moment} AT TIME ZONE 'UTC') AS text)"
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24')"
 
 
 @compiles(_Quarter, "postgresql")
 def _postgresql_quarter(element: Any, compiler: Any, **options: Any) -> str:
     moment = compiler.process(element.clauses, **options)
-    return f"CAST(date_bin('15 minutes', {moment} AT TIME ZONE 'UTC', timestamp '2001-01-01') AS text)"
+    begin = f"date_bin('15 minutes', {moment} AT TIME ZONE 'UTC', timestamp '2001-01-01')"
+    return f"to_char({begin}, 'YYYY-MM-DD HH24:MI')"
 
 
 def slot_of(by: Iterable[By], zone: tzinfo | None, since: datetime | None, now: datetime) -> Slot:

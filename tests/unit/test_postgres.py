@@ -11,11 +11,13 @@ import textwrap
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import asyncpg
 import pytest
 from sqlalchemy.dialects import postgresql
 
+from relay.records.by import By
 from relay.records.errors import (
     MissingStoreError,
     OlderStoreError,
@@ -236,6 +238,24 @@ async def test_a_role_that_may_not_make_tables(cluster, empty):
     with pytest.raises(StoreError, match="may not make tables; GRANT CREATE"):
         await check_makeable(cluster.server.url(empty.name, user="nobody_much"))
     await check_makeable(empty.url)
+
+
+@pytest.mark.parametrize("style", ["SQL, DMY", "German", "Postgres, MDY"])
+async def test_times_are_counted_however_the_database_writes_them(cluster, postgres_database, style):
+    for setting in (f"datestyle = '{style}'", "timezone = 'Asia/Kolkata'"):
+        cluster.run(cluster.admin(f"ALTER DATABASE {postgres_database.name} SET {setting}"))
+    store = await open_store(postgres_database.url, MONTH)
+    await store.write([record(1), record(2, sent_at=NOW - timedelta(days=1))])
+    await store.close()
+    queries = await open_queries(postgres_database.url)
+    found = {
+        (by, zone): [count.keys[0] for count in (await queries.statistics(SendFilter(), [by], zone=zone)).counts]
+        for by, zone in [(By.DAY, UTC), (By.HOUR, UTC), (By.DAY, ZoneInfo("Asia/Kolkata"))]
+    }
+    await queries.close()
+    assert found[By.DAY, UTC] == found[By.DAY, ZoneInfo("Asia/Kolkata")] == ["2026-11-22", "2026-11-23"]
+    hours = found[By.HOUR, UTC]
+    assert (len(hours), hours[0], hours[-1]) == (25, "2026-11-22T07:00:00+00:00", "2026-11-23T07:00:00+00:00")
 
 
 @pytest.mark.timeout(60)
