@@ -143,7 +143,8 @@ def _shared(row: Send | InDoubt) -> dict[str, Any]:
 
 
 def _record(send: Send) -> Record:
-    return Record(**_shared(send), sent_at=send.sent_at, upstream_reply=send.upstream_reply)
+    # A move before this one may have found it in doubt.
+    return Record(**_shared(send), sent_at=send.sent_at, upstream_reply=send.upstream_reply, doubted=True)
 
 
 def _doubt(each: InDoubt) -> Doubt:

@@ -68,12 +68,12 @@ async def ways(request, tmp_path, postgres_database):
     return old, new
 
 
-async def carry(old, new, on_progress=lambda done: None):
+async def carry(old, new, on_progress=lambda done: None, count=COUNT):
     source = await open_queries(old.url)
     store = await open_store(new.url, MONTH)
     there = await open_queries(new.url)
     try:
-        assert await count_all(source) == COUNT + 2
+        assert await count_all(source) == count + 2
         return await move(source, store, there, on_progress)
     finally:
         await there.close()
@@ -114,6 +114,18 @@ async def test_cut_short_it_is_begun_again_and_rows_that_came_meanwhile_stay(way
     assert (moved.sends, moved.in_doubt) == (COUNT, 2)
     assert new.rows("SELECT count(*) FROM task_done") == [(COUNT + 1,)]
     assert new.rows("SELECT count(*) FROM task_done_recipient") == [(2 * COUNT + 2,)]
+
+
+async def test_what_was_in_doubt_and_is_accepted_when_it_is_run_again_is_so_there(ways):
+    old, new = ways
+    await carry(old, new)
+    store = await open_store(old.url, MONTH)
+    await store.write([record(5000, doubted=True), doubt(5002)])
+    await store.close()
+    moved = await carry(old, new, count=COUNT + 1)
+    assert (moved.sends, moved.in_doubt) == (COUNT + 1, 2)
+    for query in ALL:
+        assert new.rows(query) == old.rows(query)
 
 
 async def test_a_row_that_the_new_store_never_takes_is_named_and_the_rest_goes(tmp_path, postgres_database):
