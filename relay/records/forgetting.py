@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
+from relay.limits.rule import fold
 from relay.records.model import Json
 from relay.records.patterns import literal
 from relay.records.queries import open_queries
@@ -80,7 +81,8 @@ async def forget(
 ) -> Forgotten:
     """Erase the person of these `names`; with `dry_run` only say what that would do. Raises StoreError."""
     done = Forgotten()
-    folded = [name.lower() for name in names]
+    # As SQLite's lower() has it, which knows no letters but those of ASCII, and as others do.
+    folded = list(dict.fromkeys(each for name in names for each in (fold(name), name.lower())))
     after = 0
     while True:
         step = await eraser.write(partial(_erase_sends, names=folded, after=after, done=done), undo=dry_run)

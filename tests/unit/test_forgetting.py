@@ -122,6 +122,22 @@ async def test_an_address_that_json_escapes(url: str) -> None:
     assert (await contents(url))[0][9].data == {"headers": {"To": f"bob, {GONE}"}}
 
 
+async def test_an_address_with_other_letters_than_those_of_ascii(database: Any) -> None:
+    """In capitals, which the lower() of SQLite leaves as they are."""
+    name = "JÖRG@example.org"
+    store = await open_store(database.url, Retention(None))
+    rows = [
+        replace(ROW, sender=name),
+        replace(ROW, recipients=(name, "bob@example.net")),
+        replace(ROW, data={"headers": {"To": name}}),
+    ]
+    await store.write([replace(row, task_id=UUID(int=at)) for at, row in enumerate(rows, 1)])
+    await store.close()
+    assert await erase(database.url, name) == (1, 2, 0)
+    sends, _ = await contents(database.url)
+    assert (sends[2].recipients, sends[3].data) == (("bob@example.net",), {"headers": {"To": GONE}})
+
+
 async def test_a_pseudonym_is_a_name_too(url: str) -> None:
     assert await erase(url, "nobody@x", "cat@example.net") == (0, 1, 0)
     assert (await contents(url))[0][3].recipients == ("bob@example.net", ANN)
