@@ -275,7 +275,7 @@ class Spool:
         """Return up to `limit` of the oldest rows; the same ones again until `forget` is called.
 
         A batch may hold fewer rows than wait, or none (only corrupt lines, or a segment that somebody has
-        removed, whose rows count as such); `rows` says whether more wait.
+        removed or cut short, whose rows count as such); `rows` says whether more wait.
         """
         records: list[Entry] = []
         corrupt: list[_Spoiled] = []
@@ -298,9 +298,11 @@ class Spool:
         except FileNotFoundError as error:
             if not _missing(oldest.path):  # all of it is away, and may come back
                 raise self._error(error) from error
-            return Batch([], self._give_up(oldest))
+            return Batch([], self._give_up(oldest, "removed"))
         except OSError as error:
             raise self._error(error) from error
+        if not lines:  # the file ends before its rows do
+            return Batch([], self._give_up(oldest, "cut short"))
         self._read_rows = lines
         # What another version can read is no rubbish: it can be replayed once that one is back.
         for unknown, path in ((True, self.rejected_file), (False, self.corrupt_file)):
@@ -308,8 +310,8 @@ class Spool:
             self._put_by(oldest.path, moved, path)
         return Batch(records, len(corrupt))
 
-    def _give_up(self, missing: _Closed) -> int:
-        """Go on without the oldest segment, which somebody has removed; return how many rows it had."""
+    def _give_up(self, missing: _Closed, how: str) -> int:
+        """Go on without the oldest segment, or the rest of it; return how many rows it had."""
         if not self._closed:
             self._take_spare()
             self._tell_reserve()
@@ -321,7 +323,7 @@ class Spool:
             left.append(_Closed(self._segment.path, self._segment.size))
         found = sum(_count_lines(*each) for each in left)
         gone, self._rows = max(0, self._rows - found), found
-        _log.error("spool: %s was removed under the relay; rows that waited in it: %d", missing.path, gone)
+        _log.error("spool: %s was %s under the relay; rows that waited in it: %d", missing.path, how, gone)
         return gone
 
     def forget(self) -> None:

@@ -507,6 +507,37 @@ def test_rows_behind_a_segment_that_somebody_has_removed_come(
     spool.close()
 
 
+@pytest.mark.parametrize("left", ["nothing", "rows", "a part of a row"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_rows_behind_a_segment_that_somebody_has_cut_short_come(
+    closed: bool, left: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `> FILE` does, or a rotation of logs that takes it for one."""
+    spool = Spool(tmp_path)
+    rows = [make_record() for _ in range(5)]
+    lines = [encode(row) for row in rows]
+    spool.append(lines[:3])
+    if closed:
+        spool.close()
+        spool = Spool(tmp_path)
+    kept = {"nothing": 0, "rows": len(lines[0]), "a part of a row": len(lines[0]) + 9}[left]
+    os.truncate(segments(tmp_path)[0], kept)
+
+    found, corrupt = [], 0
+    while spool.rows:
+        batch = spool.read(10)
+        found += batch.records
+        corrupt += batch.corrupt
+        spool.forget()
+
+    assert found == (rows[:1] if kept else [])
+    assert len(found) + corrupt == 3
+    assert "000000000001.jsonl was cut short under the relay; rows that waited in it: " in caplog.text
+    spool.append(lines[3:])
+    assert drain(spool) == rows[3:]
+    spool.close()
+
+
 def test_all_segments_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "SEGMENT_SIZE", 1)
     spool = Spool(tmp_path)
