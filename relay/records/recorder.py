@@ -500,9 +500,11 @@ class Recorder:
     async def _replay_batch(self, seconds: float) -> bool:
         """Carry the oldest rows to the store; return whether it took them."""
         if not self._carried and not self._spooler.rows:
-            held, self._held = self._held[:MAX_BATCH], self._held[MAX_BATCH:]
+            held = self._held[:MAX_BATCH]
             left = await self._commit(held, seconds, first_time=True)
-            self._held = left + self._held
+            # Those whose end the spool has taken meanwhile are held no more.
+            done = {id(row) for row in held} - {id(row) for row in left}
+            self._held = [row for row in self._held if id(row) not in done]
             return not left
         if not self._carried:
             batch = await self._spooler.read(MAX_BATCH)

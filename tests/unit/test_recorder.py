@@ -777,6 +777,28 @@ async def test_a_doubt_that_only_memory_has_does_not_come_behind_its_end(tmp_pat
         assert it.store.doubts.keys() == {open_still.task_id}
 
 
+async def test_a_doubt_that_ends_while_it_is_tried_again_does_not_come_behind_its_end(tmp_path: Path) -> None:
+    async with bench(tmp_path, probe_pause=LONG) as it:
+        it.store.failure = StoreError("gone")
+        refused = make_record()
+        with broken_disk(tmp_path):
+            await it.recorder.record(make_doubt(refused))
+        await it.recorder.record(make_record())  # the spool is back
+        it.store.failure = None
+        assert await it.recorder._replay_batch(LONG)
+        it.store.open.clear()
+        it.store.called.clear()
+        trying = asyncio.ensure_future(it.recorder._replay_batch(LONG))
+        await it.store.called.wait()
+        await it.recorder.record(Settled(refused.task_id))
+        it.store.failure = StoreError("gone again")
+        it.store.open.set()
+        assert not await trying
+        it.store.failure = None
+        await it.recorder._catch_up()
+        assert it.store.doubts == {}
+
+
 async def test_the_store_alone_comes_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         it.store.failure = StoreError("gone")
