@@ -42,6 +42,8 @@ class Bookkeeping:
         self._metrics = metrics
         self._agreement: Agreement
         self._retention: Retention | None = None  # that holds, of all relays on the store
+        self._given: Retention  # what new rows get
+        self._again = False  # rows were written by another one, perhaps behind those that follow already
         self._house: asyncio.Task[None] | None = None
         self._taken_over: set[asyncio.Future[None]] = set()
         self.left_over: list[Record | Doubt] = []
@@ -55,8 +57,9 @@ class Bookkeeping:
     async def start(self, settings: Settings) -> None:
         """Have all of it run; raises StoreError, SpoolError or OSError, and `close` ends what did start."""
         records = settings.records
+        self._given = parts.retention(settings)
         self.store = await open_store(
-            records.connect_url, parts.retention(settings), later=True, relay=settings.relay_name
+            records.connect_url, self._given, later=True, relay=settings.relay_name
         )
         connections = sum(upstream.max_connections for upstream in settings.upstreams)
         self.spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
@@ -71,17 +74,18 @@ class Bookkeeping:
         )
         if settings.limits:
             self.left_over += await asyncio.to_thread(entries_waiting, self.spool.directory)
-        self.recorder.start()
-        self._take_over_doubts()
         identity = await asyncio.to_thread(relay_id, self.spool.directory)
         self._agreement = Agreement(
             self.store,
             f"{settings.relay_name}/{identity[:8]}",
-            parts.retention(settings),
+            self._given,
             clock=utc_now,
             on_differ=maillog.retention_differs,
         )
         await self._agree()
+        self._again = False  # no row has been written yet
+        self.recorder.start()
+        self._take_over_doubts()
         self._begin_housekeeping(settings)
 
     def follow(self, settings: Settings) -> None:
@@ -145,7 +149,7 @@ class Bookkeeping:
         """Keep house by these settings from now on."""
         await self.end_housekeeping()
         self._agreement.own = parts.retention(settings)
-        self.store.use_retention(self._agreement.own)
+        self._give(self._agreement.own)
         self._retention = None
         await self._agree()
         self._begin_housekeeping(settings)
@@ -189,16 +193,25 @@ class Bookkeeping:
         before, self._retention = self._retention, found
         if before is not None and before.canonical() == found.canonical():
             return False
-        self.store.use_retention(found)
+        if found.canonical() != self._given.canonical():
+            self._give(found)
+            self._again = True
         return True
+
+    def _give(self, retention: Retention) -> None:
+        """Have new rows end by this retention."""
+        self._given = retention
+        self.store.use_retention(retention)
 
     async def _follow_retention(self) -> bool:
         """Return whether the rows that exist follow the retention that holds."""
         if self._retention is None:
             return False  # others may keep rows longer, and what is deleted meanwhile is gone
+        again, self._again = self._again, False
         try:
-            changed = await self.store.follow_retention(on_due=maillog.retention_shortened)
+            changed = await self.store.follow_retention(again=again, on_due=maillog.retention_shortened)
         except StoreError as error:
+            self._again = self._again or again
             self._metrics.record_error()
             maillog.expiry_failed(f"rows do not follow the changed retention yet: {error}")
             return False

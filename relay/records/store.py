@@ -72,10 +72,12 @@ class Store(Protocol):
     async def close(self) -> None:
         """Finish what was asked for, then close. Afterwards every method raises StoreError."""
 
-    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+    async def follow_retention(
+        self, *, again: bool = False, on_due: Callable[[int], None] | None = None
+    ) -> int:
         """Make the rows that exist follow the retention settings; return how many changed.
 
-        Nothing happens unless the settings differ from those that the rows follow. Before the first row
+        Nothing happens unless the settings differ from those that the rows follow, or with `again`. Before the first row
         changes, `on_due` is told how many rows will become due by it, if any. Call it before expiry: a run
         that was cut short is taken up again by the next call, and expiry waits until then.
         """

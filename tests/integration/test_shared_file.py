@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay import bookkeeping
 from relay.records.agreement import Agreement
 from relay.records.retention import Retention
 from relay.records.store import open_store, utc_now
@@ -135,3 +136,23 @@ async def test_no_row_is_deleted_before_the_others_are_heard(
             stack.close()
             await eventually(lambda: running.metric("expiry_last_run_timestamp_seconds"))
             assert len(running.rows()) == 1
+
+
+async def test_rows_of_who_has_not_heard_yet_follow_the_longer_retention_too(
+    start: Any, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another relay has made all rows follow its longer retention, and then comes one more of this relay."""
+    monkeypatch.setattr(bookkeeping, "AGAIN_S", 0.1)
+    database = SqliteDatabase(tmp_path / "rows.db")
+    longer = Retention(timedelta(days=30))
+    async with start(upstream.port, retention={"default": "1d"}) as running, Client(running.port) as client:
+        store = await open_store(database.url, longer)
+        await store.follow_retention()
+        await client.greeting()
+        await client.ehlo()
+        replies = await client.message("a@example.com", ["b@example.test"], b"Subject: x\r\n\r\nx\r\n")
+        assert replies[-1].code == 250
+        await Agreement(store, "other", longer, clock=utc_now, on_differ=lambda _: None).reach()
+        await store.close()
+        kept = "SELECT julianday(expires_at) - julianday(sent_at) AS days FROM task_done"
+        await eventually(lambda: round(running.rows(kept)[0]["days"]) == 30)

@@ -19,14 +19,17 @@ from relay.records.steps import RETENTION_ROWS, Step
 __all__ = ["begin_following", "count_due", "follow", "retention_state"]
 
 
-async def begin_following(connection: Connection, target: str) -> bool:
-    """Say that the rows are to follow `target`; return whether there is anything to do."""
+async def begin_following(connection: Connection, target: str, *, again: bool) -> bool:
+    """Say that the rows are to follow `target`; return whether there is anything to do.
+
+    `again`: some may have come behind those that follow it already.
+    """
     # Of two that come to a new store at once, the second waits here for the first.
     await connection.execute(
         "INSERT INTO task_done_state (name, value) VALUES ('retention', 'null') ON CONFLICT DO NOTHING"
     )
     state = await retention_state(connection, lock=True)
-    if state is not None and state["policy"] == target:
+    if state is not None and state["policy"] == target and not again:
         return state["done_to"] is not None
     await _keep_state(connection, target, 0, doubts_to=0)
     return True

@@ -106,12 +106,14 @@ class PostgresStore:
             await connection.execute(_ALIVE, name, until, value)
             return dict(await connection.fetch(_OTHERS, name))
 
-    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+    async def follow_retention(
+        self, *, again: bool = False, on_due: Callable[[int], None] | None = None
+    ) -> int:
         """Make existing rows follow, step by step."""
         retention = self._retention  # another one may come in the midst; its own run then takes over
         target = retention.canonical()
         async with self._database.transaction() as connection:
-            if not await begin_following(connection, target):
+            if not await begin_following(connection, target, again=again):
                 return 0
         async with self._database.connection() as connection:
             due = await count_due(connection, retention, self._clock())

@@ -21,10 +21,13 @@ from relay.records.tables import utc_text
 __all__ = ["begin_following", "count_due", "follow", "retention_state"]
 
 
-def begin_following(raw: sqlite3.Connection, target: str) -> bool:
-    """Say that the rows are to follow `target`; return whether there is anything to do."""
+def begin_following(raw: sqlite3.Connection, target: str, *, again: bool) -> bool:
+    """Say that the rows are to follow `target`; return whether there is anything to do.
+
+    `again`: some may have come behind those that follow it already.
+    """
     state = retention_state(raw)
-    if state is not None and state["policy"] == target:
+    if state is not None and state["policy"] == target and not again:
         return state["done_to"] is not None
     _keep_retention_state(raw, target, 0, doubts_to=0)
     return True

@@ -116,11 +116,13 @@ class SqliteStore:
             lambda raw: say_retention(raw, name, value, self._clock(), until)
         )
 
-    async def follow_retention(self, *, on_due: Callable[[int], None] | None = None) -> int:
+    async def follow_retention(
+        self, *, again: bool = False, on_due: Callable[[int], None] | None = None
+    ) -> int:
         """Make existing rows follow, step by step."""
         retention = self._retention  # another one may come in the midst; its own run then takes over
         target = retention.canonical()
-        if not await self._database.transaction(lambda raw: begin_following(raw, target)):
+        if not await self._database.transaction(lambda raw: begin_following(raw, target, again=again)):
             return 0
         due = await self._database.read(lambda raw: count_due(raw, retention, self._clock()))
         if due and on_due is not None:
