@@ -89,7 +89,7 @@ class InForce:
     async def close(self) -> None:
         """Count no more, and say so to the others."""
         if self._limits is not None:
-            await self._presence.stop()
+            await self._presence.stop(tell=not self._spooling())
             await self._limits.close()
             await self._counts.close()
 

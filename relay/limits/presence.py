@@ -57,11 +57,13 @@ class Presence:
             await asyncio.sleep(2 * LOOK_S)
         self._task = asyncio.get_running_loop().create_task(self._live(), name="presence")
 
-    async def stop(self) -> None:
-        """Say that it has ended."""
+    async def stop(self, *, tell: bool) -> None:
+        """End, and `tell` the others; a store that is away would only be waited for in vain."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
+        if not tell:
+            return  # it runs out
         try:
             await self._store.say_gone(self._name)
         except StoreError:

@@ -59,7 +59,7 @@ async def test_mail_flows_on_and_its_rows_come_back_once_and_in_order(
 async def test_a_stop_asks_nothing_of_a_store_that_is_away(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its word of how long rows are kept runs out by itself; to take it back would be one more long wait."""
+    """What it says of itself, of limits and retention, runs out; to take it back would be one more long wait."""
     taken_back: list[str] = []
     say_gone = SqliteStore.say_gone
 
@@ -68,17 +68,18 @@ async def test_a_stop_asks_nothing_of_a_store_that_is_away(
         await say_gone(store, name)
 
     monkeypatch.setattr(SqliteStore, "say_gone", noted)
+    limits = [{"scope": "sender", "max": 100, "per": "1h"}]
     with contextlib.ExitStack() as stack:
-        records = {"commit_timeout": "100ms"}
-        async with start(upstream.port, records=records) as running, Client(running.port) as client:
+        over = {"records": {"commit_timeout": "100ms"}, "limits": limits}
+        async with start(upstream.port, **over) as running, Client(running.port) as client:
             await client.ehlo()
             stack.enter_context(locked(running.database))
             assert await send(client) == 250
         assert taken_back == []
-    async with start(upstream.port) as running:
+    async with start(upstream.port, limits=limits) as running:
         await until_rows(running, 1)
         await eventually(lambda: running.relay.records.recorder.away() is None)
-    assert len(taken_back) == 1
+    assert sorted(name.partition(":")[0] for name in taken_back) == ["relay", "retention"]
 
 
 async def test_refuse_turns_new_mail_away_before_anything_is_sent(
