@@ -272,11 +272,12 @@ class Limits:
         task.add_done_callback(self._tasks.discard)
 
     async def _look_up(self, tally: Tally) -> None:
-        begun = self._loop.time()
-        since = self.clock() - tally.rule.window
+        begun, rule = self._loop.time(), tally.rule
+        since = self.clock() - rule.window
+        too_short = False
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
-                rows = await self._counts.look_up(tally.rule, tally.key, since, tally.own)
+                rows = await self._counts.look_up(rule, tally.key, since, tally.own)
         except (StoreError, TimeoutError) as error:
             self._failed(str(error) or "the store did not answer in time")
         except Exception as error:
@@ -284,6 +285,7 @@ class Limits:
             self._failed(f"unforeseen error: {error!r}")
         else:
             tally.replace(rows, begun)
+            too_short = rule.maximum < tally.rule.maximum  # a reload has raised it meanwhile
             self._kept += len(rows)
             if self._kept > MAX_KEPT:
                 self._forget_some()
@@ -291,6 +293,9 @@ class Limits:
                 self._failure = None
                 maillog.limits_counted_again()
         asking = self._asking.pop(tally)
+        if too_short:
+            self._begin(tally, asking.for_this + asking.for_next)
+            return
         if asking.for_next:
             self._begin(tally, asking.for_next)
         for answered in asking.for_this:

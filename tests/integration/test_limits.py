@@ -491,6 +491,34 @@ async def test_a_higher_maximum_counts_what_it_took_no_look_at_before(
         assert codes == [451, 250, 451]
 
 
+async def test_a_maximum_that_is_raised_while_the_store_is_asked(
+    start: Any, settings_for: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer that comes reaches no further back than the one before takes."""
+    asked, answer = asyncio.Event(), asyncio.Event()
+    look_up = StoredCounts.look_up
+
+    async def slowly(*arguments: Any) -> Any:
+        found = await look_up(*arguments)
+        asked.set()
+        await answer.wait()
+        return found
+
+    monkeypatch.setattr(limits_module, "ASK_TIMEOUT_S", 3600.0)
+    async with start(upstream.port) as running:
+        for _ in range(3):
+            assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 250
+    monkeypatch.setattr(StoredCounts, "look_up", slowly)
+    async with start(upstream.port, limits=[limit(max=2)]) as running, Client(running.port) as client:
+        await client.ehlo()
+        client.send_unread(b"MAIL FROM:<a@example.com>\r\n")
+        await asked.wait()
+        await reload(running.relay, lambda: settings_for(upstream.port, limits=[limit(max=4)]))
+        answer.set()
+        await client.expect(250)
+        assert (await send(running.port, "a@example.com", ["b@example.org"]))[-1] == 451
+
+
 @pytest.mark.parametrize(("on_error", "codes"), [("allow", [250, 250, 451]), ("defer", [451, 451, 451])])
 async def test_while_the_store_cannot_be_asked(
     start: Any,
