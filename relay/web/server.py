@@ -100,13 +100,15 @@ class Server:
         for part in () if self._site is None else self._site.parts:
             app.add_routes(part.routes())
         logging.getLogger("aiohttp.server").addFilter(_not_of_a_client)
-        # The relay owns signals and logs; a scraper every few seconds would fill an access log.
+        # The relay owns signals and logs; a scraper every few seconds would fill an access log. Nobody reads
+        # a request's body, so none is unpacked: a megabyte may unpack to a thousand.
         self._runner = web.AppRunner(
             app,
             handle_signals=False,
             access_log=None,
             shutdown_timeout=_STOP_TIMEOUT_S,
             max_line_size=_MAX_LINE,
+            auto_decompress=False,
         )
         await self._runner.setup()
         joins = crowd.joins(cast("web.Server", self._runner.server))

@@ -135,6 +135,19 @@ async def test_what_is_no_http_is_refused_and_no_error_of_ours(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+async def test_a_body_that_nobody_asked_for_is_not_unpacked(
+    web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A megabyte that unpacked to a thousand held up the event loop; what did not unpack was an error of ours.
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    writer.write(request + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd")
+    writer.write(request + b"Connection: close\r\n\r\n")
+    assert (await reader.read()).count(b"HTTP/1.1 200 OK\r\n") == 2
+    writer.close()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_metrics_are_those_of_the_relay(client: aiohttp.ClientSession, metrics: Metrics) -> None:
     metrics.session_opened("a")
     async with client.get("/metrics") as answer:
