@@ -262,6 +262,31 @@ async def test_on_paper_a_chart_says_which_colour_is_which(
         assert await each.evaluate(adjusted) == "exact", "else browsers print no backgrounds"
 
 
+async def test_a_long_reply_leaves_types_and_addresses_on_one_line(
+    looked: Looked, upstream: ScriptedUpstream
+) -> None:
+    reply = (
+        "250 2.6.0 <0102030405060708090a@app.example.com> [InternalId=114168393466382, "
+        "Hostname=AM9PR05MB8394.eurprd05.prod.outlook.com] 10345 bytes in 0.123, 98.765 KB/sec "
+        "Queued mail for delivery"
+    )
+    upstream.script = {"end_of_data": [f"{reply}\r\n".encode()]}
+    await send(
+        looked.running, "newsletter@mail.example.com", ["ann.smith@example.org"], X_Task_Type="password-reset"
+    )
+    await looked.open("/sends")
+    lines = await looked.page.evaluate("""() => {
+        const range = document.createRange();
+        return Array.from(document.querySelectorAll(".sends tbody td:not(.time)"), (cell) => {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            range.selectNode(texts.nextNode());
+            return range.getClientRects().length;
+        });
+    }""")
+    assert lines[:3] == [1, 1, 1]
+    assert lines[3] > 1
+
+
 async def test_charts_show_what_their_tables_say(looked: Looked, upstream: ScriptedUpstream) -> None:
     await fill(looked.running, upstream)
     await looked.open("/")
