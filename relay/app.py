@@ -231,11 +231,12 @@ class Relay:
             except CertificateError as error:
                 maillog.certificate_refused(str(error))
 
-    def use_certificate(self, certificate: Certificate) -> None:
-        """Have this certificate, newly read, as the listeners'."""
+    def use_certificate(self, certificate: Certificate | None) -> None:
+        """Have this certificate, newly read, as the listeners'; None: none of them has TLS."""
         self.certificate = certificate
-        self.metrics.certificate(certificate.not_after)
-        maillog.certificate_read(datetime.fromtimestamp(certificate.not_after, UTC).isoformat())
+        self.metrics.certificate(None if certificate is None else certificate.not_after)
+        if certificate is not None:
+            maillog.certificate_read(datetime.fromtimestamp(certificate.not_after, UTC).isoformat())
 
     def readiness(self) -> tuple[bool, Sequence[str]]:
         """Whether the relay takes mail and can record it; lines that say why not, and how the upstream is."""

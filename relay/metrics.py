@@ -167,7 +167,6 @@ class Metrics:
         for name in upstreams:
             self.add_upstream(name)
         self.upstreams[NO_UPSTREAM] = UpstreamMetrics(NO_UPSTREAM, series, Series(before_scrape=_nothing))
-        self._certificate: Number | None = None
         self._limits: dict[tuple[str, str], Number] = {}
         self._bind_clients(series, listeners)
         self._bind_octets(series)
@@ -296,12 +295,14 @@ class Metrics:
         """Count an AUTH command of a client; `outcome` is one of AUTH_OUTCOMES."""
         self._auth[outcome].value += 1
 
-    def certificate(self, not_after: float) -> None:
+    def certificate(self, not_after: float | None) -> None:
         """Show when the listeners' certificate expires, in seconds since 1970; none, no series."""
+        name = "certificate_expiry_timestamp_seconds"
+        if not_after is None:
+            self._series.remove(name)
+            return
         text = "When the certificate that listeners show expires, in seconds since 1970."
-        if self._certificate is None:
-            self._certificate = self._series.gauge("certificate_expiry_timestamp_seconds", text)
-        self._certificate.value = not_after
+        self._series.gauge(name, text).value = not_after
 
     def committed(self, rows: int, seconds: float) -> None:
         """Observe one commit to the store: how many rows shared it and how long it took."""

@@ -135,8 +135,7 @@ async def _exchange(relay: Relay, changes: Changes, fresh: _Fresh) -> None:
     relay.metrics.add_task_types(parts.task_types(settings))
     relay.records.follow(settings)
     _exchange_users(relay, settings, fresh.files)
-    if fresh.files.certificate is not None:
-        relay.use_certificate(fresh.files.certificate)
+    relay.use_certificate(fresh.files.certificate)
     services = relay.reception.services.renewed(
         classifier=parts.classifier(settings),
         normalize=settings.server.bare_newlines == "normalize",

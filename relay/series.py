@@ -106,6 +106,10 @@ class Series(Collector):
         self._histograms.append(series)
         return series
 
+    def remove(self, name: str) -> None:
+        """Have a family no more, if there was one."""
+        self._families.pop(name, None)
+
     def settle(self) -> None:
         """Have every histogram count what it has noted."""
         for histogram in self._histograms:

@@ -816,6 +816,22 @@ async def test_a_certificate_that_cannot_be_used_refuses_the_whole(
         assert "cannot be used" in reason
 
 
+async def test_a_certificate_that_no_listener_shows_is_not_watched_any_more(
+    relay: Any, written: Any, other: ScriptedUpstream
+) -> None:
+    """Its end would be an alert for ever."""
+    expiry = b"\nsmtp_relay_certificate_expiry_timestamp_seconds "
+    over = {"listeners": STARTTLS, "tls": TLS}
+    async with relay(**over) as running:
+        metrics = running.relay.metrics
+        assert expiry in metrics.exposition(None)[0]
+        await reload(running.relay, lambda: written(other))
+        assert running.relay.certificate is None
+        assert expiry not in metrics.exposition(None)[0]
+        await reload(running.relay, lambda: written(other, over))
+        assert expiry in metrics.exposition(None)[0]
+
+
 async def test_what_nobody_foresaw_changes_nothing_either(relay: Any, logged: Callable[[], str]) -> None:
     def load() -> Settings:
         raise RuntimeError("unforeseen")
