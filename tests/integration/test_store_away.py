@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +20,6 @@ from tests.support.upstream import CHUNKING, Close
 from tests.support.watch import eventually
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.conftest import Running
     from tests.support.upstream import ScriptedUpstream
 
@@ -189,6 +189,26 @@ async def test_every_outcome_gives_its_place_back(
         async with asyncio.timeout(20):  # the client may hear a little earlier
             while not running.relay.records.recorder.promise(all_of_it):
                 await asyncio.sleep(0.01)
+
+
+async def test_rows_that_wait_are_no_full_disk(start: Any, upstream: ScriptedUpstream) -> None:
+    """Of the reserve rows use up a quarter before it is made up for: the alert's threshold is below that."""
+    alerts = (Path(__file__).parents[2] / "config/prometheus/relay.alerts.yml").read_text()
+    (threshold,) = re.findall(r"smtp_relay_records_reserve_bytes\[5m\]\) < ([0-9]+)", alerts)
+    recipients = [f"{number:060}@{'x' * 60}.example.test" for number in range(100)]
+    records = {"commit_timeout": "100ms"}
+    async with start(upstream.port, records=records) as running, Client(running.port) as client:
+        await client.greeting()
+        await client.ehlo()
+        whole = running.metric("records_reserve_bytes")
+        with locked(running.database):
+            lowest = whole
+            for _ in range(40):
+                replies = await client.message("a@example.test", recipients, CONTENT, pipelined=True)
+                assert replies[-1].code == 250
+                await eventually(lambda: running.metric("records_reserve_bytes") >= int(threshold))
+                lowest = min(lowest, running.metric("records_reserve_bytes"))
+        assert lowest < 0.9 * whole
 
 
 async def test_a_message_larger_than_the_reserve_has_it_grow(start: Any, upstream: ScriptedUpstream) -> None:
