@@ -182,6 +182,32 @@ def test_recipients_that_do_not_fit_are_cut_and_their_number_stays(tmp_path: Pat
     journal.close()
 
 
+def test_a_message_that_just_fits_is_kept_whole(tmp_path: Path) -> None:
+    doubt = make_doubt()
+    doubt = make_doubt(task_id=doubt.task_id, sender=doubt.sender + "x" * (ROOM - len(line_of(doubt))))
+    assert len(line_of(doubt)) == ROOM
+    journal = Journal(tmp_path, 1)
+    entered(journal, doubt)
+    assert left_in(tmp_path) == [found_again(doubt)]
+    journal.close()
+
+
+@pytest.mark.parametrize("name", ["headers", "tags", "refused"])
+def test_what_takes_much_room_goes_before_recipients(tmp_path: Path, name: str) -> None:
+    data = {name: ["x" * ROOM], "client_address": "::1"}
+    journal = Journal(tmp_path, 1)
+    entered(journal, make_doubt(data=data))
+    (found,) = left_in(tmp_path)
+    assert found.recipients == make_doubt().recipients
+    assert found.data == {
+        "client_reply": None,
+        "client_address": "::1",
+        "recipient_count": 2,
+        "journal": True,
+    }
+    journal.close()
+
+
 @pytest.mark.parametrize("recipients", [(), ("b@example.org",), ("x" * ROOM,), ("b@example.org",) * 1500])
 @pytest.mark.parametrize("sender", ["a@example.com", "\U0001f989" * 3000])
 @pytest.mark.parametrize("tag", ["t", "\\" * 9000])
