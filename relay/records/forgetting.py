@@ -124,8 +124,7 @@ def _erase_sends(c: sa.Connection, names: Sequence[str], after: int, done: Forgo
     )
     others = sa.exists().where(received.task_done_id == sends.id)
     whole |= {*c.execute(sa.select(sends.id).where(among, ~others)).scalars()}
-    c.execute(sa.delete(task_done_recipient).where(received.task_done_id.in_(whole)))
-    c.execute(sa.delete(task_done).where(sends.id.in_(whole)))
+    c.execute(sa.delete(task_done).where(sends.id.in_(whole)))  # and with each its recipients
     done.deleted += len(whole)
     done.ids |= {*keys} - whole
     return int(keys[-1])

@@ -40,13 +40,22 @@ ROWS = [
     replace(ROW, recipients=("ANN@example.org",)),
     replace(ROW, recipients=("bob@example.net", ANN, "cat@example.net"), upstream_reply=f"250 <{ANN}> ok"),
     replace(
-        ROW, data={"refused": [{"recipient": ANN, "reply": "550"}, {"recipient": "z@x", "reply": "550"}]}
+        ROW,
+        data={
+            "refused": [
+                {"recipient": "Ann@Example.org", "reply": "550"},
+                {"recipient": "z@x", "reply": "550"},
+            ]
+        },
     ),
     replace(ROW, data={"headers": {"To": f"Ann <{ANN}>, bob"}, "client_reply": None}),
     replace(ROW, sender="bounce+ann=example.org@shop.example"),
-    replace(ROW, client=ANN),
+    replace(ROW, client=ANN, data={"headers": {"From": ANN}}),
     replace(ROW, recipients=("joann@example.org", "ann@example.org.uk", "ann@other")),
     replace(ROW, data={"headers": {"To": 'bob, "cat o"@example.org'}}),
+    replace(ROW, recipients=()),
+    replace(ROW, message_id=f"<{ANN}>"),
+    replace(ROW, client_task_id=f"welcome:{ANN}"),
 ]
 DOUBT = Doubt(
     since=NOW,
@@ -61,6 +70,11 @@ DOUBTS = [
     replace(DOUBT, task_id=UUID(int=102), recipients=(ANN,), reason="closed"),
     replace(DOUBT, task_id=UUID(int=103), recipients=("Ann@Example.org", "bob@example.net"), reason="closed"),
     replace(DOUBT, task_id=UUID(int=104), reason="closed"),
+    replace(DOUBT, task_id=UUID(int=105), reason="closed", recipients=()),
+    replace(DOUBT, task_id=UUID(int=106), reason="closed", client=ANN),
+    replace(DOUBT, task_id=UUID(int=107), reason="closed", message_id=f"<{ANN}>"),
+    replace(DOUBT, task_id=UUID(int=108), reason="closed", client_task_id=f"welcome:{ANN}"),
+    replace(DOUBT, task_id=UUID(int=109), reason="closed", data={"headers": {"To": ANN}}),
 ]
 
 
@@ -97,23 +111,29 @@ async def erase(url: str, *names: str, dry_run: bool = False) -> tuple[int, int,
 
 async def test_a_person_is_gone_and_the_others_stay(url: str) -> None:
     before = await contents(url)
-    assert await erase(url, ANN, dry_run=True) == (3, 4, 3)
+    assert await erase(url, ANN, dry_run=True) == (3, 6, 7)
     assert await contents(url) == before
 
-    assert await erase(url, ANN) == (3, 4, 3)
+    assert await erase(url, ANN) == (3, 6, 7)
 
     sends, doubts = await contents(url)
-    assert sorted(sends) == [3, 4, 5, 6, 8, 9]
+    assert sorted(sends) == [3, 4, 5, 6, 8, 9, 10, 11, 12]
     assert sends[3].recipients == ("bob@example.net", "cat@example.net")
     assert sends[3].upstream_reply == f"250 <{GONE}> ok"
     assert sends[4].data == {"refused": [{"recipient": "z@x", "reply": "550"}]}
     assert sends[5].data == {"headers": {"To": f"Ann <{GONE}>, bob"}, "client_reply": None}
     assert sends[6].sender == f"bounce+{GONE}@shop.example"
     assert sends[8] == before[0][8]
-    assert sorted(doubts) == [101, 103, 104]
+    assert sends[11].message_id == f"<{GONE}>"
+    assert sends[12].client_task_id == f"welcome:{GONE}"
+    assert sorted(doubts) == [101, 103, 104, 105, 107, 108, 109]
     assert doubts[101].reason == f"closed after {GONE}"
     assert doubts[103].recipients == ("bob@example.net",)
     assert doubts[104] == before[1][104]
+    assert doubts[105] == before[1][105]
+    assert doubts[107].message_id == f"<{GONE}>"
+    assert doubts[108].client_task_id == f"welcome:{GONE}"
+    assert doubts[109].data["headers"] == {"To": GONE}
     assert await erase(url, ANN) == (0, 0, 0)
 
 
@@ -136,6 +156,22 @@ async def test_an_address_with_other_letters_than_those_of_ascii(database: Any) 
     assert await erase(database.url, name) == (1, 2, 0)
     sends, _ = await contents(database.url)
     assert (sends[2].recipients, sends[3].data) == (("bob@example.net",), {"headers": {"To": GONE}})
+
+
+@pytest.mark.parametrize("name", ["jörg@example.org", '"a\\b"@example.org'])
+async def test_an_address_of_unusual_characters(name: str, database: Any) -> None:
+    store = await open_store(database.url, Retention(None))
+    await store.write(
+        [
+            replace(ROW, upstream_reply=f"250 <{name}> ok"),
+            replace(ROW, task_id=UUID(int=2), data={"headers": {"To": name}}),
+        ]
+    )
+    await store.close()
+    assert await erase(database.url, name) == (0, 2, 0)
+    sends, _ = await contents(database.url)
+    assert sends[1].upstream_reply == f"250 <{GONE}> ok"
+    assert sends[2].data == {"headers": {"To": GONE}}
 
 
 async def test_a_pseudonym_is_a_name_too(url: str) -> None:
@@ -210,11 +246,11 @@ def test_the_command(
     asyncio.run(write())
     assert main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out == (
-        "3 sends would be deleted, 4 others would be changed\n"
+        "3 sends would be deleted, 6 others would be changed\n"
         "0 messages in doubt would be deleted or changed\n"
     )
     assert main(command) == 0
-    assert "3 sends deleted, 4 others changed" in capsys.readouterr().out
+    assert "3 sends deleted, 6 others changed" in capsys.readouterr().out
     for wrong in ("", "@example.org", "a*@example.org"):
         assert main(["forget", wrong, "--config", "relay.toml"]) == 2
     spool = Path("data/spool")
