@@ -200,12 +200,10 @@ def _without(text: str | None, names: Sequence[str]) -> str | None:
     if text is None:
         return None
     for form in _forms(names):
-        text = re.sub(
-            rf"(?<![\w.+-]){re.escape(form)}(?![\w-])|(?<=[+=-]){re.escape(form)}",
-            GONE,
-            text,
-            flags=re.IGNORECASE,
-        )
+        # Not the end of a longer local part, nor the beginning of a longer domain: that is somebody else.
+        # In a return path + and - stand before the person, and - behind.
+        before, behind = (r"\w.+-", r"[\w-]") if "@" in form else (r"\w.", r"\w")
+        text = re.sub(rf"(?<![{before}]){re.escape(form)}(?!{behind}|\.\w)", GONE, text, flags=re.IGNORECASE)
     return text
 
 

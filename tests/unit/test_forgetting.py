@@ -174,6 +174,48 @@ async def test_an_address_of_unusual_characters(name: str, database: Any) -> Non
     assert sends[2].data == {"headers": {"To": GONE}}
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("joann@example.org", "jo.ann@example.org", "mary-ann@example.org", "jo+ann@example.org"),
+        *("ann@example.organic", "ann@example.org.uk", "ann@example.org-x.net"),
+        *("bounce+joann=example.org@shop.example", "bounce+jo.ann=example.org@shop.example"),
+        *("bounce+ann=example.organic@shop.example", "bounce+ann=example.org.uk@shop.example"),
+    ],
+)
+async def test_an_address_that_holds_the_persons_is_somebody_elses(other: str, database: Any) -> None:
+    store = await open_store(database.url, Retention(None))
+    await store.write(
+        [replace(ROW, sender=other, upstream_reply=f"250 <{other}> ok", data={"headers": {"From": other}})]
+    )
+    await store.close()
+    before = await contents(database.url)
+    assert await erase(database.url, ANN) == (0, 0, 0)
+    assert await contents(database.url) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (f"{ANN}.", f"{GONE}."),
+        (f"sent to {ANN}, <{ANN.upper()}>", f"sent to {GONE}, <{GONE}>"),
+        (f"prvs=0123456789={ANN}", f"prvs=0123456789={GONE}"),
+        ("bounce-7-ann=example.org@shop.example", f"bounce-7-{GONE}@shop.example"),
+        ("bounce-ann=example.org-7@shop.example", f"bounce-{GONE}-7@shop.example"),
+        ("ann=example.org@shop.example", f"{GONE}@shop.example"),
+    ],
+)
+async def test_an_address_is_found_between_what_may_stand_beside_it(
+    text: str, left: str, database: Any
+) -> None:
+    store = await open_store(database.url, Retention(None))
+    await store.write([replace(ROW, sender=text)])
+    await store.close()
+    assert await erase(database.url, ANN) == (0, 1, 0)
+    sends, _ = await contents(database.url)
+    assert sends[1].sender == left
+
+
 async def test_a_pseudonym_is_a_name_too(url: str) -> None:
     assert await erase(url, "nobody@x", "cat@example.net") == (0, 1, 0)
     assert (await contents(url))[0][3].recipients == ("bob@example.net", ANN)
