@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["UNKNOWN", "Capabilities"]
 
@@ -24,12 +24,16 @@ class Capabilities:
     """The words behind each keyword, in upper case."""
 
     @classmethod
-    def of(cls, extensions: Mapping[str, str]) -> Capabilities:
-        """Read the keywords and their parameters of an EHLO reply."""
+    def of(cls, extensions: Mapping[str, str], mechanisms: Iterable[str] = ()) -> Capabilities:
+        """Read the keywords and their parameters of an EHLO reply.
+
+        `mechanisms` are those of all its AUTH lines: servers say `AUTH=` besides, at times with other words.
+        """
         parameters = {keyword.upper(): tuple(words.upper().split()) for keyword, words in extensions.items()}
         size = "".join(parameters.get("SIZE", ()))
         limit = int(size) if size.isascii() and size.isdigit() and len(size) <= 20 else 0
-        return cls(frozenset(parameters), limit or None, frozenset(parameters.get("AUTH", ())), parameters)
+        offered = frozenset((*parameters.get("AUTH", ()), *(each.upper() for each in mechanisms)))
+        return cls(frozenset(parameters), limit or None, offered, parameters)
 
     @classmethod
     def common(cls, several: Sequence[Capabilities]) -> Capabilities:

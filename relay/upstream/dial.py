@@ -135,7 +135,8 @@ class Dialer:
             if login is not None:
                 stage = "auth"
                 welcome = await _login(client, watch, login)
-            return Dialed(_take_over(client), Capabilities.of(client.esmtp_extensions), welcome)
+            capabilities = Capabilities.of(client.esmtp_extensions, client.server_auth_methods)
+            return Dialed(_take_over(client), capabilities, welcome)
         except (DialError, sasl.RefusedError):
             client.close()
             raise

@@ -128,6 +128,25 @@ async def test_what_is_offered_is_what_the_upstream_can_decide(
     assert at.passthrough.mechanisms == mechanisms
 
 
+@pytest.mark.parametrize(
+    ("lines", "mechanisms"),
+    [
+        (("AUTH=PLAIN LOGIN", "AUTH XOAUTH2"), ("PLAIN", "LOGIN", "XOAUTH2")),
+        (("AUTH GSSAPI OAUTHBEARER PLAIN", "auth=login"), ("PLAIN", "LOGIN", "OAUTHBEARER")),
+        (("AUTH PLAIN", "AUTH="), ("PLAIN", "LOGIN")),
+    ],
+)
+async def test_what_the_upstream_offers_in_two_lines_is_offered(
+    lines: tuple[str, ...], mechanisms: tuple[str, ...]
+) -> None:
+    """Servers say `AUTH=` besides, for clients of before RFC 2554, and not always with the same words."""
+    async with ScriptedUpstream(extensions=["PIPELINING", *lines]) as upstream:
+        at = Door(upstream)
+        await at.pool.probe()
+        assert at.passthrough.mechanisms == mechanisms
+        await at.pool.close()
+
+
 # The upstream's verdict
 
 
