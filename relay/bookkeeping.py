@@ -58,9 +58,7 @@ class Bookkeeping:
         """Have all of it run; raises StoreError, SpoolError or OSError, and `close` ends what did start."""
         records = settings.records
         self._given = parts.retention(settings)
-        self.store = await open_store(
-            records.connect_url, self._given, later=True, relay=settings.relay_name
-        )
+        self.store = await open_store(records.connect_url, self._given, later=True, relay=settings.relay_name)
         connections = sum(upstream.max_connections for upstream in settings.upstreams)
         self.spool = Spool(records.spool, max(RESERVE, connections * USUAL_PLACE))
         self.journal = Journal(self.spool.directory, connections)

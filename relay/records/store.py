@@ -77,9 +77,9 @@ class Store(Protocol):
     ) -> int:
         """Make the rows that exist follow the retention settings; return how many changed.
 
-        Nothing happens unless the settings differ from those that the rows follow, or with `again`. Before the first row
-        changes, `on_due` is told how many rows will become due by it, if any. Call it before expiry: a run
-        that was cut short is taken up again by the next call, and expiry waits until then.
+        Nothing happens unless the settings differ from those that the rows follow, or with `again`. Before
+        the first row changes, `on_due` is told how many rows will become due by it, if any. Call it before
+        expiry: a run that was cut short is taken up again by the next call, and expiry waits until then.
         """
 
     async def expire(

@@ -45,7 +45,9 @@ async def send(client: Client, number: int) -> None:
 def waiting(relay: RelayProcess) -> list[dict[str, Any]]:
     """Return what `relay spool list` says of the rows that wait."""
     command = [sys.executable, "-m", "relay", "spool", "list", "--rows", "--format", "json"]
-    done = subprocess.run([*command, "--config", str(relay.config)], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run(
+        [*command, "--config", str(relay.config)], cwd=ROOT, capture_output=True, check=True
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -59,7 +59,7 @@ async def test_mail_flows_on_and_its_rows_come_back_once_and_in_order(
 async def test_a_stop_asks_nothing_of_a_store_that_is_away(
     start: Any, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it says of itself, of limits and retention, runs out; to take it back would be one more long wait."""
+    """What it says of limits and retention runs out; to take it back would be one more long wait."""
     taken_back: list[str] = []
     say_gone = SqliteStore.say_gone
 

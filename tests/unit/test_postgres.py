@@ -249,7 +249,9 @@ async def test_times_are_counted_however_the_database_writes_them(cluster, postg
     await store.close()
     queries = await open_queries(postgres_database.url)
     found = {
-        (by, zone): [count.keys[0] for count in (await queries.statistics(SendFilter(), [by], zone=zone)).counts]
+        (by, zone): [
+            count.keys[0] for count in (await queries.statistics(SendFilter(), [by], zone=zone)).counts
+        ]
         for by, zone in [(By.DAY, UTC), (By.HOUR, UTC), (By.DAY, ZoneInfo("Asia/Kolkata"))]
     }
     await queries.close()
