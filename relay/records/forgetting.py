@@ -89,17 +89,18 @@ async def forget(
         if step is None:
             break
         after = step
-    newest = await eraser.write(lambda c: c.execute(_NEWEST).scalar_one(), undo=True)
-    for begin in range(0, int(newest or 0) + 1, STRETCH):
+    oldest, newest = await eraser.write(lambda c: c.execute(_ENDS).one(), undo=True)
+    first = int(oldest or 1)
+    for begin in range(first, int(newest or 0) + 1, STRETCH):
         await eraser.write(partial(_erase_mentions, names=folded, begin=begin, done=done), undo=dry_run)
         if on_progress is not None:
-            on_progress(begin)
+            on_progress(begin - first)
     await eraser.write(lambda c: _erase_doubts(c, folded, done), undo=dry_run)
     done.changed = len(done.ids)
     return done
 
 
-_NEWEST = sa.select(sa.func.max(task_done.c.id))
+_ENDS = sa.select(sa.func.min(task_done.c.id), sa.func.max(task_done.c.id))
 
 
 def _erase_sends(c: sa.Connection, names: Sequence[str], after: int, done: Forgotten) -> int | None:

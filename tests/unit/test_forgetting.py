@@ -243,6 +243,22 @@ async def test_a_mention_is_found_wherever_a_stretch_begins_and_ends(
     assert await erase(database.url, ANN) == (0, 6, 0)
 
 
+async def test_rows_that_have_gone_long_ago_are_not_looked_for(database: Any) -> None:
+    """Years of mail, of which the last is there: ids go on."""
+    store = await open_store(database.url, Retention(None))
+    if database.kind == "postgres":
+        database.execute("ALTER TABLE task_done ALTER COLUMN id RESTART WITH 1000000000")
+    await store.write([replace(ROW, upstream_reply=f"250 <{ANN}> ok")])
+    if database.kind == "sqlite":
+        database.execute("UPDATE task_done SET id = 1000000000")
+    await store.close()
+    told: list[int] = []
+    eraser = await open_eraser(database.url)
+    done = await forget(eraser, [ANN], on_progress=told.append)
+    await eraser.close()
+    assert (done.changed, told) == (1, [0])
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a relay"])
 async def test_what_is_deleted_is_not_left_in_the_file(beside: bool, tmp_path: Path) -> None:
     def left() -> bytes:
