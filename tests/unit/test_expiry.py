@@ -470,6 +470,17 @@ async def test_the_lease_of_a_process_that_died_costs_no_whole_interval(store, d
     assert await reports.runs.get() == 1
 
 
+async def test_a_store_that_is_busy_is_asked_again_after_a_short_interval(store, database, clock, make_loop):
+    await store.write([record(1, NOW)])
+    database.execute("INSERT INTO task_done_state VALUES ('expiry', 'dead', '2026-11-23 07:47:00.000000')")
+    loop, metrics, reports = make_loop(0.001, busy_pause=3600)
+    loop.start()
+    await asyncio.sleep(0.01)
+    assert metrics.runs == []
+    clock.now = NOW + 60 * SECOND
+    assert await asyncio.wait_for(reports.runs.get(), 60) == 1
+
+
 @only_sqlite
 async def test_rows_of_a_run_that_fails_later_are_counted(store, database, make_loop):
     await store.write(

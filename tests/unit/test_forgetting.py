@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,12 +14,14 @@ import pytest
 
 from relay.cli import main
 from relay.records import forgetting
+from relay.records.errors import StoreError
 from relay.records.forgetting import GONE, forget, mentions, open_eraser
 from relay.records.model import Doubt, Record
 from relay.records.queries import open_queries
 from relay.records.retention import Retention
 from relay.records.sends import SendFilter
 from relay.records.spool_line import encode
+from relay.records.sqlite import eraser as eraser_module
 from relay.records.store import open_store
 
 ANN = "ann@example.org"
@@ -277,6 +281,21 @@ async def test_what_is_deleted_is_not_left_in_the_file(beside: bool, tmp_path: P
         assert ANN.encode() not in left()
     finally:
         await store.close()
+
+
+async def test_a_file_that_another_process_holds_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eraser_module, "BUSY_TIMEOUT_S", 0.01)
+    url = f"sqlite:///{tmp_path / 't.db'}"
+    store = await open_store(url, Retention(None))
+    await store.write([replace(ROW, recipients=(ANN,))])
+    with closing(sqlite3.connect(tmp_path / "t.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="locked by another process"):
+            await erase(url, ANN)
+    assert await store.count() == 1
+    await store.close()
 
 
 def test_a_mention_anywhere_is_found() -> None:

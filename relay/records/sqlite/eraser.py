@@ -64,6 +64,5 @@ class SqliteEraser:
 
 
 def _set_up(raw: sqlite3.Connection) -> None:
-    raw.execute("PRAGMA foreign_keys = ON")
     raw.execute("PRAGMA synchronous = FULL")
     raw.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten with zeros
