@@ -224,7 +224,7 @@ class Connection(asyncio.Protocol):
                 self._give(replies)
             finally:
                 lessee.burst(False)
-        if early and self._transport is not None:
+        if early:
             self._end(Failure("out of step: octets that answer nothing"))
 
     def _give(self, replies: list[Reply]) -> None:
@@ -245,7 +245,7 @@ class Connection(asyncio.Protocol):
         A verdict on the end of data stands all the same (RFC 5321 4.2.1), and a 421 may come unasked.
         """
         surplus = len(replies) - len(self._awaited)
-        if surplus <= 0 or not self._awaited or self._awaits_verdict:
+        if not self._awaited or self._awaits_verdict:
             return False
         return surplus > 1 or replies[-1].code != 421
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import socket
 from typing import Any
@@ -151,15 +152,29 @@ def test_how_tcp_cuts_the_replies_does_not_matter(cuts: list[int]) -> None:
     assert asyncio.run(hear()) == [("mail", 250), ("rcpt", 451), ("data", 354)]
 
 
-@pytest.mark.parametrize("octets", [b"250 ok\r\n", b"2", b"what is this\r\n", b"\0", b"354 go\r\n"])
+async def test_lines_that_come_one_by_one_are_one_reply(talk: Talk) -> None:
+    replies: list[Reply] = []
+    for _ in range(2):
+        talk.connection.send(b"RCPT\r\n", "rcpt", replies.append)
+    for octets in (b"250-2.1.5 this\r\n", b"250 2.1.5 ok\r\n", b"550 5.1.1 no\r\n"):
+        talk.hears(octets)
+    assert [reply.wire for reply in replies] == [b"250-2.1.5 this\r\n250 2.1.5 ok\r\n", b"550 5.1.1 no\r\n"]
+    assert not talk.is_over()
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [b"250 ok\r\n", b"2", b"what is this\r\n", b"\0", b"354 go\r\n", b"450 no\r\n", b"554 no\r\n"],
+)
 async def test_octets_that_answer_nothing_end_it(octets: bytes, talk: Talk) -> None:
     talk.hears(octets)
     assert talk.is_over()
     assert talk.failures[0].reply is None
 
 
-async def test_a_421_may_come_unasked(talk: Talk) -> None:
-    talk.hears(b"421 4.3.2 going down\r\n")
+@pytest.mark.parametrize("behind", [b"", b"421 4.3.2 gone\r\n"])
+async def test_a_421_may_come_unasked(behind: bytes, talk: Talk) -> None:
+    talk.hears(b"421 4.3.2 going down\r\n" + behind)
     assert talk.is_over()
     assert str(talk.failures[0].reply) == "421 4.3.2 going down"
 
@@ -198,6 +213,22 @@ async def test_more_than_was_asked_ends_it(octets: bytes, talk: Talk) -> None:
     assert talk.is_over()
 
 
+async def test_a_421_behind_what_was_asked_leaves_that(talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(b"250 ok\r\n421 4.3.2 going down\r\n")
+    assert talk.answers == [("mail", 250)]
+    assert talk.is_over()
+    assert str(talk.failures[0].reply) == "421 4.3.2 going down"
+
+
+@pytest.mark.parametrize("octets", [b"250 ok\r\n250 twice\r\n", b"250 ok\r\n250 twice\r\n421 bye\r\n"])
+async def test_of_replies_ahead_of_their_commands_none_is_believed(octets: bytes, talk: Talk) -> None:
+    talk.command("mail")
+    talk.hears(octets)
+    assert talk.answers == []
+    assert talk.is_over()
+
+
 @pytest.mark.parametrize("behind", [b"250 twice\r\n", b"421 bye\r\n", b"250", b"garbage\r\n", b"554 no\r\n"])
 @pytest.mark.parametrize("verdict", [b"250 ok\r\n", b"554 no\r\n"])
 async def test_a_verdict_stands_whatever_comes_behind_it(verdict: bytes, behind: bytes, talk: Talk) -> None:
@@ -233,9 +264,10 @@ async def test_octets_that_come_before_what_they_answer_end_it(talk: Talk) -> No
     assert talk.answers == []
 
 
-async def test_a_verdict_that_is_none_does_not_stand(talk: Talk) -> None:
+@pytest.mark.parametrize("behind", [b"", b"250 ok\r\n"])
+async def test_a_verdict_that_is_none_does_not_stand(behind: bytes, talk: Talk) -> None:
     talk.command("end_of_data")
-    talk.hears(b"354 go ahead\r\ngarbage\r\n")
+    talk.hears(b"354 go ahead\r\n" + behind + b"garbage\r\n")
     assert talk.answers == []
     assert talk.is_over()
 
@@ -379,3 +411,22 @@ def test_what_was_said_before_a_write_fails_is_heard(loop: str) -> None:
     factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(asyncio.wait_for(refused(), 30))
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_write_that_fails_where_nothing_was_said_ends_it(loop: str) -> None:
+    async def lost() -> None:
+        talk = Talk()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                asyncio.Protocol, *server.getsockname()
+            )
+            talk.connection.attach(transport)
+            talk.command("mail")
+            talk.connection.connection_lost(OSError(errno.EHOSTUNREACH, "No route to host"))
+        assert talk.ends == ["lost: [Errno 113] No route to host"]
+        assert [failure.reply for failure in talk.failures] == [None]
+
+    factory = asyncio.new_event_loop if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(asyncio.wait_for(lost(), 30))
