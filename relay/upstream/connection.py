@@ -62,6 +62,9 @@ class Lessee(Protocol):
 class Owner(Protocol):
     """Who owns the connection: the pool."""
 
+    def refusals_counted(self) -> None:
+        """The upstream ends the session for what it refused, to another transaction too."""
+
     def connection_ended(self, connection: Connection, reason: str) -> None:
         """The connection is gone."""
 
@@ -111,6 +114,8 @@ class Connection(asyncio.Protocol):
         """How often the upstream has said no since it last accepted a message."""
         self.misunderstood = False
         """Whether it has refused a command for its syntax, or for its place in the sequence."""
+        self.refused_in = 0
+        """The first transaction to which the upstream has said no; 0: to none."""
         self.opened_at = self._loop.time()
         self.idle_since = self.opened_at
         self.transactions = 0
@@ -280,8 +285,12 @@ class Connection(asyncio.Protocol):
     def _refused(self, command: str, code: int) -> None:
         if code == 421:
             self.usable = False
+            # To MAIL it may be one message too many (and another connection gets that one).
+            if command != "mail" and 0 < self.refused_in < self.transactions:
+                self._owner.refusals_counted()
         elif command != "xforward":  # that goes on being said, whatever the upstream answers
             self.refusals += 1
+            self.refused_in = self.refused_in or self.transactions
             if 500 <= code <= 504:
                 self.misunderstood = True
 

@@ -105,6 +105,8 @@ class Pool:
         self.draining = False
         """Whether no new transactions come: connections are not kept."""
         self._drain_told = False
+        self._counts_refusals = False
+        """Whether the upstream has been seen to hold against one transaction what it refused to another."""
         self._replaced = False
         metrics.drained(value=False)
         self.on_refused: Callable[[bytes], None] = _ignore
@@ -239,7 +241,7 @@ class Pool:
         self._end_lease(connection)
         if not connection.usable:
             connection.abort("not clean")
-        elif connection.stained:
+        elif connection.stained or (self._counts_refusals and connection.refused_in):
             connection.quit()
         elif reset and ahead and connection.pipelining:
             connection.resetting = True
@@ -505,6 +507,14 @@ class Pool:
         if not connection.xforward_warned:
             connection.xforward_warned = True
             maillog.xforward_refused(self.name, self._settings.address, str(reply))
+
+    def refusals_counted(self) -> None:
+        """Use no connection again on which the upstream has said no (called by the connection)."""
+        self._counts_refusals = True
+        for connection in self._idle:
+            if connection.refused_in:
+                self._idle.remove(connection)
+                connection.quit()
 
     def connection_ended(self, connection: Connection, reason: str) -> None:
         """Forget a connection that is gone (called by the connection)."""

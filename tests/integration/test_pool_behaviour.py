@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -505,6 +506,92 @@ async def test_a_connection_that_was_told_of_wrong_syntax_is_not_used_again(
         await client.command(CONTENT + b".", 250)
         await send(running)
         assert messages(upstream) == [1, 1]
+
+
+def counting(limit: int) -> dict[str, Any]:
+    """Return the script of an upstream that ends a session at so many refusals, and forgets none."""
+    refused: Counter[Connection] = Counter()
+
+    def rcpt(stage: str, line: bytes, connection: Connection) -> Any:
+        del stage
+        if b"nobody" not in line:
+            return None
+        refused[connection] += 1
+        if refused[connection] < limit:
+            return b"550 5.1.1 nobody\r\n"
+        return Close(b"421 4.5.0 Too many errors, bye\r\n")
+
+    return {"RCPT": rcpt}
+
+
+async def partly_refused(running: Running, refused: int = 1) -> list[int]:
+    """Send a message to one recipient after so many unknown ones, from a client of its own."""
+    recipients = ["nobody@example.test"] * refused + ["b@example.test"]
+    async with Client(running.port) as client:
+        await client.ehlo()
+        replies = await client.message("a@example.test", recipients, CONTENT, pipelined=False)
+        await client.quit()
+    return [reply.code for reply in replies]
+
+
+async def test_where_refusals_are_counted_no_client_meets_those_of_another(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    """chasquid ends a session at its third error, whatever it accepts in between."""
+    upstream.script = counting(3)
+    async with start(upstream.port) as running:
+        assert await partly_refused(running) == [250, 550, 250, 354, 250]
+        assert await partly_refused(running) == [250, 550, 250, 354, 250]
+        assert (await partly_refused(running))[:3] == [250, 451, 451], "the one by which it is known"
+        for refused in (1, 2, 1, 2, 2):
+            assert await partly_refused(running, refused) == [250, *[550] * refused, 250, 354, 250]
+        assert messages(upstream) == [2, 1, 1, 1, 1, 1]
+        await send(running, 2)
+        assert messages(upstream) == [2, 1, 1, 1, 1, 1, 2]
+
+
+async def test_what_lies_idle_with_a_refusal_ends_once_those_are_counted(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = counting(2)
+    async with start(upstream.port) as running:
+        async with Client(running.port) as one, Client(running.port) as other:
+            for client in (one, other):
+                await client.ehlo()
+                await client.command(MAIL, 250)
+            for client in (one, other):
+                await client.command(b"RCPT TO:<nobody@example.test>", 550)
+                await client.command("RSET", 250)
+            await idle(running, 2)
+            await one.command(MAIL, 250)
+            await one.command(b"RCPT TO:<nobody@example.test>", 451)
+            await idle(running, 0)
+        assert await partly_refused(running) == [250, 550, 250, 354, 250]
+        assert sorted(verbs(each)[-1] for each in upstream.connections) == ["QUIT", "QUIT", "RCPT"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param([Close(b"421 4.3.2 closing\r\n")], id="for no refusal"),
+        pytest.param([b"550 5.1.1 nobody\r\n"] * 2 + [Close(b"421 4.7.0 errors\r\n")], id="for its own"),
+    ],
+)
+async def test_a_session_that_ends_for_other_reasons_says_nothing_of_refusals(
+    first: list[Any], start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port) as running, Client(running.port) as client:
+        upstream.script = {"RCPT": first}
+        await client.ehlo()
+        await client.command(MAIL, 250)
+        for _ in first[1:]:
+            await client.command(RCPT, 550)
+        await client.command(RCPT, 451)
+        await client.command("RSET", 250)
+        upstream.script = counting(9)
+        for _ in range(3):
+            assert await partly_refused(running) == [250, 550, 250, 354, 250]
+        assert messages(upstream)[-1] == 3
 
 
 # What the pool shows

@@ -92,6 +92,9 @@ class Talk:
     def look(self, seconds: float) -> None:
         self.connection.check(asyncio.get_running_loop().time() + seconds)
 
+    def refusals_counted(self) -> None:
+        self.flow.append("counted")
+
     def connection_ended(self, connection: Connection, reason: str) -> None:
         assert connection is self.connection
         self.ends.append(reason)
