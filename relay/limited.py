@@ -177,6 +177,7 @@ class LimitedTransaction(Transaction):
         else:
             self._held = True
             self.body = Body(max_size=self._max_size(), normalize=self._services.normalize)
+            self.on_flow(False)  # commands may not be taken yet, though they are answered; no content is up
             answer(GO_AHEAD)
 
     def _mail_answered(self, reply: Reply) -> None:

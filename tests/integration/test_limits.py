@@ -135,6 +135,59 @@ async def test_commands_that_wait_for_the_store_get_their_replies_when_mail_is_r
         assert outcomes(running) == {"accepted": 1, ("rejected" if way == "refused" else "unavailable"): 1}
 
 
+class AnswersUnread(asyncio.Protocol):
+    """An upstream that reads nothing behind MAIL, and answers what it is told that there is."""
+
+    def __init__(self) -> None:
+        self._lines = b""
+        self._content = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(b"220 upstream.test ESMTP\r\n")
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._lines = (self._lines + data).split(b"\r\n")
+        for line in lines:
+            if self._content:
+                if line == b".":
+                    self._content = False
+                    self.transport.write(b"250 2.0.0 accepted\r\n")
+            elif line.startswith(b"EHLO"):
+                self.transport.write(b"250-upstream.test\r\n250 PIPELINING\r\n")
+            elif line.startswith(b"MAIL"):
+                self.transport.pause_reading()
+            elif line == b"DATA":
+                self._content = True
+                self.transport.write(b"354 go ahead\r\n")
+
+
+async def test_an_upstream_that_answers_what_it_has_not_read_holds_up_nobody(start: Any) -> None:
+    """What it does not take of the commands is no reason not to read the header section, which decides."""
+    group = [MAIL, *[b"RCPT TO:<b@example.org> ORCPT=rfc822;" + b"x" * 900] * 40]
+    upstream = AnswersUnread()
+    server = await asyncio.get_running_loop().create_server(lambda: upstream, "127.0.0.1", 0)
+    server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    port = server.sockets[0].getsockname()[1]
+    async with start(port, limits=[MENTIONS]) as running, Client(running.port) as client:
+        await client.ehlo()
+        (connection,) = running.pool._open
+        wire = connection._transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await client.send(b"".join(line + b"\r\n" for line in (*group, b"DATA")))
+        await eventually(lambda: len(connection._awaited) == len(group))
+        upstream.transport.write(b"250 2.0.0 ok\r\n" * len(group))
+        assert {reply.code for reply in await client.replies(len(group))} == {250}
+        assert connection._paused_since is not None
+        await client.expect(354)
+        await client.send(MENTION + b".\r\n")
+        upstream.transport.resume_reading()
+        await client.expect(250)
+        assert len(running.rows()) == 1
+    server.close()
+
+
 async def test_recipients_behind_a_refused_mail_are_refused_too(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
