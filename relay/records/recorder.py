@@ -451,7 +451,7 @@ class Recorder:
             if not await self._replay_batch(_REPLAY_TIMEOUT_S):
                 return False
             probed = True
-            if self._spooler.rows <= MAX_BATCH and not self._held:
+            if self._spooler.fits(MAX_BATCH) and not self._held:
                 break
         if self._commit_seconds >= self._commit_timeout and (probed or not self._refuse_while_away):
             # It works, but too slowly for those who wait; rows that come show when it is quick. Where mail is

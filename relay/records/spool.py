@@ -33,6 +33,7 @@ from relay.records.segment import Segment, end_of_rows, sync_directory
 from relay.records.spool_line import CorruptLineError, UnknownRowError, decode
 
 __all__ = [
+    "BATCH_SIZE",
     "CORRUPT",
     "LOCK",
     "REJECTED",
@@ -50,6 +51,9 @@ RESERVE = 1024 * 1024
 
 SEGMENT_SIZE = 64 * 1024 * 1024
 """Octets after which a new segment is begun, so that a long replay gives space back as it goes."""
+
+BATCH_SIZE = 1024 * 1024
+"""Octets of rows that are read at once, or one row: it may have a thousand recipients, and their refusals."""
 
 SEGMENT_NAME = re.compile(r"[0-9]{12}\.jsonl")
 REJECTED = "rejected.jsonl"
@@ -166,6 +170,12 @@ class Spool:
         return self._rows
 
     @property
+    def size(self) -> int:
+        """How many octets of rows wait."""
+        in_use = 0 if self._segment is None else self._segment.size
+        return sum(segment.end for segment in self._closed) + in_use - self._position
+
+    @property
     def complete(self) -> bool:
         """Whether the reserve is as large as usual, or nearly, and the spare is there."""
         spare = self._spare
@@ -272,7 +282,7 @@ class Spool:
     # Rows out
 
     def read(self, limit: int) -> Batch:
-        """Return up to `limit` of the oldest rows; the same ones again until `forget` is called.
+        """Return up to `limit` of the oldest rows, fewer of big ones; the same again until `forget` is called.
 
         A batch may hold fewer rows than wait, or none (only corrupt lines, or a segment that somebody has
         removed or cut short, whose rows count as such); `rows` says whether more wait.
@@ -287,7 +297,9 @@ class Spool:
         try:
             with oldest.path.open("rb") as segment:
                 at = segment.seek(self._position)
-                while lines < limit and at < oldest.end and (line := segment.readline(oldest.end - at)):
+                while lines < limit and at < oldest.end and at - self._position < BATCH_SIZE:
+                    if not (line := segment.readline(oldest.end - at)):
+                        break
                     lines += 1
                     at += len(line)
                     try:

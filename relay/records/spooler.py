@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 from relay.records.model import Entry
-from relay.records.spool import Batch, Spool, SpoolError
+from relay.records.spool import BATCH_SIZE, Batch, Spool, SpoolError
 from relay.records.spool_line import encode
 
 __all__ = ["USUAL_PLACE", "Spooler", "SpoolerMetrics"]
@@ -89,6 +89,10 @@ class Spooler:
     def rows(self) -> int:
         """Rows in the spool."""
         return self._spool.rows
+
+    def fits(self, rows: int) -> bool:
+        """Whether a `read` of so many rows finds all that there are."""
+        return self._spool.rows <= rows and self._spool.size <= BATCH_SIZE
 
     async def append(self, rows: Sequence[Entry]) -> list[Entry]:
         """Make rows durable; return those that are, which is all but those that cannot be written as JSON.

@@ -16,7 +16,7 @@ import pytest
 
 from relay.records import spool as spool_module
 from relay.records.model import Record
-from relay.records.spool import RESERVE, Spool, SpoolError
+from relay.records.spool import BATCH_SIZE, RESERVE, Spool, SpoolError
 from relay.records.spool_line import decode, encode
 from tests.support.rows import make_record, spool_line
 
@@ -76,6 +76,27 @@ def test_reading_again_gives_the_same_until_forgotten(tmp_path: Path) -> None:
     spool.forget()
     assert spool.read(2).records == rows[2:]
     assert segments(tmp_path) != []
+    spool.close()
+
+
+def test_of_big_rows_fewer_are_read_at_once(tmp_path: Path) -> None:
+    """All that is read is in memory, and is a commit."""
+    spool = Spool(tmp_path)
+    rows = [make_record(recipients=tuple(f"{i}@example.com" for i in range(20_000))) for _ in range(5)]
+    rows.append(make_record(data={"tags": ["x" * (2 * BATCH_SIZE)]}))
+    lines = [encode(row) for row in rows]
+    spool.append(lines)
+    assert spool.size == sum(map(len, lines))
+
+    found = []
+    while spool.rows:
+        batch = spool.read(500).records
+        assert 1 <= len(batch) <= BATCH_SIZE // len(lines[0]) + 1
+        found += batch
+        spool.forget()
+
+    assert found == rows
+    assert spool.size == 0
     spool.close()
 
 
