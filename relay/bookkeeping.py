@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class Bookkeeping:
         self._house: asyncio.Task[None] | None = None
         self._taken_over: set[asyncio.Future[None]] = set()
         self.left_over: list[Record | Doubt] = []
-        """By the process before, and not in the store yet."""
+        """By the process before, and not in the store yet, as far as limits look back."""
         self.store: Store
         self.spool: Spool
         self.journal: Journal
@@ -71,7 +72,8 @@ class Bookkeeping:
             refuse_while_away=records.when_unavailable == "refuse",
         )
         if settings.limits:
-            self.left_over += await asyncio.to_thread(entries_waiting, self.spool.directory)
+            since = utc_now() - timedelta(seconds=max(limit.per for limit in settings.limits))
+            self.left_over += await asyncio.to_thread(entries_waiting, self.spool.directory, since)
         identity = await asyncio.to_thread(relay_id, self.spool.directory)
         self._agreement = Agreement(
             self.store,

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,15 +109,20 @@ def waiting(directory: Path) -> Iterator[Waiting]:
         raise SpoolError(f"spool {directory}: {error.strerror or error}") from error
 
 
-def entries_waiting(directory: Path) -> list[Record | Doubt]:
-    """Return the messages that wait for the store, and those in doubt, oldest first; raise SpoolError."""
+def entries_waiting(directory: Path, since: datetime) -> list[Record | Doubt]:
+    """Return the messages that wait for the store, and those in doubt, oldest first; raise SpoolError.
+
+    Only those since then: what has waited for long may be more than memory has room for.
+    """
     found: list[Record | Doubt] = []
     try:
         for path in _files(directory)[0]:
             for line in _lines(path):
                 with contextlib.suppress(CorruptLineError):
                     entry = decode(line)
-                    if not isinstance(entry, Settled):
+                    if isinstance(entry, Settled):
+                        continue
+                    if (entry.sent_at if isinstance(entry, Record) else entry.since) > since:
                         found.append(entry)
     except OSError as error:
         raise SpoolError(f"spool {directory}: {error.strerror or error}") from error

@@ -9,13 +9,17 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
 from relay.records import spool as spool_module
-from relay.records.model import Record
+from relay.records.identity import uuid7
+from relay.records.inspection import entries_waiting
+from relay.records.model import Record, Settled
 from relay.records.spool import BATCH_SIZE, RESERVE, Spool, SpoolError
 from relay.records.spool_line import decode, encode
 from tests.support.rows import make_record, spool_line
@@ -771,4 +775,13 @@ def test_a_spare_that_cannot_keep_what_is_promised_takes_nothing_over(
         spool.append([encode(make_record())])
 
     assert spool.reserve.free >= spool.reserve.promised
+    spool.close()
+
+
+def test_what_has_waited_for_longer_than_limits_look_back_is_not_taken_into_memory(tmp_path: Path) -> None:
+    row = make_record()
+    old, new = (replace(row, task_id=uuid7(), sent_at=row.sent_at + timedelta(days=day)) for day in (-1, 1))
+    spool = Spool(tmp_path)
+    spool.append([encode(old), encode(Settled(old.task_id)), encode(new)])
+    assert entries_waiting(tmp_path, row.sent_at) == [new]
     spool.close()
