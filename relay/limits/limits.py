@@ -17,6 +17,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -107,6 +108,7 @@ class Limits:
         self._asking: dict[Tally, _Asking] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept = 0
+        self._most_tallies = self._most_kept = 0  # where there is little to forget, how many are let be
         self._failed_until = 0.0
         self._failure: str | None = None
 
@@ -147,7 +149,7 @@ class Limits:
             if rule.of_address:
                 for alias in self._aliases(key):
                     self._take_over(tally, tallies.get((rule, fold(alias))))
-            if len(tallies) > MAX_TALLIES:
+            if len(tallies) > max(MAX_TALLIES, self._most_tallies):
                 self._forget_some()
         else:
             tallies.move_to_end(place)
@@ -161,11 +163,22 @@ class Limits:
                 tally.add(event, settled=False)
 
     def _forget_some(self) -> None:
-        """Forget a tenth of the counts, those that were not used for longest."""
-        for place, tally in list(self._tallies.items())[: len(self._tallies) // 10 + 1]:
-            if tally.idle and tally not in self._asking:
+        """Forget a tenth of the counts, those that were not used for longest, as far as they can be.
+
+        That takes a look at all of them: where most cannot be, the next time is when there are a tenth more.
+        """
+        now, spooling, before = self.clock(), self._spooling(), len(self._tallies)
+        for place, tally in list(islice(self._tallies.items(), before // 10 + 1)):
+            if tally in self._asking:
+                continue
+            if not spooling:
+                tally.settle()
+            tally.used(now)  # what is older than the window goes
+            if tally.idle:
                 del self._tallies[place]
         self._kept = sum(map(len, self._tallies.values()))
+        few = (before - len(self._tallies)) * 20 < before
+        self._most_tallies, self._most_kept = (before * 11 // 10, self._kept * 11 // 10) if few else (0, 0)
 
     def adopt(self, entries: Iterable[Record | Doubt]) -> None:
         """Count what an earlier process of this relay has sent, and the store does not have yet."""
@@ -287,7 +300,7 @@ class Limits:
             tally.replace(rows, begun)
             too_short = rule.maximum < tally.rule.maximum  # a reload has raised it meanwhile
             self._kept += len(rows)
-            if self._kept > MAX_KEPT:
+            if self._kept > max(MAX_KEPT, self._most_kept):
                 self._forget_some()
             if self._failure is not None:
                 self._failure = None

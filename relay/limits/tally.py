@@ -52,7 +52,10 @@ class Tally:
         """Return what counts at `now`, what is held included."""
         events, begin = self._events, now - self.rule.window
         while events and events[0].at <= begin:
-            self._sum -= events.popleft().amount
+            gone = events.popleft()
+            self._sum -= gone.amount
+            if gone.task_id is not None:
+                self._unsettled.pop(gone.task_id, None)
         return self._sum + self._held_sum
 
     def fits(self, task_id: UUID, amount: int, now: float) -> bool:

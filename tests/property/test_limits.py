@@ -431,3 +431,34 @@ def test_of_many_at_once_as_many_pass_as_there_is_room_for(
         await limits.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends", ["the store is back", "the window is over"])
+async def test_more_counts_than_are_kept_while_rows_wait(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """None of them can be forgotten, and to find that out for each message would take longer and longer."""
+    monkeypatch.setattr(engine, "MAX_TALLIES", 20)
+    looks: list[int] = []
+    forget_some = Limits._forget_some
+
+    def noted(limits: Limits) -> None:
+        looks.append(len(limits._tallies))
+        forget_some(limits)
+
+    monkeypatch.setattr(Limits, "_forget_some", noted)
+    world = World(random.Random(0), spooling=True)
+    rule = Rule("a", "recipient", "messages", 9, 60.0)
+    recipients = tuple(f"{number}@example.org" for number in range(1000))
+    limits = Limits(world, world, clock=lambda: world.now, spooling=lambda: world.spooling)
+    limits.use([rule])
+    limits.adopt([entry(Sent(uuid7(), world.now, Message("a@x", "c", "t", recipients, 1)))])
+    assert len(limits._tallies) == 1000
+    assert len(looks) < 60
+
+    if ends == "the store is back":
+        world.back()
+    else:
+        world.now += rule.window
+    for number in range(2000):
+        limits.tally(rule, f"new{number}@example.org")
+    assert len(limits._tallies) < 200
+    await limits.close()
