@@ -459,12 +459,13 @@ class Pool:
 
     async def _try_again(self) -> None:
         """Find out whether the upstream is back, by a connection of nobody's message."""
+        decisive = self.avoided
         self._health.try_begins()
         try:
             until = self._loop.time() + self._settings.lease_wait_timeout
             await self._room(Waiter(RELAY, None, self._shares.arrival(), fresh=True), until)
-            connection, _ = await self._dial(RELAY, None, None, decisive=True)
-        except UnavailableError:
+            connection, _ = await self._dial(RELAY, None, None, decisive=decisive)
+        except (UnavailableError, _TurnedAwayError):
             self._health.not_tried()
         except Exception as error:
             maillog.unforeseen("upstream", None, error)

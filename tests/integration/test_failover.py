@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.upstream.breaker import LONGEST_PAUSE, THRESHOLD
+from relay.upstream.health import AGAIN_S
 from tests.support.client import Client
 from tests.support.several import configured, look, scripted, transactions, verbs
 from tests.support.upstream import (
@@ -300,6 +301,51 @@ async def test_it_recovers_without_traffic(start: Any) -> None:
         assert len(primary.accepted) == 1
         assert transactions(primary) == 1, "a probe is nobody's message"
         assert len(spare.accepted) == THRESHOLD
+
+
+async def test_one_failure_is_not_the_last_word_where_there_is_no_mail(start: Any) -> None:
+    """A relay that is started before its upstream, or one bad moment in a quiet night."""
+    async with scripted(1) as (primary,):
+        primary.unlisten()
+        async with start(0, upstreams=[configured("primary", primary)]) as running:
+            assert running.metric("upstream_up", upstream="primary") == 0
+            await primary.listen()
+            look(running, AGAIN_S / 2)
+            assert running.pool._trying is None
+            look(running, AGAIN_S)
+            await eventually(lambda: running.metric("upstream_up", upstream="primary"))
+            assert "upstream primary: up" in running.relay.readiness()[1]
+            await eventually(lambda: running.pool._trying is None)
+            look(running, AGAIN_S / 2)
+            assert running.pool._trying is None
+            assert transactions(primary) == 0
+
+
+async def test_an_upstream_that_stays_away_is_known_to_before_there_is_mail(start: Any) -> None:
+    async with scripted(1) as (primary,):
+        primary.unlisten()
+        async with start(0, upstreams=[configured("primary", primary)]) as running:
+            for _ in range(THRESHOLD - 1):
+                assert not running.pool.avoided
+                look(running, AGAIN_S)
+                await eventually(lambda: running.pool._trying is None)
+            assert running.pool.avoided
+            await primary.listen()
+            look(running, LONGEST_PAUSE)
+            await eventually(lambda: not running.pool.avoided)
+            assert codes(await send(running))[-1] == 250
+
+
+async def test_a_login_that_was_refused_is_not_tried_again_without_mail(start: Any) -> None:
+    """Servers lock accounts for that."""
+    async with scripted(1) as (primary,):
+        primary.users = {"relay": "changed"}
+        login = {"username": "relay", "password": "sesame"}
+        async with start(0, upstreams=[configured("primary", primary, **login)]) as running:
+            assert running.metric("upstream_connects_total", upstream="primary", outcome="auth") == 1
+            look(running, 10 * AGAIN_S)
+            assert running.pool._trying is None
+            assert len(primary.connections) == 1
 
 
 async def test_new_connections_that_are_dropped_at_mail_open_it_too(start: Any) -> None:

@@ -10,6 +10,7 @@ memory: it answers RSET and QUIT and does else what the machine decides.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from relay.credentials import Credentials, Password
 from relay.metrics import Metrics
 from relay.reply import Reply
 from relay.settings import UpstreamSettings
-from relay.upstream import breaker
+from relay.upstream import breaker, health
 from relay.upstream.allowance import PAUSE
 from relay.upstream.capabilities import Capabilities
 from relay.upstream.connection import Connection, Failure
@@ -139,9 +140,10 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        # It has tests of its own: here a dial that fails is followed by the next.
+        # It has tests of its own: here a dial that fails is followed by the next, and each is somebody's.
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(breaker, "THRESHOLD", 1 << 30)
+        self.patch.setattr(health, "AGAIN_S", math.inf)
         self.dialer = MachineDialer()
         upstream = UpstreamSettings.model_validate(
             {
