@@ -149,7 +149,7 @@ class Api:
         return {"by": names, "messages": found.messages, "groups": found.groups, "counts": counts}
 
     async def _get_limits(self, _request: web.Request) -> Any:
-        return {"limits": await self._limits()}
+        return {"limits": await self._reading.bounded(self._limits)}
 
     async def _status(self, _request: web.Request) -> Any:
         status = self._overview.now()

@@ -31,7 +31,7 @@ from relay.web.figures import SPANS, Figure, by_outcome, by_type
 from relay.web.files import load_templates, static_files
 from relay.web.kept import Kept
 from relay.web.overview import Overview
-from relay.web.reading import Reading
+from relay.web.reading import BusyError, Reading
 from relay.web.row import Line, document, facts, headers, line_of, refused
 from relay.web.standing import LimitRow, limit_row, standing
 
@@ -73,6 +73,12 @@ END"""
 @dataclass(frozen=True, slots=True)
 class _Recent:
     rows: list[Line]
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Limited:
+    rows: list[LimitRow]
     problem: str | None = None
 
 
@@ -160,11 +166,13 @@ class Page:
             return Figure("types", "", [], span.step, [], problem=_sentence(error))
         return by_type(counts, span, now)
 
-    async def _limits_now(self) -> list[LimitRow]:
+    async def _limits_now(self) -> _Limited:
         try:
-            return [limit_row(limit) for limit in await self._limits()]
-        except StoreError:
-            return []  # the parts above say what is wrong with the records
+            return _Limited([limit_row(limit) for limit in await self._reading.bounded(self._limits)])
+        except (MissingStoreError, BusyError):  # there may be no limits
+            return _Limited([])
+        except StoreError as error:
+            return _Limited([], _sentence(error))
 
     async def _recent(self) -> _Recent:
         try:

@@ -98,6 +98,18 @@ class Reading:
         """Return how many messages are in doubt."""
         return await self._read(lambda queries: queries.count_in_doubt())
 
+    async def bounded(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Run what reads the records by connections of its own, under the same bounds; raises StoreError."""
+
+        async def in_time() -> T:
+            try:
+                async with asyncio.timeout(self._time_limit):
+                    return await read()
+            except TimeoutError:
+                raise StoreError(f"to count this takes longer than {self._time_limit:g} s") from None
+
+        return await self._in_turn(in_time)
+
     async def close(self) -> None:
         """End what is open."""
         if self._queries is not None:
@@ -106,6 +118,13 @@ class Reading:
 
     async def _read(self, work: Callable[[Queries], Awaitable[T]]) -> T:
         """Run `work` when it is its turn; raises StoreError, SlowReadError and BusyError among them."""
+
+        async def opened() -> T:
+            return await work(await self._open())
+
+        return await self._in_turn(opened)
+
+    async def _in_turn(self, read: Callable[[], Awaitable[T]]) -> T:
         if self._waiting >= WAITING:
             raise BusyError("too many searches at the same time; try again in a moment")
         self._waiting += 1
@@ -114,7 +133,7 @@ class Reading:
         finally:
             self._waiting -= 1
         try:
-            return await work(await self._open())
+            return await read()
         finally:
             self._turn.release()
 

@@ -357,6 +357,28 @@ async def test_searches_beyond_their_number_are_told_to_come_again(running: Any)
     await reading.close()
 
 
+async def test_limits_are_read_within_the_same_bounds(start: Any, upstream: Any) -> None:
+    """By connections of their own, of which mail needs some to know whether a limit has room."""
+    gate = asyncio.Event()
+    limits = [{"name": "orders", "scope": "sender", "max": 2, "per": "1h"}]
+    async with (
+        start(upstream.port, limits=limits) as running,
+        aiohttp.ClientSession(f"http://127.0.0.1:{running.http_port}") as client,
+    ):
+        reading = running.relay._reading
+        reads = [asyncio.create_task(reading.bounded(gate.wait)) for _ in range(READS + WAITING)]
+        while reading._waiting < WAITING:
+            await asyncio.sleep(0.01)
+        assert "too many" in (await get(client, "/api/limits", 503))["detail"]
+        gate.set()
+        await asyncio.gather(*reads)
+        assert [limit["name"] for limit in (await get(client, "/api/limits"))["limits"]] == ["orders"]
+        reading._time_limit = 0.0
+        assert "takes longer than 0 s" in (await get(client, "/api/limits", 503))["detail"]
+        async with client.get("/") as answer:
+            assert "To count this takes longer than 0 s." in await answer.text()
+
+
 # The description
 
 
