@@ -1,7 +1,8 @@
 """The id that a provider gave a message, picked out of its reply to the end of data.
 
 No standard says where it stands: these are the forms of servers and services that are met most. A reply that
-has none of them, or says nothing (Mailgun's "Great success"), has no id.
+has none of them, or says nothing (Mailgun's "Great success"), has no id. A reply is an upstream's, and may be
+long: no form begins with what can be any length at any place, or it would be tried from each of them on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _FORMS: Final = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         # 250 2.0.0 OK  1436801113 x3si14160585iod.35 - gsmtp (Google)
-        r"(?P<id>\S+) - gsmtp",
+        r"(?<!\S)(?P<id>\S+) - gsmtp",
         # 250 2.6.0 <1@example.com> [InternalId=123, Hostname=X.prod.outlook.com] ... (Microsoft)
         r"\[InternalId=(?P<id>[0-9]+)[^\]]*\]",
         # 250 OK id=1tGx3K-0000000AbCd-0abc (Exim)

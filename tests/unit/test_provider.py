@@ -42,3 +42,9 @@ from relay.provider import accepted_as
 )  # fmt: skip
 def test_the_id_is_picked_out(reply: str, found: str | None) -> None:
     assert accepted_as(reply) == found
+
+
+@pytest.mark.parametrize("part", ["x", "1.", "<", "x "])
+def test_a_long_reply_is_looked_through_once(part: str) -> None:
+    """Were a form tried anew at each place of a word, this would take hours; an upstream may say anything."""
+    assert accepted_as(f"250 2.0.0 {part * 1_000_000}") is None
