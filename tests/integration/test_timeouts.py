@@ -163,6 +163,20 @@ async def turned_away(port: int) -> None:
         await client.expect(421)
 
 
+async def test_a_client_has_so_many_places_and_gives_each_back(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    async with start(upstream.port, server={"max_connections_per_client": 2}) as running:
+        for times in (1, 2, 3):
+            async with Client(running.port) as one, Client(running.port) as two:
+                await one.greeting()
+                await two.greeting()
+                await turned_away(running.port)
+            await eventually(lambda: running.metric("client_sessions") == 0)
+            assert rejects(running, "too_many_client_connections") == times
+        assert not running.relay.reception._clients  # addresses are without number
+
+
 async def test_who_is_idle_longest_makes_room_for_who_is_turned_away(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
