@@ -224,8 +224,11 @@ async def test_a_421_behind_what_was_asked_leaves_that(talk: Talk) -> None:
     assert str(talk.failures[0].reply) == "421 4.3.2 going down"
 
 
-@pytest.mark.parametrize("octets", [b"250 ok\r\n250 twice\r\n", b"250 ok\r\n250 twice\r\n421 bye\r\n"])
-async def test_of_replies_ahead_of_their_commands_none_is_believed(octets: bytes, talk: Talk) -> None:
+@pytest.mark.parametrize(
+    "octets",
+    [b"250 ok\r\n250 twice\r\n", b"250 ok\r\n250 twice\r\n421 bye\r\n", b"250 ok\r\ngarbage\r\n"],
+)
+async def test_of_replies_before_what_answers_nothing_none_is_believed(octets: bytes, talk: Talk) -> None:
     talk.command("mail")
     talk.hears(octets)
     assert talk.answers == []
@@ -305,6 +308,16 @@ async def test_each_wait_has_its_limit(command: str, limit: float, talk: Talk) -
     assert command in talk.failures[0].reason
 
 
+async def test_a_command_that_follows_puts_no_limit_off(talk: Talk) -> None:
+    talk.command("mail")
+    asked_at = asyncio.get_running_loop().time()
+    await asyncio.sleep(0.01)
+    talk.command("rcpt")
+    talk.connection.check(asked_at + REPLY_TIMEOUT + 0.001)
+    assert talk.is_over()
+    assert talk.failures[0].reason == "no reply to mail in time"
+
+
 async def test_nothing_is_late_when_nothing_is_awaited(talk: Talk) -> None:
     talk.command("mail")
     talk.hears(b"250 ok\r\n")
@@ -323,6 +336,14 @@ async def test_content_that_is_not_taken_ends_it(talk: Talk) -> None:
     talk.look(REPLY_TIMEOUT + SOON)
     assert talk.is_over()
     assert talk.flow == ["pause", "resume", "pause"]
+
+
+async def test_content_that_nobody_has_on_lease_any_more_pauses_nobody(talk: Talk) -> None:
+    talk.connection.lessee = None
+    talk.connection.pause_writing()
+    talk.connection.resume_writing()
+    assert talk.flow == []
+    assert talk.connection.usable
 
 
 async def test_lines_behind_which_more_comes_go_up_in_one_piece(talk: Talk) -> None:
