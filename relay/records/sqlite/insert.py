@@ -84,7 +84,7 @@ def insert_entries(
         rows += doubts
         for task_id in ended:
             rows += (_END, _uuid_text(task_id), *_NOTHING[2:])
-        if 0 < len(rows) <= _WIDTHS[-1] * len(_COLUMNS) and not ended and _all_to_one(rows):
+        if len(rows) <= _WIDTHS[-1] * len(_COLUMNS) and _all_to_one(rows):
             _execute_wide(raw, rows)
         else:
             _execute(raw, rows)
