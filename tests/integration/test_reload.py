@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import socket
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -788,6 +789,19 @@ async def test_an_address_that_is_taken_refuses_the_whole(
         assert "ddress already in use" in reason
         assert other.address.rpartition(":")[2] in reason
     assert not (directory / "new.sock").exists()
+
+
+async def test_an_address_that_a_listener_of_before_holds_takes_a_restart(
+    relay: Any, settings_for: Any, other: ScriptedUpstream, logged: Callable[[], str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with relay(listeners=[{"address": f"0.0.0.0:{port}"}]) as running:
+        wanted = settings_for(other.port, listeners=[{"address": f"127.0.0.1:{port}"}])
+        (reason,) = await refused(running, lambda: wanted, logged)
+    assert reason == (
+        f"cannot listen on 127.0.0.1:{port}: Address already in use by a listener that goes: takes a restart"
+    )
 
 
 async def test_users_with_a_mistake_refuse_the_whole(
