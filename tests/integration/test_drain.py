@@ -126,6 +126,18 @@ async def test_new_connections_are_refused(stopping: Any, upstream: ScriptedUpst
         await relay.end(upstream)
 
 
+async def test_who_comes_in_while_it_drains_is_turned_away(stopping: Any, upstream: ScriptedUpstream) -> None:
+    """From the queue of the kernel, say."""
+    relay = await stopping()
+    relay.relay.reception.draining = True
+    async with Client(relay.running.port) as client:
+        assert (await client.expect(421)).text.startswith("4.3.2 ")
+        await client.expect_eof()
+    assert relay.running.metric("client_rejects_total", reason="draining") == 1
+    await relay.begin()
+    await relay.end(upstream)
+
+
 @pytest.mark.parametrize("said", range(1, 4), ids=["after_MAIL", "after_RCPT", "after_DATA"])
 async def test_a_transaction_is_finished_then_421(
     said: int, stopping: Any, upstream: ScriptedUpstream

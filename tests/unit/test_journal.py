@@ -434,6 +434,20 @@ def test_without_room_to_grow_it_goes_on_with_what_it_has(tmp_path: Path, disk: 
     journal.close()
 
 
+def test_a_file_that_was_removed_takes_nothing_more_and_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, 1)
+    journal.look()
+    assert journal.refusal() is None
+    journal.path.unlink()
+    for _ in range(3):
+        journal.look()
+    assert "was removed while it was in use" in (journal.refusal() or "")
+    assert len(caplog.records) == 1
+    journal.close()
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
     with pytest.raises(SpoolError, match=r"journal: Is a directory"):
