@@ -151,7 +151,7 @@ class ExpiryLoop:
         seconds = time.monotonic() - run.begun
         if seconds >= run.next_report:
             run.next_report = min(run.next_report * 2, run.next_report + LONGEST_SILENCE_S)
-            tell = self._on_behind if seconds > max(self._interval, FIRST_REPORT_S) else self._on_progress
+            tell = self._on_behind if seconds > self._interval else self._on_progress
             tell(run.rows, seconds, lag)
 
 

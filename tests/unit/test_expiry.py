@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import sqlite3
 import threading
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -493,7 +494,7 @@ async def test_rows_of_a_run_that_fails_later_are_counted(store, database, make_
         )
         raw.commit()
     loop, metrics, reports = make_loop(3600)
-    await loop.run_once()
+    assert await loop.run_once() is True
     assert (metrics.errors, metrics.runs) == (1, [])
     assert reports.errors.qsize() == 1
     assert 0 < metrics.rows < 25
@@ -557,6 +558,27 @@ async def test_a_long_run_is_reported(store, make_loop, monkeypatch, interval, e
         assert later > earlier
 
 
+async def test_a_run_says_what_it_did_and_is_over(store, make_loop, monkeypatch):
+    monkeypatch.setattr(expiry_module, "FIRST_REPORT_S", 0.0)
+    await store.write([record(number, NOW) for number in range(30)])
+    loop, metrics, reports = make_loop(3600)
+    assert await loop.run_once() is True
+    assert reports.runs.get_nowait() == 30
+    assert metrics.lags == [0.0]
+    assert reports.progress.empty()
+
+
+@pytest.mark.parametrize(
+    ("lasts", "first", "told"), [(100.0, 30.0, [30, 60]), (5000.0, 1000.0, [1000, *range(1600, 5000, 600)])]
+)
+async def test_reports_become_rarer_but_not_without_bound(store, make_loop, lasts, first, told):
+    loop, _, reports = make_loop(3600)
+    loop._run = expiry_module._Run(time.monotonic() - lasts, first)
+    for _ in range(20):
+        await loop.look()
+    assert reports.progress.qsize() == len(told)
+
+
 async def test_the_lag_is_seen_between_the_runs(store, clock, make_loop):
     loop, metrics, reports = make_loop(3600)
     loop.start()
@@ -574,3 +596,27 @@ async def test_a_look_that_fails_ends_nothing(store, make_loop):
     await loop.look()
     assert metrics.lags == []
     assert reports.errors.empty()
+
+
+async def test_what_nobody_foresaw_ends_neither_runs_nor_looks(store, database, make_loop, monkeypatch):
+    await store.write([record(1, NOW - SECOND)])
+    loop, metrics, reports = make_loop(0.001)
+
+    def broken(_):
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "expired", broken)
+        loop.start()
+        assert str(await asyncio.wait_for(reports.errors.get(), 60)) == "on purpose"
+    await asyncio.wait_for(reports.runs.get(), 60)
+    while not reports.errors.empty():
+        reports.errors.get_nowait()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "expiry_lag", broken)
+        assert str(await asyncio.wait_for(reports.errors.get(), 60)) == "on purpose"
+    seen = len(metrics.lags)
+    while len(metrics.lags) == seen:
+        await asyncio.sleep(0)
+    await loop.stop()
+    assert metrics.errors > 0
