@@ -32,6 +32,7 @@ from relay.upstream.shares import Waiter
 
 MAX_CONNECTIONS = 3
 MAX_ASKED = 8
+LEASE_WAIT_S = 3600.0
 CLIENTS = "abc"
 LOGINS = [None, Password("x", "1"), Password("x", "2"), Password("y", "1")]
 REFUSED = Reply.own(535, "7.8", "wrong")
@@ -152,7 +153,7 @@ class PoolMachine(RuleBasedStateMachine):
                 "tls": "none",
                 "max_connections": MAX_CONNECTIONS,
                 "max_messages": 4,
-                "lease_wait_timeout": "1h",
+                "lease_wait_timeout": f"{LEASE_WAIT_S:g}s",
             }
         )
         metrics = Metrics(upstreams=["primary"], listeners=[], task_types=[])
@@ -401,6 +402,22 @@ def test_who_is_turned_away_goes_before_who_came_later() -> None:
         machine.give_back_last()
         assert served.done()
         assert len(machine.dialer.open) == 1
+    machine.teardown()
+
+
+def test_who_is_turned_away_waits_no_longer_in_all_than_others() -> None:
+    machine = PoolMachine()
+    clock, later = machine.loop.time, 0.0
+    machine.loop.time = lambda: clock() + later  # type: ignore[method-assign]
+    machine.begin("a", None, fresh=False)
+    machine.dial_ends("succeeds")
+    machine.begin("b", None, fresh=False)
+    later = LEASE_WAIT_S - 60.0
+    machine.dial_ends("is turned away")
+    assert len(machine.asked) == 1
+    later = LEASE_WAIT_S + 1.0
+    machine.run()
+    assert machine.asked == []
     machine.teardown()
 
 
