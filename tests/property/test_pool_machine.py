@@ -421,6 +421,45 @@ def test_who_is_turned_away_waits_no_longer_in_all_than_others() -> None:
     machine.teardown()
 
 
+def test_no_more_connections_make_room_than_are_waited_for() -> None:
+    machine = PoolMachine()
+    for _ in range(MAX_CONNECTIONS):
+        machine.begin("a", None, fresh=False)
+        machine.dial_ends("succeeds")
+    machine.begin("b", LOGINS[1], fresh=False)
+    back = [machine.holders.pop().connection for _ in range(2)]
+
+    def act() -> None:
+        for connection in back:
+            machine.pool.release(connection, reset=False)
+
+    machine.run(act)
+    assert repr(machine.pool) == "<Pool primary: 1 active, 1 idle, 1 connecting, 0 waiting>"
+    machine.dial_ends("succeeds")
+    machine.teardown()
+
+
+def test_an_idle_connection_that_makes_room_is_enough_for_one_who_waits() -> None:
+    machine = PoolMachine()
+    for end in ("succeeds", "succeeds", "is turned away"):
+        machine.begin("a", None, fresh=False)
+        machine.dial_ends(end)
+    (turned_away,) = machine.asked
+    machine.run(turned_away.cancel)
+    machine.give_back_last()
+    last = machine.holders.pop().connection
+
+    def act() -> None:
+        machine.asked.append(machine.loop.create_task(machine.pool.acquire("b", LOGINS[1])))
+        machine.who[machine.asked[-1]] = "b", LOGINS[1]
+        machine.loop.call_soon(lambda: machine.pool.release(last, reset=False))
+
+    machine.run(act)
+    assert repr(machine.pool) == "<Pool primary: 0 active, 1 idle, 1 connecting, 0 waiting>"
+    machine.dial_ends("succeeds")
+    machine.teardown()
+
+
 def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
     machine = PoolMachine()
     for _ in range(MAX_CONNECTIONS + 1):
