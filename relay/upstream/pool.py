@@ -95,6 +95,8 @@ class Pool:
         self._dialing = 0
         self._allowance = Allowance(upstream.max_connections)
         self._last_turned_away = ""
+        self._answered_at = 0.0
+        """When MAIL was last answered on one of the connections, or one came back from its transaction."""
         self._shares = Shares()
         self._leaving: set[Connection] = set()
         """Those that are closed to make room for a waiter."""
@@ -158,6 +160,7 @@ class Pool:
 
     def answered(self) -> None:
         """MAIL was answered on one of the connections."""
+        self._answered_at = self._loop.time()
         self._health.answered()
 
     def lost(self, reason: str) -> None:
@@ -226,8 +229,10 @@ class Pool:
                 raise self._left_alone()
             granted = await self._room(Waiter(client, identity, number, fresh=fresh), until)
             if granted is None:
+                began = self._loop.time()
                 with contextlib.suppress(_TurnedAwayError):
                     return await self._dial(client, identity, credentials)
+                until += self._loop.time() - began  # that was no wait for a connection, which begins now
             # It may have ended between being handed over and this task's turn; its permit is free again then.
             elif granted.usable:
                 return granted, None
@@ -264,7 +269,7 @@ class Pool:
             connection.quit()
             return
         connection.reused = True
-        connection.idle_since = now
+        connection.idle_since = self._answered_at = now
         if self._shares.waiting and self._hand_on(connection):
             return
         if self.draining:
@@ -384,12 +389,14 @@ class Pool:
         another connection can be waited for.
         """
         leased = False
+        began = self._loop.time()
         try:
             if self.avoided and not decisive:  # it opened while the permit was waited for
                 raise self._left_alone()
             transport, capabilities, welcome = await self._dialer.dial(credentials)
         except DialError as error:
-            if error.turned_away and self._used > 1 and not decisive:
+            full = error.turned_away or self._kept_waiting(error, began)
+            if full and self._used > 1 and not decisive:
                 self._full(error)
                 raise _TurnedAwayError from error
             self._failed(error, identity, decisive=decisive)
@@ -422,6 +429,14 @@ class Pool:
             if not leased:
                 self._shares.give_back(client)
             self._pass_permits()
+
+    def _kept_waiting(self, error: DialError, began: float) -> bool:
+        """Whether the upstream left an attempt without an answer, and answered on another connection.
+
+        It does where it has a process for each of so many connections (Postfix: `maxproc` in master.cf): one
+        too many stands in its listen queue, and is greeted when another one has gone.
+        """
+        return error.stage == "timeout" and self._answered_at >= began  # the clock of uvloop has milliseconds
 
     def _full(self, error: DialError) -> None:
         """Take note that the upstream takes no more connections than stand beside this one."""

@@ -15,12 +15,14 @@ import pytest
 
 from relay.upstream.allowance import PAUSE
 from tests.support.client import Client
-from tests.support.upstream import TOO_MANY, Close, Delay, Reset, ScriptedUpstream, at_most
+from tests.support.upstream import TOO_MANY, Close, Delay, Reset, ScriptedUpstream, Silence, at_most
 from tests.support.watch import counted, eventually, nothing_left, outcomes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.conftest import Running
-    from tests.support.upstream import Action
+    from tests.support.upstream import Action, Connection
 
 MAIL = b"MAIL FROM:<a@example.test>"
 CONTENT = b"Subject: one\r\n\r\ntext\r\n"
@@ -137,6 +139,53 @@ async def test_who_waits_in_vain_hears_451(start: Any, upstream: ScriptedUpstrea
         assert str(reply).startswith("451 4.3.2 No connection to the upstream server is free now")
         assert not running.pool.avoided
         assert outcomes(running) == {"unavailable": 1}
+
+
+def one_at_a_time(upstream: ScriptedUpstream) -> Callable[[str, bytes, Connection], Action | None]:
+    """Return how an upstream greets that has one process: connections beside its own stand in the queue."""
+
+    def act(stage: str, line: bytes, connection: Connection) -> Action | None:
+        del stage, line
+        return None if upstream.open_connections == [connection] else Silence()
+
+    return act
+
+
+async def test_an_upstream_that_leaves_one_too_many_in_its_queue_is_full(
+    start: Any, upstream: ScriptedUpstream
+) -> None:
+    upstream.script = {"greeting": one_at_a_time(upstream)}
+    settings = PATIENT | {"connect_timeout": "2s"}
+    async with (
+        start(upstream.port, upstream=settings) as running,
+        Client(running.port) as holder,
+        Client(running.port) as waiter,
+    ):
+        await began(running, holder)
+        await waiter.ehlo()
+        await waiter.send(MAIL + b"\r\n")
+        await eventually(lambda: "1 active, 0 idle, 1 connecting" in repr(running.pool))
+        await holder.command("RSET", 250)
+        await waiter.expect(250)
+        assert running.metric("upstream_up", upstream="primary") == 1
+        assert running.metric("upstream_connects_total", upstream="primary", outcome="timeout") == 1
+        assert running.pool.state(0.0) == "up, takes no more than 1 connections"
+        assert "unavailable" not in outcomes(running)
+
+
+async def test_silence_where_nothing_is_answered_is_a_failure(start: Any, upstream: ScriptedUpstream) -> None:
+    """It may hang altogether, and another upstream should have the messages."""
+    async with (
+        start(upstream.port, upstream=PATIENT | {"connect_timeout": "100ms"}) as running,
+        Client(running.port) as holder,
+        Client(running.port) as other,
+    ):
+        await began(running, holder)
+        upstream.script = {"greeting": Silence()}
+        await other.ehlo()
+        await other.command(MAIL, 451)
+        assert running.metric("upstream_up", upstream="primary") == 0
+        assert running.pool.state(0.0).startswith("down: ")
 
 
 async def test_an_upstream_that_turns_away_the_only_one_is_down(
