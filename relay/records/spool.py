@@ -282,7 +282,7 @@ class Spool:
     # Rows out
 
     def read(self, limit: int) -> Batch:
-        """Return up to `limit` of the oldest rows, fewer of big ones; the same again until `forget` is called.
+        """Return up to `limit` of the oldest rows, fewer of big ones; the same until `forget` is called.
 
         A batch may hold fewer rows than wait, or none (only corrupt lines, or a segment that somebody has
         removed or cut short, whose rows count as such); `rows` says whether more wait.
