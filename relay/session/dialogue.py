@@ -565,8 +565,11 @@ class Dialogue:
     def _data_answered(self) -> None:
         """The reply to DATA is given, which may have been known for longer than those before it."""
         transaction = self._transaction
-        self._state = COMMANDS if transaction is None or transaction.body is None else CONTENT
-        self._content.begin_text(self._loop.time())
+        if transaction is None or transaction.body is None or transaction.chunking:
+            self._state = COMMANDS
+        else:
+            self._state = CONTENT
+            self._content.begin_text(self._loop.time())
 
     def _bdat(self, argument: bytes) -> None:
         """RFC 3030 2: the chunk comes with the command, and is content whatever the answer will be."""
