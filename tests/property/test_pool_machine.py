@@ -460,6 +460,27 @@ def test_an_idle_connection_that_makes_room_is_enough_for_one_who_waits() -> Non
     machine.teardown()
 
 
+def test_an_attempt_that_finds_no_room_is_made_again() -> None:
+    machine = PoolMachine()
+    clock, later = machine.loop.time, 0.0
+    machine.loop.time = lambda: clock() + later  # type: ignore[method-assign]
+    for _ in range(MAX_CONNECTIONS):
+        machine.begin("a", None, fresh=False)
+        machine.dial_ends("succeeds")
+    shut = machine.pool._health._breaker
+    shut._pause(machine.loop.time())
+    machine.time_passes(PAUSE)
+    assert "half-open" in repr(shut)
+    later = LEASE_WAIT_S + 1.0
+    machine.run()
+    assert "Breaker open" in repr(shut)
+    machine.give_back_last()
+    machine.time_passes(PAUSE)
+    machine.dial_ends("succeeds")
+    assert "closed" in repr(shut)
+    machine.teardown()
+
+
 def test_a_connection_that_dies_as_it_is_handed_on_is_not_leased() -> None:
     machine = PoolMachine()
     for _ in range(MAX_CONNECTIONS + 1):
