@@ -866,6 +866,12 @@ async def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.M
         assert "does not answer" in refusal
         answer.set()
         await until(lambda: it.spool.rows == 1)
+        # It answers again, and is asked again.
+        monkeypatch.setattr(spooler_module, "_ANSWER_TIMEOUT_S", LONG)
+        await it.recorder.record(make_record())
+        assert it.lost == rows
+        assert it.spool.rows > 1
+        assert it.recorder.refusal() is None
 
 
 async def test_a_row_that_json_cannot_carry_does_not_take_others_along(tmp_path: Path) -> None:
@@ -1040,9 +1046,10 @@ async def test_rows_that_are_written_are_made_up_for(tmp_path: Path) -> None:
     async with bench(tmp_path, probe_pause=LONG) as it:
         usual = it.counts.reserve
         it.store.failure = StoreError("gone")
-        await it.recorder.record(replace(make_record(), sender="x" * (usual // 2)))
-        await until(lambda: it.counts.reserve == usual)
-        assert it.spool.rows == 1
+        for rows in (1, 2):
+            await it.recorder.record(replace(make_record(), sender="x" * (usual // 2)))
+            await until(lambda: it.counts.reserve == usual)
+            assert it.spool.rows == rows
 
 
 async def test_no_disk_space_refuses_new_mail_while_the_store_works(
