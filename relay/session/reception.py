@@ -105,10 +105,10 @@ class Reception:
     def apply(self, settings: Settings, services: Services, certificate: Certificate | None) -> None:
         """Go on with other settings; they hold for open sessions from their next command on.
 
-        `certificate` is the newest that there was: sessions that were offered TLS may still ask for it.
+        Without a new certificate the one before stays, for sessions that were offered TLS.
         """
         self._use(settings, services)
-        self.certificate = certificate
+        self.certificate = certificate or self.certificate
         for session in tuple(self._sessions):
             session.reconsider()
 

@@ -846,6 +846,18 @@ async def test_a_certificate_that_no_listener_shows_is_not_watched_any_more(
         assert expiry in metrics.exposition(None)[0]
 
 
+async def test_who_was_offered_tls_before_it_went_may_still_have_it(
+    relay: Any, written: Any, other: ScriptedUpstream
+) -> None:
+    async with relay(listeners=STARTTLS, tls=TLS) as running, Client(running.port) as client:
+        await client.ehlo()
+        await reload(running.relay, lambda: written(other))
+        await client.starttls(AUTHORITY.client())
+        await client.ehlo()
+        replies = await client.message("a@example.test", ["b@example.test"], b"\r\n")
+        assert replies[-1].code == 250
+
+
 async def test_what_nobody_foresaw_changes_nothing_either(relay: Any, logged: Callable[[], str]) -> None:
     def load() -> Settings:
         raise RuntimeError("unforeseen")
