@@ -312,7 +312,9 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
     def give_up_in_the_middle(self, data: st.DataObject) -> None:
-        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self._give_up(self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1))))
+
+    def _give_up(self, holder: Holder) -> None:
         self.failed.add(id(holder.connection))
 
         def act() -> None:
@@ -377,6 +379,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.dialer.open == []
         self.loop.close()
 
+    def give_up_last(self) -> None:
+        self._give_up(self.holders.pop())
+
     def give_back_last(self) -> None:
         holder = self.holders.pop()
         self.run(lambda: self.pool.release(holder.connection, reset=False))
@@ -406,16 +411,24 @@ def test_who_is_turned_away_goes_before_who_came_later() -> None:
 
 
 def test_who_is_turned_away_waits_no_longer_in_all_than_others() -> None:
+    """The attempt itself is no wait for a connection, however long it takes."""
     machine = PoolMachine()
     clock, later = machine.loop.time, 0.0
     machine.loop.time = lambda: clock() + later  # type: ignore[method-assign]
-    machine.begin("a", None, fresh=False)
-    machine.dial_ends("succeeds")
+    for _ in range(MAX_CONNECTIONS):
+        machine.begin("a", None, fresh=False)
+        machine.dial_ends("succeeds")
     machine.begin("b", None, fresh=False)
     later = LEASE_WAIT_S - 60.0
+    machine.give_up_last()
+    assert "2 active, 0 idle, 1 connecting, 0 waiting" in repr(machine.pool)
+    attempt = 30.0
+    later += attempt
     machine.dial_ends("is turned away")
+    later = LEASE_WAIT_S + attempt - 25.0
+    machine.run()
     assert len(machine.asked) == 1
-    later = LEASE_WAIT_S + 1.0
+    later = LEASE_WAIT_S + attempt + 25.0
     machine.run()
     assert machine.asked == []
     machine.teardown()
