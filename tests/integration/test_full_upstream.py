@@ -155,7 +155,7 @@ async def test_an_upstream_that_leaves_one_too_many_in_its_queue_is_full(
     start: Any, upstream: ScriptedUpstream
 ) -> None:
     upstream.script = {"greeting": one_at_a_time(upstream)}
-    settings = PATIENT | {"connect_timeout": "2s"}
+    settings = PATIENT | {"connect_timeout": "5s"}
     async with (
         start(upstream.port, upstream=settings) as running,
         Client(running.port) as holder,

@@ -379,6 +379,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.dialer.open == []
         self.loop.close()
 
+    def fill(self) -> None:
+        """Have one client hold as many connections as there may be."""
+        for _ in range(MAX_CONNECTIONS):
+            self.begin("a", None, fresh=False)
+            self.dial_ends("succeeds")
+
     def give_up_last(self) -> None:
         self._give_up(self.holders.pop())
 
@@ -415,9 +421,7 @@ def test_who_is_turned_away_waits_no_longer_in_all_than_others() -> None:
     machine = PoolMachine()
     clock, later = machine.loop.time, 0.0
     machine.loop.time = lambda: clock() + later  # type: ignore[method-assign]
-    for _ in range(MAX_CONNECTIONS):
-        machine.begin("a", None, fresh=False)
-        machine.dial_ends("succeeds")
+    machine.fill()
     machine.begin("b", None, fresh=False)
     later = LEASE_WAIT_S - 60.0
     machine.give_up_last()
@@ -436,9 +440,7 @@ def test_who_is_turned_away_waits_no_longer_in_all_than_others() -> None:
 
 def test_no_more_connections_make_room_than_are_waited_for() -> None:
     machine = PoolMachine()
-    for _ in range(MAX_CONNECTIONS):
-        machine.begin("a", None, fresh=False)
-        machine.dial_ends("succeeds")
+    machine.fill()
     machine.begin("b", LOGINS[1], fresh=False)
     back = [machine.holders.pop().connection for _ in range(2)]
 
@@ -477,9 +479,7 @@ def test_an_attempt_that_finds_no_room_is_made_again() -> None:
     machine = PoolMachine()
     clock, later = machine.loop.time, 0.0
     machine.loop.time = lambda: clock() + later  # type: ignore[method-assign]
-    for _ in range(MAX_CONNECTIONS):
-        machine.begin("a", None, fresh=False)
-        machine.dial_ends("succeeds")
+    machine.fill()
     shut = machine.pool._health._breaker
     shut._pause(machine.loop.time())
     machine.time_passes(PAUSE)
